@@ -1,0 +1,146 @@
+"""`lora_course.checkpoint`: what is saved comes back, PEFT reads ours and we read PEFT's, and the wrong base is refused."""
+
+import copy
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from test_lora import batch, config, qwen, randomize
+from torch import nn
+
+from lora_course import lora
+from lora_course.checkpoint import export_peft, load_adapter, load_peft, read_extra, restore_adapter, save_adapter
+from lora_course.lora import adapter_layers, inject
+
+PATTERNS = {
+    "rank_pattern": {"q_proj": 5, "layers.1.mlp.up_proj": 2}, "alpha_pattern": {"k_proj": 7}, "use_rslora": True,
+    "lora_dropout": 0.1,
+}  # fmt: skip
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(**batch()).logits
+
+
+@pytest.mark.parametrize("fields", [{}, PATTERNS], ids=["plain", "patterns"])
+def test_reload_is_the_same_function_with_the_same_configuration(tmp_path: Path, fields: dict) -> None:
+    model = randomize(inject(qwen(), config(**fields)))
+    save_adapter(model, tmp_path / "a", extra={"step": 7})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = load_adapter(qwen(), tmp_path / "a")
+    assert torch.equal(logits(model), logits(again))
+    assert read_extra(tmp_path / "a") == {"step": 7}
+    mine, other = lora.injection(model).config, lora.injection(again).config
+    assert {k: v for k, v in mine.to_dict().items() if k != "peft_version"} == {
+        k: set(v) if k == "target_modules" else v for k, v in other.to_dict().items() if k != "peft_version"
+    }
+    assert all(layer.A.requires_grad for layer in adapter_layers(again).values())
+    assert {f.name for f in (tmp_path / "a").iterdir()} == {"adapter.safetensors", "adapter.json"}
+
+
+def test_a_state_of_another_rank_than_the_configuration_comes_back(tmp_path: Path) -> None:
+    model = randomize(inject(qwen(), config()))
+    lora.use_adapter(model, lora.concatenate([lora.adapter_state(model)] * 2, [0.3, 0.5]))
+    save_adapter(model, tmp_path)
+    assert torch.equal(logits(model), logits(load_adapter(qwen(), tmp_path)))
+
+
+def test_saving_while_merged_does_not_apply_the_update_twice(tmp_path: Path) -> None:
+    model = randomize(inject(qwen(), config()))
+    expected = logits(model)
+    save_adapter(lora.merge(model), tmp_path / "own")
+    export_peft(model, tmp_path / "peft")
+    torch.testing.assert_close(logits(load_adapter(qwen(), tmp_path / "own")), expected, atol=0, rtol=0)
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(qwen(), tmp_path / "peft")), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("fields", [{}, PATTERNS], ids=["plain", "patterns"])
+def test_peft_loads_our_export_with_equal_logits(tmp_path: Path, fields: dict) -> None:
+    model = randomize(inject(qwen(), config(**fields)))
+    export_peft(model, tmp_path)
+    theirs = PeftModel.from_pretrained(qwen(), tmp_path)
+    torch.testing.assert_close(logits(theirs), logits(model), atol=1e-5, rtol=1e-5)
+
+
+def test_modules_of_rank_zero_are_left_out_of_an_export(tmp_path: Path) -> None:
+    model = randomize(inject(qwen(), config()))
+    for name, layer in adapter_layers(model).items():
+        if "layers.0" in name:
+            layer.A, layer.B = nn.Parameter(torch.zeros(0, layer.in_features)), nn.Parameter(torch.zeros(layer.out_features, 0))
+            layer.r = 0
+    export_peft(model, tmp_path)
+    theirs = PeftModel.from_pretrained(qwen(), tmp_path)
+    torch.testing.assert_close(logits(theirs), logits(model), atol=1e-5, rtol=1e-5)
+    assert not any("layers.0" in name for name in theirs.peft_config["default"].target_modules)
+
+
+@pytest.mark.parametrize("fields", [{}, PATTERNS], ids=["plain", "patterns"])
+def test_we_load_what_peft_saved_and_can_train_it(tmp_path: Path, fields: dict) -> None:
+    theirs = get_peft_model(qwen(), config(init_lora_weights=False, **fields))
+    theirs.save_pretrained(tmp_path)
+    ours = load_peft(qwen(), tmp_path)
+    torch.testing.assert_close(logits(ours), logits(theirs), atol=1e-5, rtol=1e-5)
+    ours(**batch()).loss.backward()
+    assert all(layer.A.grad.abs().max() > 0 for layer in adapter_layers(ours).values())
+
+
+def test_the_wrong_base_is_refused_and_left_as_it_was(tmp_path: Path) -> None:
+    save_adapter(randomize(inject(qwen(), config())), tmp_path)
+    other = type(qwen())(copy.deepcopy(qwen().config))
+    other.config.intermediate_size = 96
+    wider = type(other)(other.config)
+    names = [n for n, _ in wider.named_parameters()]
+    with pytest.raises(ValueError, match=r"for another base.*up_proj|for another base.*down_proj|for another base.*gate_proj"):
+        load_adapter(wider, tmp_path)
+    assert [n for n, p in wider.named_parameters() if p.requires_grad] == names
+    attention_only = inject(qwen(), config(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="modules differ"):
+        restore_adapter(attention_only, tmp_path)
+    with pytest.warns(UserWarning, match="not those"):
+        load_adapter(qwen(seed=1), tmp_path)
+
+
+def test_the_same_base_in_another_type_is_no_other_base(tmp_path: Path) -> None:
+    base = qwen().to(torch.bfloat16)
+    save_adapter(randomize(inject(copy.deepcopy(base), config())), tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_adapter(base.float(), tmp_path)
+
+
+def test_torn_missing_future_and_foreign_folders_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="save_adapter"):
+        load_adapter(qwen(), tmp_path)
+    folder = save_adapter(randomize(inject(qwen(), config())), tmp_path / "a")
+    content, description = (folder / "adapter.safetensors").read_bytes(), json.loads((folder / "adapter.json").read_text())
+    (folder / "adapter.safetensors").write_bytes(content[:-4])
+    with pytest.raises(ValueError, match="cut short"):
+        load_adapter(qwen(), folder)
+    (folder / "adapter.safetensors").write_bytes(content)
+    for change, message in (({"format_version": 99}, "version 99"), ({"layer": "Unknown"}, "'Unknown'")):
+        (folder / "adapter.json").write_text(json.dumps(description | change))
+        with pytest.raises(ValueError, match=message):
+            load_adapter(qwen(), folder)
+    get_peft_model(qwen(), config()).save_pretrained(tmp_path / "p")
+    with pytest.raises(FileNotFoundError, match="load_peft"):
+        load_adapter(qwen(), tmp_path / "p")
+    get_peft_model(qwen(), config(use_dora=True)).save_pretrained(tmp_path / "dora")
+    with pytest.raises(ValueError, match="lora_magnitude|use_dora"):
+        load_peft(qwen(), tmp_path / "dora")
+    with pytest.raises(FileNotFoundError, match="save_pretrained"):
+        load_peft(qwen(), folder)
+
+
+def test_other_files_in_the_folder_survive_and_a_second_save_replaces_the_first(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    model = randomize(inject(qwen(), config()))
+    save_adapter(model, tmp_path)
+    save_adapter(randomize(model, seed=9), tmp_path)
+    assert torch.equal(logits(load_adapter(qwen(), tmp_path)), logits(model))
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert isinstance(lora.injection(model).config, LoraConfig)
