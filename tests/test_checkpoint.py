@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from test_lora import batch, config, qwen, randomize
+
 from torch import nn
 
 from lora_course import lora
 from lora_course.checkpoint import export_peft, load_adapter, load_peft, read_extra, restore_adapter, save_adapter
 from lora_course.lora import adapter_layers, inject
+from tests.test_lora import batch, config, qwen, randomize
 
 PATTERNS = {
     "rank_pattern": {"q_proj": 5, "layers.1.mlp.up_proj": 2}, "alpha_pattern": {"k_proj": 7}, "use_rslora": True,

@@ -1,0 +1,1 @@
+"""Exercises: their checks, and what follows from them for a class."""

@@ -1,0 +1,219 @@
+"""Claims of a chapter: what a paper or the text says, the numbers that came out, and a check that could have failed."""
+
+import ast
+import html
+import importlib.metadata
+import itertools
+import json
+import math
+import os
+import platform
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+Values = dict[str, list[float]]
+FUNCTIONS: dict[str, Callable] = {
+    "mean": statistics.fmean,
+    "std": lambda values: statistics.stdev(values) if len(values) > 1 else 0.0,
+    "min": min, "max": max, "abs": abs, "all": all, "any": any, "zip": zip, "len": len, "sum": sum, "sorted": sorted,
+}  # fmt: skip
+FORBIDDEN = (ast.Attribute, ast.Lambda, ast.NamedExpr, ast.Await, ast.Yield, ast.YieldFrom, ast.JoinedStr)
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "datasets")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One measured statement. `values` are the raw numbers, one a seed; `predicate` a Python expression over their names."""
+
+    id: str
+    statement: str
+    source: str
+    expected: str
+    predicate: str
+    values: Values
+    outcome: str
+    holds: bool
+    explanation: str = ""
+
+    def _repr_markdown_(self) -> str:
+        mark = "✓ holds" if self.holds else "✗ does not hold here"
+        lines = [f"**Claim {self.id}: {mark}.** {self.statement}", f"- Source: {self.source}. Expected: {self.expected}."]
+        lines.append(f"- Came out: {self.outcome}. Checked: `{self.predicate}`.")
+        return "\n".join(lines + ([f"- {self.explanation}"] if self.explanation else []))
+
+    def __str__(self) -> str:
+        return self._repr_markdown_().replace("**", "")
+
+
+def evaluate(predicate: str, values: Values) -> bool:
+    """Whether a predicate holds. It may use the names in `values`, arithmetic, comparisons, comprehensions and the
+    functions mean, std, min, max, abs, all, any, zip, len, sum and sorted; nothing else, attributes included.
+
+    Raises ValueError for what is no expression, uses another name, compares a list with a number, or comes to something
+    that is not True or False.
+    """
+    try:
+        tree = ast.parse(predicate, mode="eval")
+    except SyntaxError as error:
+        raise ValueError(f"predicate {predicate!r} is not a Python expression: {error.msg}") from None
+    for node in ast.walk(tree):
+        if isinstance(node, FORBIDDEN):
+            raise ValueError(f"predicate {predicate!r} uses {type(node).__name__}, which claims don't allow")
+    bound = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    if unknown := used - bound - set(values) - set(FUNCTIONS):
+        raise ValueError(
+            f"predicate {predicate!r} uses {', '.join(sorted(unknown))}; it knows the values {', '.join(values)} "
+            f"and the functions {', '.join(FUNCTIONS)}"
+        )
+    try:
+        verdict = eval(compile(tree, "<predicate>", "eval"), {"__builtins__": {}, **FUNCTIONS, **values})
+    except TypeError as error:
+        raise ValueError(f"predicate {predicate!r}: {error}; each value is a list, one number a seed: take mean(…) or […][0]") from None
+    if not isinstance(verdict, bool):
+        raise ValueError(f"predicate {predicate!r} came to {verdict!r}; expected True or False")
+    return verdict
+
+
+def perturbations(values: Values) -> list[Values]:
+    """The values changed in every way that a wrong result might change them: each series scaled, shifted, negated or
+    set to zero, one seed of it scaled, and each two series swapped."""
+    changed = []
+    for name, series in values.items():
+        scaled = [[factor * value for value in series] for factor in (0.9, 1.1, 0.5, 2, 0.1, 10, -1, 0, 1e-3, 1e3)]
+        shifted = [[value + shift for value in series] for shift in (-1, 1)]
+        single = [[factor * series[0], *series[1:]] for factor in (0.1, 10)] if len(series) > 1 else []
+        changed += [{**values, name: new} for new in scaled + shifted + single]
+    changed += [{**values, a: values[b], b: values[a]} for a, b in itertools.combinations(values, 2)]
+    return changed
+
+
+def flips(claim: Claim) -> bool:
+    """Whether some perturbation of the raw values turns the claim's verdict: a check that can't fail checks nothing.
+
+    A perturbation on which the predicate can't be computed (a division by zero) says nothing and is passed over.
+    """
+    for values in perturbations(claim.values):
+        try:
+            if evaluate(claim.predicate, values) != claim.holds:
+                return True
+        except (ArithmeticError, statistics.StatisticsError):
+            continue
+    return False
+
+
+class Claims:
+    """The claims of one chapter, in the order they were added.
+
+    chapter: the chapter's file name without ending, such as "1_1_qlora". profile: name of the profile they were measured on.
+    """
+
+    def __init__(self, chapter: str, profile: str | None = None) -> None:
+        self.chapter = chapter
+        self.profile = profile or os.environ.get("LORA_COURSE_PROFILE") or "tiny"
+        self.claims: list[Claim] = []
+
+    def add(
+        self,
+        id: str,
+        statement: str,
+        source: str,
+        expected: str,
+        values: dict[str, list[float]],
+        predicate: str,
+        explanation: str = "",
+    ) -> Claim:
+        """Checks a claim and keeps it; the returned claim displays itself. Adding an id again (a cell run twice) replaces it.
+
+        values: the raw numbers of each quantity, one a seed (a single number counts as one). predicate: see `evaluate`.
+        explanation: needed where the claim doesn't hold, to say why; may be added once that is seen.
+        Raises ValueError for empty or non-finite values, and for a predicate whose verdict no change of them turns.
+        """
+        raw: Values = {}
+        for name, series in values.items():
+            if not name.isidentifier() or name in FUNCTIONS:
+                raise ValueError(f"claim {id}: {name!r} can't name a value; use a plain name other than {', '.join(FUNCTIONS)}")
+            raw[name] = [float(value) for value in (series if hasattr(series, "__iter__") else [series])]
+            if not raw[name] or not all(math.isfinite(value) for value in raw[name]):
+                raise ValueError(f"claim {id}: {name}={raw[name]}; expected at least one number and all of them finite")
+        outcome = "; ".join(_summary(name, series) for name, series in raw.items())
+        holds = evaluate(predicate, raw)
+        claim = Claim(id, statement, source, expected, predicate, raw, outcome, holds, explanation)
+        if not flips(claim):
+            raise ValueError(
+                f"claim {id}: no change of the values turns the verdict of {predicate!r}, so it checks nothing; "
+                "compare the values with each other or with a bound"
+            )
+        ids = [kept.id for kept in self.claims]
+        if id in ids:
+            self.claims[ids.index(id)] = claim
+        else:
+            self.claims.append(claim)
+        return claim
+
+    def save(self) -> Path:
+        """Writes `<chapter>.json` into the folder LORA_COURSE_CLAIMS, ./claims by default; whole or not at all."""
+        folder = Path(os.environ.get("LORA_COURSE_CLAIMS", "claims"))
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{self.chapter}.json"
+        part = path.with_suffix(".json.part")
+        record = {
+            "chapter": self.chapter,
+            "profile": self.profile,
+            "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in PACKAGES}},
+            "claims": [asdict(claim) for claim in self.claims],
+        }
+        part.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        part.replace(path)
+        return path
+
+    def table(self) -> "ClaimTable":
+        """All claims as a table: HTML in a notebook, text elsewhere."""
+        return ClaimTable(self.claims)
+
+
+@dataclass(frozen=True)
+class ClaimTable:
+    """Displays claims, a row each. Whether one holds is said in words beside the sign."""
+
+    claims: list[Claim]
+
+    def _repr_html_(self) -> str:
+        head = "".join(f'<th scope="col" style="text-align:left">{name}</th>' for name in self._columns())
+        body = "".join(
+            "<tr>" + "".join(f'<td style="text-align:left">{html.escape(cell)}</td>' for cell in row) + "</tr>"
+            for row in self._rows()
+        )
+        return f'<div style="overflow-x:auto"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+    def __str__(self) -> str:
+        return "\n".join(" | ".join(row) for row in [self._columns(), *self._rows()])
+
+    @staticmethod
+    def _columns() -> tuple[str, ...]:
+        return ("claim", "statement", "source", "expected", "came out", "verdict")
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        return [
+            (c.id, c.statement, c.source, c.expected, c.outcome, ("✓ holds" if c.holds else "✗ does not hold")
+             + (f": {c.explanation}" if c.explanation else ""))
+            for c in self.claims
+        ]  # fmt: skip
+
+
+def load_claims(folder: str | Path) -> list[dict[str, Any]]:
+    """The saved chapters of a folder, sorted by chapter, as `Claims.save` wrote them, with `Claim` objects under "claims"."""
+    chapters = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))]
+    for chapter in chapters:
+        chapter["claims"] = [Claim(**claim) for claim in chapter["claims"]]
+    return chapters
+
+
+def _summary(name: str, series: list[float]) -> str:
+    """`name 1.234 ± 0.012 (3 seeds)`."""
+    if len(series) == 1:
+        return f"{name} {series[0]:.4g}"
+    return f"{name} {statistics.fmean(series):.4g} ± {statistics.stdev(series):.2g} ({len(series)} seeds)"

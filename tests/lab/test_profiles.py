@@ -1,0 +1,136 @@
+"""Profiles, the memory they are expected to take, and what is refused before it starts."""
+
+import dataclasses
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from lora_course.lab import profiles as module
+from lora_course.lab.memory import peak_memory, tensor_bytes
+from lora_course.lab.models import load_base
+from lora_course.lab.profiles import GIB, Shape, estimate, free_memory, needed_memory, pick_profile, preflight, profiles
+from lora_course.lora import inject, trainable_parameters
+
+WITHIN = 1.25  # the factor that estimate and measurement may differ by
+
+
+@pytest.fixture(autouse=True)
+def _no_profile_set(monkeypatch) -> None:
+    monkeypatch.delenv("LORA_COURSE_PROFILE", raising=False)
+
+
+def gpu(monkeypatch, free: float, bf16: bool = True) -> None:
+    """Makes this machine one with a GPU of so many free GiB."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: bf16 or including_emulation)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(free * GIB), int(80 * GIB)))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+
+
+@pytest.mark.parametrize(
+    ("free", "bf16", "name"), [(80, True, "large"), (16, True, "large"), (15, False, "t4"), (9, True, "t4"), (1, True, "tiny")]
+)
+def test_a_gpu_is_given_the_largest_profile_that_suits_it(monkeypatch, free, bf16, name) -> None:
+    gpu(monkeypatch, free, bf16)
+    profile = pick_profile()
+    assert profile.name == name
+    assert name == "tiny" or profile.dtype == (torch.bfloat16 if bf16 else torch.float16)
+
+
+def test_without_a_gpu_it_is_tiny_unless_the_environment_names_another(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pick_profile().name == "tiny"
+    monkeypatch.setenv("LORA_COURSE_PROFILE", "smol")
+    assert pick_profile().name == "smol"
+    assert pick_profile("tiny").name == "tiny"
+    monkeypatch.setenv("LORA_COURSE_PROFILE", "huge")
+    with pytest.raises(ValueError, match="'huge'.*tiny, smol, t4, large"):
+        pick_profile()
+
+
+def test_shapes_of_the_profiles_count_the_parameters_of_their_models() -> None:
+    tiny, smol, t4, large = (profiles()[name].shape for name in ("tiny", "smol", "t4", "large"))
+    model, _ = load_base("nano")
+    ours = sum(p.numel() for p in model.parameters() if p.ndim == 2)
+    assert tiny.linear + tiny.embedding == ours
+    assert trainable_parameters(inject(model, LoraConfig(r=3, lora_alpha=3, target_modules="all-linear"))) == tiny.adapter(3)
+    assert Shape.of(model.config.to_dict()) == tiny
+    # published sizes: 134.5M, 494M and 7.62B, with norms and biases
+    assert smol.linear + smol.embedding == pytest.approx(134.5e6, rel=0.001)
+    assert t4.linear + t4.embedding == pytest.approx(494e6, rel=0.001)
+    assert large.linear + large.embedding == pytest.approx(7.616e9, rel=0.001)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="measures the CPU")
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("batch", "length"), [(4, 64), (2, 256)])
+def test_the_estimate_agrees_with_a_measured_step(batch, length, checkpointing) -> None:
+    model, _ = load_base("nano")
+    inject(model, LoraConfig(r=8, lora_alpha=8, target_modules="all-linear")).train()
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    ids = torch.randint(0, 4096, (batch, length), generator=torch.Generator().manual_seed(0))
+
+    def step() -> None:
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        optimizer.step()
+
+    stored = tensor_bytes(model)
+    peak = stored + peak_memory(step)[1]
+    profile = dataclasses.replace(profiles()["tiny"], batch=batch, length=length, gradient_checkpointing=checkpointing)
+    expected = estimate(profile)
+    assert stored == pytest.approx(expected.weights + expected.adapters, rel=0.01)
+    measured_step, expected_step = peak - stored, expected.total - expected.weights - expected.adapters
+    assert measured_step / WITHIN < expected_step < measured_step * WITHIN
+
+
+def test_four_bits_shrink_the_linear_layers_only() -> None:
+    large = profiles()["large"]
+    plain = dataclasses.replace(large, quantize=False, dtype=torch.float32)
+    saved = estimate(plain).total - estimate(large).total
+    assert saved == pytest.approx(large.shape.linear * (32 - 4.127) / 8, rel=1e-6)
+
+
+def test_preflight_prints_what_it_will_take(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(module, "free_memory", lambda device: 8 * GIB)
+    preflight(profiles()["tiny"], {"tiny": 1.5, "t4": 3})
+    shown = capsys.readouterr().out
+    for part in ("tiny", "nano, 4.0M parameters, fp32", "cpu", "60 steps of 16 × 128 tokens", "1.5 min", "estimated", "free: 8.0 GiB"):
+        assert part in shown
+    preflight(profiles()["tiny"], {"tiny": 1.5}, peak_gib={"tiny": 0.7})
+    assert "0.7 GiB (measured)" in capsys.readouterr().out
+
+
+def test_preflight_refuses_what_does_not_fit_after_showing_why(monkeypatch, capsys) -> None:
+    gpu(monkeypatch, free=5)
+    with pytest.raises(RuntimeError, match=r"'large' needs about .* GiB and a GPU has 5.0 GiB free.*LORA_COURSE_PROFILE"):
+        preflight(profiles()["large"], {"large": 60})
+    assert "free: 5.0 GiB" in capsys.readouterr().out
+    preflight(profiles()["large"], {"large": 60}, peak_gib={"large": 4.5})
+    assert needed_memory(profiles()["t4"]) > estimate(profiles()["t4"]).total  # CUDA's own share
+
+
+def test_preflight_refuses_a_missing_device_and_a_profile_without_minutes(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RuntimeError, match="'t4' needs an NVIDIA GPU.*LORA_COURSE_PROFILE=tiny"):
+        preflight(profiles()["t4"], {"t4": 3})
+    with pytest.raises(ValueError, match="'tiny'; it has t4"):
+        preflight(profiles()["tiny"], {"t4": 3})
+
+
+def test_free_memory_is_limited_by_the_container(monkeypatch, tmp_path) -> None:
+    free = free_memory("cpu")
+    assert 0 < free
+    real = module.Path
+
+    def path(name: str) -> module.Path:
+        return real(str(name).replace("/sys/fs/cgroup", str(tmp_path)))
+
+    monkeypatch.setattr(module, "Path", path)
+    (tmp_path / "memory.max").write_text("1000000\n")
+    (tmp_path / "memory.current").write_text("400000\n")
+    assert free_memory("cpu") == 600_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_memory("cpu") > 600_000

@@ -1,0 +1,67 @@
+"""`lora_course.lab.study`: a study goes on where it stopped, and does not mix results of other code; `fit` is paired by seed."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from lora_course import lora
+from lora_course.lab import blocks, load_base, load_text
+from lora_course.lab.study import STUDIES, Study, fit, load_study, source_hash
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_a_study_runs_what_is_missing_only_and_refuses_other_sources_and_settings(tmp_path: Path) -> None:
+    source, ran = tmp_path / "script.py", []
+    source.write_text("1")
+
+    def result(value: int) -> dict[str, int]:
+        ran.append(value)
+        return {"value": value}
+
+    Study(tmp_path / "s.json", [source], {"steps": 3}).run("a", lambda: result(1))
+    again = Study(tmp_path / "s.json", [source], {"steps": 3})
+    assert again.run("a", lambda: result(9)) == {"value": 1}
+    assert again.run("b", lambda: result(2)) == {"value": 2}
+    assert ran == [1, 2]
+    assert json.loads((tmp_path / "s.json").read_text())["runs"] == {"a": {"value": 1}, "b": {"value": 2}}
+    with pytest.raises(ValueError, match="another settings"):
+        Study(tmp_path / "s.json", [source], {"steps": 4})
+    source.write_text("2")
+    with pytest.raises(ValueError, match="another source_sha256"):
+        Study(tmp_path / "s.json", [source], {"steps": 3})
+
+
+def test_fit_repeats_itself_and_the_seed_orders_the_rows() -> None:
+    def train(seed: int) -> list[float]:
+        model, tokenizer = load_base("nano")
+        rows = blocks(tokenizer, load_text("bible", "validation")[:6], 32)
+        torch.manual_seed(0)
+        lora.inject(model, LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"]))
+        return fit(model, rows, 1e-2, seed=seed, steps=4, batch=2, disable_tqdm=True)
+
+    first = train(1)
+    assert len(first) == 4
+    assert train(1) == first
+    assert train(2) != first
+
+
+@pytest.mark.parametrize("path", sorted(STUDIES.glob("*.json")), ids=lambda path: path.stem)
+def test_committed_studies_carry_their_script_seeds_versions_and_source(path: Path) -> None:
+    record = load_study(path.stem)
+    scripts = list((ROOT / "tools" / "studies").glob(record["script"]))
+    assert len(scripts) == 1
+    assert len(record["settings"]["seeds"]) >= 3
+    assert record["versions"]["torch"] and len(record["source_sha256"]) == 64
+    assert record["runs"]
+
+
+def test_source_hash_depends_on_every_file(tmp_path: Path) -> None:
+    a, b = tmp_path / "a", tmp_path / "b"
+    a.write_text("x"), b.write_text("y")
+    first = source_hash([a, b])
+    b.write_text("z")
+    assert source_hash([a, b]) != first != source_hash([b, a])
