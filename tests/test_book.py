@@ -1,0 +1,190 @@
+"""The built book, opened in a real headless Chromium: over http, from files, on a phone, in the dark."""
+
+import functools
+import http.server
+import re
+import threading
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+from tests import chromium
+from tools import build_book, run_chapters
+
+CHAPTERS = [path.stem for path in run_chapters.chapters()]
+PHONE = 390  # pixels, the width of a common phone
+
+
+@pytest.fixture(scope="session")
+def book() -> Path:
+    """The folder of the built book, brought up to date."""
+    return build_book.build().parent
+
+
+@pytest.fixture(scope="session")
+def address(book: Path) -> Iterator[str]:
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(book)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[chromium.Browser]:
+    program = chromium.executable()
+    assert program, f"REQUIRE_BROWSER=1, but there is none of {', '.join(chromium.NAMES)} on the PATH"
+    browser = chromium.Browser(program, tmp_path / "profile")
+    browser.size(1280, 900)
+    yield browser
+    browser.close()
+
+
+def pages(book: Path) -> list[str]:
+    return sorted(path.relative_to(book).as_posix() for path in book.rglob("*.html") if "_static" not in path.parts)
+
+
+class Targets(HTMLParser):
+    """The links and the anchors of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.anchors: set[str] = set()
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        self.anchors |= {given[key] for key in ("id", "name") if given.get(key)}
+        self.links += [given[key] for key in ("href", "src") if given.get(key)]
+
+
+@pytest.mark.slow
+def test_links_inside_the_book_lead_somewhere(book: Path) -> None:
+    parsed = {book / name: Targets((book / name).read_text()) for name in pages(book)}
+    for page, targets in parsed.items():
+        for link in targets.links:
+            parts = urlsplit(link)
+            if parts.scheme or parts.netloc:
+                continue
+            target = (page.parent / unquote(parts.path)).resolve() if parts.path else page
+            assert target.exists(), f"{page.relative_to(book)}: {link} leads nowhere"
+            if parts.fragment and target in parsed:
+                assert unquote(parts.fragment) in parsed[target].anchors, f"{page.relative_to(book)}: {link}: no such anchor"
+
+
+@pytest.mark.slow
+def test_second_build_executes_and_builds_nothing(book: Path, capfd: pytest.CaptureFixture) -> None:
+    before = (book / "index.html").stat().st_mtime_ns
+    build_book.build()
+    assert (book / "index.html").stat().st_mtime_ns == before
+    said = capfd.readouterr().out
+    assert "up to date" in said and "executing" not in said
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+def test_no_page_complains_or_asks_the_outside_for_anything(browser: chromium.Browser, address: str, book: Path) -> None:
+    for name in pages(book):
+        browser.open(f"{address}/{name}")
+        outside = [url for url in browser.requests if not url.startswith((address, "data:", "blob:"))]
+        assert not outside, f"{name} asks for {outside}"
+        assert not browser.errors, f"{name}: {browser.errors}"
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+def test_no_page_scrolls_sideways_on_a_phone(browser: chromium.Browser, address: str, book: Path) -> None:
+    browser.size(PHONE, 844, mobile=True)
+    for name in pages(book):
+        if not name.startswith("_modules"):
+            browser.open(f"{address}/{name}")
+            width = browser.evaluate("document.documentElement.scrollWidth")
+            assert width <= PHONE, f"{name} is {width} pixels wide: {browser.evaluate(WIDE)}"
+
+
+WIDE = f"[...document.querySelectorAll('article *')].filter(e => e.getBoundingClientRect().right > {PHONE}).slice(0, 5).map(e => e.outerHTML.slice(0, 120))"
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("stem", CHAPTERS)
+def test_equations_are_typeset(browser: chromium.Browser, address: str, stem: str) -> None:
+    browser.open(f"{address}/notebooks/{stem}.html")
+    assert browser.evaluate("document.querySelectorAll('mjx-container').length") > 5
+    assert browser.evaluate("document.querySelectorAll('mjx-merror').length") == 0
+    assert browser.evaluate("[...document.querySelectorAll('.math')].every(e => e.querySelector('mjx-container'))")
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("stem", CHAPTERS)
+def test_the_book_opens_from_files(browser: chromium.Browser, book: Path, stem: str) -> None:
+    for name in ("book/intro", f"notebooks/{stem}"):
+        browser.open((book / f"{name}.html").as_uri())
+        assert browser.evaluate("document.querySelector('h1').innerText")
+        assert not browser.errors
+        assert all(url.startswith(("file:", "data:", "blob:")) for url in browser.requests)
+    assert browser.evaluate("document.querySelectorAll('mjx-container').length") > 5
+
+
+@pytest.mark.browser
+@pytest.mark.skipif("1_1_qlora" not in CHAPTERS, reason="the chapter that speaks of quantiles is not there yet")
+@pytest.mark.parametrize("over", ["http", "file"])
+def test_search_finds_quantile(browser: chromium.Browser, address: str, book: Path, over: str) -> None:
+    browser.open(f"{address if over == 'http' else book.as_uri()}/search.html?q=quantile")
+    browser.wait("document.querySelectorAll('#search-results li a').length > 0 && !!document.querySelector('#search-results .search-summary, #search-results p')")
+    browser.wait("[...document.querySelectorAll('#search-results li a')].some(a => a.href.includes('notebooks/1_1_qlora.html'))")
+    assert not [url for url in browser.requests if not url.startswith((address, "file:", "data:"))]
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("stem", CHAPTERS)
+def test_solutions_are_folded_and_open_on_a_click(browser: chromium.Browser, address: str, stem: str) -> None:
+    browser.open(f"{address}/notebooks/{stem}.html")
+    solutions = "[...document.querySelectorAll('.tag_solution details')]"
+    count = browser.evaluate(f"{solutions}.length")
+    assert count >= 3
+    assert browser.evaluate(f"{solutions}.every(e => !e.open)")
+    browser.evaluate(f"{solutions}[0].querySelector('summary').click()")
+    assert browser.evaluate(f"{solutions}[0].open && {solutions}[0].querySelector('pre').getBoundingClientRect().height > 0")
+
+
+@pytest.mark.browser
+def test_dark_mode_follows_the_system_and_the_button(browser: chromium.Browser, address: str) -> None:
+    ground = "getComputedStyle(document.body).backgroundColor"
+    theme = "document.documentElement.dataset.theme"
+    browser.prefer("dark")
+    browser.open(f"{address}/book/intro.html")
+    assert browser.evaluate(theme) == "dark"
+    dark = browser.evaluate(ground)
+    browser.prefer("light")
+    browser.open(f"{address}/book/intro.html")
+    assert browser.evaluate(theme) == "light" and browser.evaluate(ground) != dark
+    for _ in range(3):  # the button goes round: system, light, dark
+        browser.evaluate("document.querySelector('.theme-switch-button').click()")
+        if browser.evaluate(theme) == "dark":
+            break
+    assert browser.evaluate(theme) == "dark" and browser.evaluate(ground) == dark
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("stem", CHAPTERS)
+def test_launch_and_download_buttons_lead_to_the_chapters_own_notebook(browser: chromium.Browser, address: str, book: Path, stem: str) -> None:
+    browser.open(f"{address}/notebooks/{stem}.html")
+    links = browser.evaluate("[...document.querySelectorAll('.header-article a')].map(a => a.href)")
+    colab = [link for link in links if "colab.research.google.com" in link]
+    assert colab and all(re.fullmatch(rf"https://colab\.research\.google\.com/github/[^/]+/[^/]+/blob/main/notebooks/{stem}\.ipynb", link) for link in colab)
+    assert f"{address}/_sources/notebooks/{stem}.ipynb" in links and (book / "_sources" / "notebooks" / f"{stem}.ipynb").exists()
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("stem", CHAPTERS)
+def test_figures_have_alt_text(browser: chromium.Browser, address: str, stem: str) -> None:
+    browser.open(f"{address}/notebooks/{stem}.html")
+    images = browser.evaluate("[...document.querySelectorAll('.cell_output img')].map(i => [i.alt, i.src.length, i.naturalWidth])")
+    assert images and all(alt.strip() and not alt.startswith("_images") and "../_images" not in alt and width for alt, _, width in images)

@@ -1,0 +1,57 @@
+"""notebooks/*.ipynb say what notebooks/*.md say, and nothing else."""
+
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from tests.test_chapters import TOY
+from tools import pairs
+from tools.run_chapters import ROOT, chapters
+
+SOLUTION = TOY + '\n```{code-cell} ipython3\n:tags: [solution, hide-cell]\n\n#@title Solution\n1 + 1\n```\n' * 2
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Path:
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "notebooks" / "9_9_toy.md").write_text(SOLUTION)
+    return tmp_path
+
+
+def test_pairs_are_in_step() -> None:
+    stale = [path.name for path in pairs.stale_pairs()]
+    assert not stale, f"run `make notebooks`: {stale} differ from their .md"
+
+
+def test_every_notebook_has_its_source() -> None:
+    sources = {path.stem for path in chapters()}
+    assert {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")} == sources
+
+
+def test_the_notebook_is_valid_without_outputs_and_the_same_each_time(toy: Path) -> None:
+    text = pairs.notebook_text(toy / "notebooks" / "9_9_toy.md")
+    assert text == pairs.notebook_text(toy / "notebooks" / "9_9_toy.md")
+    notebook = nbformat.reads(text, as_version=4)
+    nbformat.validate(notebook)
+    assert len({cell.id for cell in notebook.cells}) == len(notebook.cells)
+    assert all(not cell.outputs and cell.execution_count is None for cell in notebook.cells if cell.cell_type == "code")
+
+
+def test_solutions_fold_on_colab_and_in_jupyterlab(toy: Path) -> None:
+    notebook = nbformat.reads(pairs.notebook_text(toy / "notebooks" / "9_9_toy.md"), as_version=4)
+    solution = notebook.cells[-1].metadata
+    assert solution["cellView"] == "form" and solution["jupyter"] == {"source_hidden": True}
+    assert "cellView" not in notebook.cells[1].metadata
+
+
+def test_an_edit_of_either_side_is_seen(toy: Path) -> None:
+    source, notebook = toy / "notebooks" / "9_9_toy.md", toy / "notebooks" / "9_9_toy.ipynb"
+    assert notebook in pairs.stale_pairs(toy)
+    notebook.write_text(pairs.stale_pairs(toy)[notebook])
+    assert not pairs.stale_pairs(toy)
+    source.write_text(SOLUTION.replace("A toy", "Another"))
+    assert notebook in pairs.stale_pairs(toy)
+    source.write_text(SOLUTION)
+    notebook.write_text(notebook.read_text().replace("A toy", "Another"))
+    assert notebook in pairs.stale_pairs(toy)

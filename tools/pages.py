@@ -1,0 +1,193 @@
+"""The generated parts of the book's pages: a line `<!-- generated: NAME -->` in book/*.md is replaced by what NAME makes."""
+
+import html
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from xml.etree import ElementTree
+
+import yaml
+
+from tools.run_chapters import Result
+
+MARKER = re.compile(r"^<!-- generated: ([a-z ]+) -->$", re.MULTILINE)
+ARXIV = re.compile(r"arxiv\.org/(?:abs|pdf)/(\d{4}\.\d{4,5})")
+
+
+def fill(text: str, root: Path, results: list[Result]) -> str:
+    """A page with its generated parts filled in."""
+    def part(match: re.Match[str]) -> str:
+        if match[1] not in PARTS:
+            raise ValueError(f"<!-- generated: {match[1]} -->: unknown; there are {', '.join(sorted(PARTS))}")
+        return PARTS[match[1]](root, results)
+
+    return MARKER.sub(part, text)
+
+
+def data(root: Path, name: str) -> list[dict]:
+    return yaml.safe_load((root / "book" / "_data" / name).read_text())
+
+
+def title(chapter: Path) -> str:
+    """The first heading of a chapter."""
+    found = re.search(r"^# (.+)$", chapter.read_text(), re.MULTILINE)
+    if not found:
+        raise ValueError(f"{chapter.name}: no line `# Title`")
+    return found[1]
+
+
+def sources(root: Path, results: list[Result]) -> dict[str, Path]:
+    return {result.stem: root / "notebooks" / f"{result.stem}.md" for result in results}
+
+
+def picture(root: Path, results: list[Result]) -> str:
+    """The picture of what is ahead, inline so that it follows the theme's colours; chapters that exist are links."""
+    namespace = "http://www.w3.org/2000/svg"
+    ElementTree.register_namespace("", namespace)
+    svg = ElementTree.parse(root / "book" / "_static" / "ahead.svg").getroot()
+    there = {result.stem for result in results}
+    for parent in list(svg.iter()):
+        for index, child in enumerate(list(parent)):
+            if child.get("class") == "system" and child.get("id") in there:
+                link = ElementTree.Element(f"{{{namespace}}}a", {"href": f"../notebooks/{child.get('id')}.html", "class": "ready"})
+                parent.remove(child)
+                link.append(child)
+                parent.insert(index, link)
+    text = re.sub(r"\n\s*", "\n", ElementTree.tostring(svg, encoding="unicode"))
+    return f"```{{raw}} html\n<figure class=\"ahead\">{text}</figure>\n```"
+
+
+def chapter_list(root: Path, results: list[Result]) -> str:
+    if not results:
+        return "The first chapter is being written."
+    lines = ["| chapter | runs in |", "|---|---|"]
+    for result in results:
+        source = root / "notebooks" / f"{result.stem}.md"
+        lines.append(f"| [{title(source)}](../notebooks/{result.stem}.ipynb) | {seconds(result.seconds)} |")
+    return "\n".join(lines)
+
+
+def run_times(root: Path, results: list[Result]) -> str:
+    """Each chapter, how long it ran for this edition of the book, and in how many cells."""
+    if not results:
+        return "*No chapter yet.*"
+    lines = ["| chapter | code cells | profile | run time |", "|---|---|---|---|"]
+    for result in results:
+        run = json.loads((result.folder / "run.json").read_text())
+        source = root / "notebooks" / f"{result.stem}.md"
+        lines.append(f"| [{title(source)}](../notebooks/{result.stem}.ipynb) | {run['cells']} | `{run['profile']}` | {seconds(run['seconds'])} |")
+    lines.append(f"| **all** | | | **{seconds(sum(result.seconds for result in results))}** |")
+    return "\n".join(lines)
+
+
+def seconds(value: float) -> str:
+    return f"{value:.0f} s" if value < 120 else f"{value / 60:.1f} min"
+
+
+def coverage(root: Path, results: list[Result]) -> str:
+    """Each heading of the notes → chapter, class and test, linked where they exist."""
+    there = {result.stem for result in results}
+    lines = ["| the notes | chapter | in code | tests |", "|---|---|---|---|"]
+    for row in data(root, "coverage.yml"):
+        module, stem = row["module"], row["chapter"]
+        written = (root / "lora_course" / f"{module}.py").exists()
+        tested = root / "tests" / f"test_{module}.py"
+        chapter = f"[{stem.replace('_', '.', 1).split('_')[0]} {row['title']}](../notebooks/{stem}.ipynb)" if stem in there else "to come"
+        names = ", ".join(f"`{name}`" for name in row["names"])
+        code = f"[`lora_course.{module}`](api/{api_stem(module)}.md): {names}" if written else "to come"
+        lines.append(f"| {row['heading']} <br> {row['english']} | {chapter} | {code} | {f'`tests/{tested.name}`' if tested.exists() else 'to come'} |")
+    return "\n".join(lines)
+
+
+def bibliography(root: Path, results: list[Result]) -> str:
+    """The papers that chapters link to, with the chapters that do."""
+    cited: dict[str, list[str]] = {}
+    for stem, path in sources(root, results).items():
+        for number in dict.fromkeys(ARXIV.findall(path.read_text())):
+            cited.setdefault(number, []).append(stem)
+    lines = []
+    for paper in data(root, "bibliography.yml"):
+        if paper["arxiv"] not in cited:
+            continue
+        where = ", ".join(f"[{title(sources(root, results)[stem])}](../notebooks/{stem}.ipynb)" for stem in cited[paper["arxiv"]])
+        lines.append(f"- {paper['authors']} ({paper['year']}). *{paper['title']}*. "
+                     f"[arXiv:{paper['arxiv']}](https://arxiv.org/abs/{paper['arxiv']}). In: {where}.")
+    return "\n".join(lines) or "*No chapter yet.*"
+
+
+def ledger(root: Path, results: list[Result]) -> str:
+    """Every claim of every chapter: what was expected, what came out, whether it holds."""
+    parts = []
+    for result in results:
+        for path in result.claims:
+            record = json.loads(path.read_text())
+            claims = record["claims"]
+            held = sum(claim["holds"] for claim in claims)
+            parts.append(f"## {title(root / 'notebooks' / f'{result.stem}.md')}\n\n"
+                         f"{held} of {len(claims)} hold, under the profile `{record['profile']}`. "
+                         f"[Read the chapter](../notebooks/{result.stem}.ipynb)\n")
+            parts += [claim_card(claim) for claim in claims]
+    return "\n".join(parts) or "*No chapter yet.*"
+
+
+def claim_card(claim: dict) -> str:
+    mark, word = ("✓", "holds") if claim["holds"] else ("✗", "does not hold here")
+    rows = [f"**{mark} {one_line(claim['statement'])}**", "",
+            f"| source | {cell(claim['source'])} |", "|---|---|",
+            f"| expected | {cell(claim['expected'])} |",
+            f"| came out | {cell(claim['outcome'])} |",
+            f"| verdict | {word}: `{cell(claim['predicate'])}` |",
+            f"| values | {values(claim['values'])} |"]
+    if claim.get("explanation"):
+        rows.append(f"| explanation | {cell(claim['explanation'])} |")
+    kind = "holds" if claim["holds"] else "fails"
+    return f":::{{div}} claim {kind}\n" + "\n".join(rows) + "\n:::\n"
+
+
+def values(named: dict[str, list]) -> str:
+    return "<br>".join(f"{cell(name)}: {', '.join(number(value) for value in flat(series))}" for name, series in named.items())
+
+
+def flat(series: object) -> list:
+    return [leaf for item in series for leaf in flat(item)] if isinstance(series, list) else [series]
+
+
+def number(value: object) -> str:
+    return f"{value:.5g}" if isinstance(value, float) else html.escape(str(value))
+
+
+def one_line(text: str) -> str:
+    return " ".join(str(text).split())
+
+
+def cell(text: str) -> str:
+    return one_line(text).replace("|", "\\|")
+
+
+def api_modules(root: Path) -> list[str]:
+    """The modules that get an API page: the ground floor, the variants that exist, and the lab."""
+    package = root / "lora_course"
+    first = ["lora", "checkpoint", "training"]
+    rest = [row["module"] for row in data(root, "coverage.yml")]
+    lab = sorted(f"lab.{path.stem}" for path in (package / "lab").glob("[a-z]*.py"))
+    return [name for name in dict.fromkeys(first + rest + lab) if (package / f"{name.replace('.', '/')}.py").exists()]
+
+
+def api_stem(module: str) -> str:
+    return f"{module.replace('.', '_')}_api"
+
+
+def api_page(module: str) -> str:
+    name = f"lora_course.{module}"
+    return f"# `{name}`\n\n```{{eval-rst}}\n.. automodule:: {name}\n```\n"
+
+
+def api_list(root: Path, results: list[Result]) -> str:
+    return "\n".join(f"- [`lora_course.{module}`]({api_stem(module)}.md)" for module in api_modules(root)) or "*None yet.*"
+
+
+PARTS: dict[str, Callable[[Path, list[Result]], str]] = {
+    "picture": picture, "chapters": chapter_list, "run times": run_times, "coverage": coverage,
+    "bibliography": bibliography, "ledger": ledger, "api": api_list,
+}

@@ -1,0 +1,63 @@
+"""Writes notebooks/*.ipynb from notebooks/*.md, the one direction in which the pairs are kept in step.
+
+    python -m tools.pairs           write them
+    python -m tools.pairs --check   say which differ; exit 1 if any does
+"""
+
+import argparse
+import hashlib
+from collections import Counter
+from pathlib import Path
+
+import jupytext
+import nbformat
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def notebook_text(chapter: Path) -> str:
+    """The .ipynb of a chapter, without outputs; the same text on every call and every machine.
+
+    Cell ids come from the cells' text, so that a small edit makes a small diff. Solutions fold on Colab (`cellView`) and in
+    JupyterLab (`source_hidden`).
+    """
+    notebook = jupytext.read(chapter)
+    notebook.metadata = nbformat.from_dict({
+        "jupytext": {"formats": "ipynb,md:myst"},
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    })
+    seen: Counter[str] = Counter()
+    for cell in notebook.cells:
+        digest = hashlib.sha256(f"{cell.cell_type}\n{cell.source}".encode()).hexdigest()[:12]
+        cell.id = digest if not seen[digest] else f"{digest}-{seen[digest]}"
+        seen[digest] += 1
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+            if "solution" in cell.metadata.get("tags", []):
+                cell.metadata["cellView"] = "form"
+                cell.metadata["jupyter"] = {"source_hidden": True}
+    notebook.nbformat, notebook.nbformat_minor = 4, 5
+    return nbformat.writes(notebook) + "\n"
+
+
+def stale_pairs(root: Path = ROOT) -> dict[Path, str]:
+    """The notebooks that don't say what their chapter says, with the text they should have."""
+    wanted = {path.with_suffix(".ipynb"): notebook_text(path) for path in sorted((root / "notebooks").glob("*.md"))}
+    return {path: text for path, text in wanted.items() if not path.exists() or path.read_text() != text}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a pair is out of step")
+    check = parser.parse_args().check
+    stale = stale_pairs()
+    for path, text in stale.items():
+        print(f"{path.relative_to(ROOT)}: {'out of step with its .md; run `make notebooks`' if check else 'written'}")
+        if not check:
+            path.write_text(text)
+    raise SystemExit(bool(stale) and check)
+
+
+if __name__ == "__main__":
+    main()
