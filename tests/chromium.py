@@ -76,10 +76,11 @@ class Browser:
         failure = self.call("Page.navigate", url=url).get("errorText")
         if failure:
             raise RuntimeError(f"{url}: {failure}")
-        self.wait("document.readyState === 'complete'")
-        _wait(lambda: self.evaluate("0") == 0 and self._loaded, f"{url} is loaded")
-        self.wait("!window.MathJax || !!(MathJax.startup && MathJax.startup.promise)")
-        self.evaluate("window.MathJax ? MathJax.startup.promise.then(() => true) : true")
+        while not self._loaded:
+            self._note(json.loads(self._socket.recv()))
+        self.wait("""!document.querySelector('script[src*="mathjax"]')
+                     || !!window.MathJax?.startup?.promise?.then(() => true)""")
+        self.evaluate("window.MathJax?.startup?.promise?.then(() => true)")
 
     def evaluate(self, script: str) -> Any:
         """The value of a JavaScript expression; a promise is awaited."""

@@ -299,6 +299,8 @@ def test_quantising_in_memory_equals_loading(saved: str) -> None:
 def test_quantising_leaves_the_head_the_adapter_and_what_is_skipped() -> None:
     untied = quantize_model(tiny_qwen(tied=False), skip=("down_proj",))
     assert isinstance(untied.lm_head, Linear4bit) and type(untied.model.layers[0].mlp.down_proj) is nn.Linear
+    layers = [module for module in untied.modules() if isinstance(module, Linear4bit)]
+    assert not any(parameter.requires_grad for layer in layers for parameter in layer.parameters())
     tied = quantize_model(tiny_qwen(), skip=())
     assert type(tied.lm_head) is nn.Linear
     model = adapted(tiny_qwen())
@@ -357,8 +359,11 @@ def evaluate(model: nn.Module) -> None:
 
 
 def test_an_evaluation_leaves_bytes_and_gradients_as_they_were(avx512bf16: None) -> None:
-    model = adapted(quantize_model(tiny_qwen()))
-    before, expected = base_bytes(model), gradients(model)
+    model = quantize_model(tiny_qwen())
+    before = base_bytes(model)
+    evaluate(model)
+    assert_same_bytes(before, base_bytes(model))
+    before, expected = base_bytes(adapted(model)), gradients(model)
     evaluate(model)
     assert_same_bytes(before, base_bytes(model))
     for name, grad in gradients(model).items():

@@ -393,6 +393,8 @@ def measure(args: argparse.Namespace) -> None:
         if "nano" not in row:
             row["nano"] = bits_per_byte(model, tokenizer, test)
             row["slice"] = bits_per_byte(model, tokenizer, excerpt(test, SLICE))
+            if domain == HOME:
+                row["validation"] = bits_per_byte(model, tokenizer, read(domain, "validation"))
             row["bytes a token"] = sum(len(t.encode()) for t in test) / sum(len(d) - 1 for d in encode(tokenizer, test))
         print(domain, measured["baselines"][domain], row, flush=True)
         keep()
@@ -440,7 +442,7 @@ tokens; its learning rate is the best of {lrs} on the validation split.
 |---|---|---|---|---|---|---|---|---|
 {rows}
 
-Only the glosses are nano's own domain; the others are new to its weights. {forgetting}
+Only the glosses are nano's own domain ({home:.2f} on their validation split); the others are new to its weights. {forgetting}
 
 ## Model
 {layers} layers of Qwen2's architecture, width {width}, {heads} attention heads over {kv} key-value heads, intermediate size {inner},
@@ -454,8 +456,8 @@ vocabulary {vocabulary:,}, tied embeddings, positions up to {positions:,}; weigh
 - Last held-out loss in training: {validation:.3f} bits per byte of two documents of the validation split.
 
 ## Tokenizer
-Byte-level BPE, {vocabulary:,} tokens, lossless on any text; `<|endoftext|>` ends a document and pads; nothing is added to a text by
-itself. It was trained on a balanced mix of the train splits of **all** domains and the general text, so its vocabulary knows the
+Byte-level BPE, {vocabulary:,} tokens, with Qwen2's rule for splitting words: lossless on any text in Unicode's NFC form (Qwen2's
+tokenizer brings other text to it). `<|endoftext|>` ends a document and pads; nothing is added to a text by itself. It was trained on a balanced mix of the train splits of **all** domains and the general text, so its vocabulary knows the
 domains that the weights have never seen. Bits per byte can be compared across tokenizers, perplexity per token can't.
 
 ## Samples
@@ -468,7 +470,7 @@ For teaching: to watch adaptation, forgetting, quantisation and merging on a rea
 sound right and are mostly false; it knows no facts, follows no instructions, and carries the views of its sources. Use it for nothing else.
 
 ## Licence
-The weights are released under the project's licence for code. They were trained on WordNet 3.0 (© 2006 Princeton University) and on the
+The weights are released under the Apache License 2.0, as the project's code. They were trained on WordNet 3.0 (© 2006 Princeton University) and on the
 PostgreSQL documentation (© 1996–2023 PostgreSQL Global Development Group, © 1994 Regents of the University of California), whose notices are to be kept.
 """
 
@@ -505,6 +507,7 @@ def card(args: argparse.Namespace) -> None:
         epochs=state["tokens"] / epoch, muon_lr=settings["muon_lr"], weight_decay=settings["weight_decay"], lr=settings["lr"],
         decay=settings["decay_fraction"], validation=next(line["validation"] for line in reversed(log) if "validation" in line),
         generation=", ".join(f"`{k}={v}`" for k, v in measured["generation"].items()), samples="\n\n".join(samples),
+        home=measured["domains"][HOME]["validation"],
         forgetting=f"After adapting, the glosses (first 60 kB of the test split) are at {min(glosses):.2f} to {max(glosses):.2f}.",
     )  # fmt: skip
     (args.out / "README.md").write_text(text, encoding="utf-8")

@@ -24,7 +24,7 @@ import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent
 GPU_PROFILES = ("t4", "large")
-CELL_TIMEOUT = {"tiny": 300, "smol": 900, "t4": 1800, "large": 7200}  # seconds
+CELL_TIMEOUT = {"tiny": 600, "smol": 900, "t4": 1800, "large": 7200}  # seconds
 KEPT_RESULTS = 3
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
