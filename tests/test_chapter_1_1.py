@@ -54,7 +54,12 @@ def requantised(layer):
 
 
 def column_by_column(layer):
-    """Feed the unit vectors through the layer: the weight, whatever the layer is made of."""
+    """Feed the unit vectors through the layer: the weight, whatever the layer is made of; its bias is what zeros give."""
+    with torch.no_grad():
+        return (layer(torch.eye(layer.in_features)) - layer(torch.zeros(1, layer.in_features))).T
+
+
+def with_bias(layer):
     with torch.no_grad():
         return layer(torch.eye(layer.in_features)).T
 
@@ -72,6 +77,7 @@ WRONG = {
         base_of,
         lambda layer: base_of(layer) + layer.B @ layer.A,
         requantised,
+        with_bias,
         lambda layer: (base_of(layer) + layer.delta_weight()).T,
     ],
 }

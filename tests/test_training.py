@@ -91,7 +91,7 @@ def test_training_equals_a_loop_by_hand(tmp_path: Path, accumulation: int, auxil
     model = injected()
     args = arguments(
         tmp_path, max_steps=4, gradient_accumulation_steps=accumulation, lr_scheduler_type="constant", warmup_steps=0,
-        weight_decay=0.1,
+        weight_decay=0.1, learning_rate=1e-3,
     )  # fmt: skip
     trainer = AdapterTrainer(model, args, train_dataset=data, auxiliary_loss=auxiliary)
     batches = [batch for batch in trainer.get_train_dataloader()]
@@ -99,7 +99,7 @@ def test_training_equals_a_loop_by_hand(tmp_path: Path, accumulation: int, auxil
 
     reference = injected().train()
     parameters = [p for p in reference.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=5e-3, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.1)
     history = []
     for step in range(4):
         micro = batches[step * accumulation : (step + 1) * accumulation]

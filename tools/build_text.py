@@ -212,7 +212,7 @@ def milton(sources: dict[str, Path]) -> Iterator[Document]:
     ):
         starts = [m.start() for m in re.finditer(head, text, re.MULTILINE)]
         for number, (a, b) in enumerate(zip(starts, [*starts[1:], len(text)]), 1):
-            book = re.sub(r"^ *THE END.*$", "", text[a:b], flags=re.MULTILINE)
+            book = re.sub(r"^ *THE END.*$", "", text[a:b].replace("\x1a", ""), flags=re.MULTILINE)  # \x1a: DOS's end of file
             book = re.sub(r" {4,}\d+$", "", re.sub(r" +$", "", book, flags=re.MULTILINE), flags=re.MULTILINE)
             held_out = (s for s, books in MILTON_HELD_OUT.items() if work == "Paradise Lost" and number in books)
             yield Document(next(held_out, "train"), f"{work} {number}", re.sub(r"\n{3,}", "\n\n", book.strip()) + "\n")

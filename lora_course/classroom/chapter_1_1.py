@@ -19,7 +19,7 @@ def check_storage(learner):
     mistake(found == codes + constants + 320, "The 32-bit mean, one for the whole weight, is missing.")
     mistake(abs(found - (codes + constants + 352) / n) < 1, "This is a number of bits a weight; the bits in all are asked for.")
     mistake(found != codes + constants + 352, "{} weights take {} bits, not {}: count the codes, 8 bits a block, 32 bits for 256 blocks, 32 bits once.", n, codes + constants + 352, found)
-    mistake(learner(65) != 4 * 65 + 16 + 32 + 32, "65 weights make two blocks and one group of 256: incomplete ones count as whole. Round up.")
+    mistake(learner(66) != 4 * 66 + 16 + 32 + 32, "66 weights make two blocks and one group of 256: incomplete ones count as whole. Round up.")
     mistake(learner(n, bits=3, block=128) != 3 * n + 8 * (n // 128) + 32 * 5 + 32, "`bits` and `block` are not used everywhere: try bits=3, block=128.")
 
 
@@ -41,7 +41,8 @@ def check_quantizer(learner):
     mistake(not torch.equal(weight, before), "Your function changed the weight it was given: work on a copy.")
     mistake(not isinstance(found, torch.Tensor) or found.shape != weight.shape, "A tensor of shape {} is expected, like the weight: reshape the blocks back.", list(weight.shape))
     mistake(bool(found.isnan().any()), "There is a NaN: a block of zeros has the largest magnitude 0, and 0/0 is not a number.")
-    close = lambda a, b: torch.allclose(a, b, atol=1e-6, rtol=1e-4)  # noqa: E731
+    found = found.float()
+    close = lambda a, b: torch.allclose(a.float(), b, atol=1e-6, rtol=1e-4)  # noqa: E731
     mistake(close(found, one_scale), "One scale for the whole weight: rows with small weights lose all their detail. Use one a block.")
     mistake(close(found, lower), "You take the next lower code; the nearest may be the one above.")
     mistake(bool(found.abs().max() <= 1) and weight.abs().max() > 1, "The result is still divided by the block's largest magnitude: multiply it back.")
@@ -57,8 +58,8 @@ def check_merged_weight(learner):
     """`learner(layer)` → the dense weight that computes what the layer computes."""
     generator = torch.Generator().manual_seed(1)
     original = torch.randn(192, 128, generator=generator) / 10
-    base = bnb.nn.Linear4bit(128, 192, bias=False, compute_dtype=torch.float32, quant_type="nf4")
-    base.load_state_dict({"weight": original})
+    base = bnb.nn.Linear4bit(128, 192, bias=True, compute_dtype=torch.float32, quant_type="nf4")
+    base.load_state_dict({"weight": original, "bias": torch.linspace(-1, 1, 192)})
     layer = LoRALinear(base.to("cpu"), r=4, lora_alpha=12)
     layer.B.data = torch.randn(192, 4, generator=generator) / 20
     layer.A.data = torch.randn(4, 128, generator=generator) / 5
@@ -73,5 +74,6 @@ def check_merged_weight(learner):
     mistake(close(found, dense), "This is the base alone: the adapter's update is missing.")
     mistake(close(found, dense + delta), "The scale α/r is missing: the layer's update is scaling · B A.")
     mistake(close(found, bnb.functional.dequantize_4bit(again, state)), "You quantised the sum again: it is rounded to sixteen values a block. Return the dense sum.")
+    mistake(close(found, dense + 3 * delta + torch.linspace(-1, 1, 192)[:, None]), "The bias is in every column: it stays the bias, it is no part of the weight.")
     mistake(not close(found, dense + 3 * delta), "The layer with your weight computes something else; relative error of the weight {:.2g}.", ((found - dense - 3 * delta).norm() / dense.norm()).item())
     mistake(not torch.equal(base.weight.data, before), "Your function changed the layer's packed weight: leave the layer as it was.")

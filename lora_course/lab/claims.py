@@ -213,7 +213,7 @@ def load_claims(folder: str | Path) -> list[dict[str, Any]]:
 
 
 def _summary(name: str, series: list[float]) -> str:
-    """`name 1.234 ± 0.012 (3 seeds)`."""
+    """`name 1.234 ± 0.012 (n = 3)`."""
     if len(series) == 1:
         return f"{name} {series[0]:.4g}"
-    return f"{name} {statistics.fmean(series):.4g} ± {statistics.stdev(series):.2g} ({len(series)} seeds)"
+    return f"{name} {statistics.fmean(series):.4g} ± {statistics.stdev(series):.2g} (n = {len(series)})"

@@ -84,7 +84,7 @@ def test_the_row_says_what_came_out_and_whether_it_holds_in_words() -> None:
     claim = added("mean(qlora) < mean(lora)", explanation="Three seeds are too few.")
     text = claim._repr_markdown_()
     assert "✗ does not hold here" in text and "Three seeds are too few." in text
-    assert "lora 2.1 ± 0.1 (3 seeds)" in text and "qlora 2.14 ± 0.082 (3 seeds)" in text
+    assert "lora 2.1 ± 0.1 (n = 3)" in text and "qlora 2.14 ± 0.082 (n = 3)" in text
     assert "✓ holds" in added("mean(qlora) > mean(lora)")._repr_markdown_()
     assert added("mean(bits) < 5", {"bits": 4.127}).outcome == "bits 4.127"
 

@@ -30,7 +30,7 @@ def test_a_study_runs_what_is_missing_only_and_refuses_other_sources_and_setting
     assert json.loads((tmp_path / "s.json").read_text())["runs"] == {"a": {"value": 1}, "b": {"value": 2}}
     with pytest.raises(ValueError, match="another settings"):
         Study(tmp_path / "s.json", [source], {"steps": 4})
-    source.write_text("2")
+    source.write_text("3")
     with pytest.raises(ValueError, match="another source_sha256"):
         Study(tmp_path / "s.json", [source], {"steps": 3})
 
@@ -59,9 +59,13 @@ def test_committed_studies_carry_their_script_seeds_versions_and_source(path: Pa
     assert record["runs"]
 
 
-def test_source_hash_depends_on_every_file(tmp_path: Path) -> None:
-    a, b = tmp_path / "a", tmp_path / "b"
-    a.write_text("x"), b.write_text("y")
+def test_source_hash_depends_on_the_code_and_data_of_every_file_and_not_on_comments(tmp_path: Path) -> None:
+    a, b = tmp_path / "a.py", tmp_path / "b.parquet"
+    a.write_text("def f(x):\n    return x + 1\n"), b.write_text("y")
     first = source_hash([a, b])
+    a.write_text('def f(x):\n    """Adds one."""\n    return x + 1  # really\n')
+    assert source_hash([a, b]) == first
+    a.write_text("def f(x):\n    return x + 2\n")
+    second = source_hash([a, b])
     b.write_text("z")
-    assert source_hash([a, b]) != first != source_hash([b, a])
+    assert len({first, second, source_hash([a, b])}) == 3

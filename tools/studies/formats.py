@@ -1,10 +1,10 @@
 """The study of chapter 1.1 on number formats: which weights' rounding costs SmolLM2 its perplexity.
 
-    python tools/studies/formats.py          about 6 minutes on two idle cores; goes on where it was stopped
+    python tools/studies/formats.py          about 10 minutes on two idle cores; goes on where it was stopped
 
 For int4, FP4 and NF4 in blocks of 64: all linear weights rounded, and only those whose magnitude, over the largest of their
-block, lies in one of four bins. Per run: the squared error over Σ w², and the loss (nats a token) on each of three texts
-(the "seeds" of this study). Writes lora_course/data/studies/1_1_formats.json.
+block, lies in one of four bins; and NF4 with double quantisation. Per run: the squared error over Σ w², and the loss (nats
+a token) on each of five texts (the "seeds" of this study). Writes lora_course/data/studies/1_1_formats.json.
 """
 
 from __future__ import annotations
@@ -20,16 +20,18 @@ from lora_course.lab import study
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {
-    "model": "smol", "formats": ["int4", "fp4", "nf4"], "edges": [0, 0.15, 0.45, 0.75, 1.0], "characters": 1200,
-    "seeds": ["bible", "shakespeare", "python"],
+    "model": "smol", "formats": ["int4", "fp4", "nf4"], "edges": [0, 0.15, 0.45, 0.75, 1.0], "characters": 2000,
+    "seeds": ["glosses", "bible", "shakespeare", "milton", "python"],
 }  # fmt: skip
 SOURCES = [Path(__file__), ROOT / "lora_course/lab/models.py", *(ROOT / f"lora_course/data/text/{d}.parquet" for d in SETTINGS["seeds"])]
 
 
 def roundtrip(weight: Tensor, kind: str) -> Tensor:
     """The nearest weight that a format can represent, `[out, in]`."""
-    if kind in ("nf4", "fp4"):
-        return bnb.functional.dequantize_4bit(*bnb.functional.quantize_4bit(weight, blocksize=64, quant_type=kind))
+    if kind in ("nf4", "fp4", "nf4 double"):
+        double = kind.endswith("double")
+        packed, state = bnb.functional.quantize_4bit(weight, blocksize=64, quant_type=kind[:3], compress_statistics=double)
+        return bnb.functional.dequantize_4bit(packed, state)
     blocks = weight.reshape(-1, 64)
     scale = blocks.abs().amax(1, keepdim=True).clamp(min=1e-12) / 7
     return (torch.round(blocks / scale) * scale).reshape(weight.shape)
@@ -62,9 +64,8 @@ def main() -> None:
 
     edges = SETTINGS["edges"]
     results = study.Study(study.STUDIES / "1_1_formats.json", SOURCES, SETTINGS)
-    todo = [("base", None, 0, 1)]
+    todo = [("base", None, 0, 1)] + [(f"{kind}/all", kind, 0, 1) for kind in (*SETTINGS["formats"], "nf4 double")]
     for kind in SETTINGS["formats"]:
-        todo += [(f"{kind}/all", kind, 0, 1)]
         todo += [(f"{kind}/{low:g}-{high:g}", kind, low, high) for low, high in zip(edges, edges[1:])]
     for i, (key, kind, low, high) in enumerate(todo, 1):
         run = results.run(key, lambda: result(kind, low, high))

@@ -1,4 +1,4 @@
-"""The study of chapter 1.1: LoRA on a 16-bit base, QLoRA, and QLoRA on attention only, with the same learning-rate search.
+"""The study of chapter 1.1: LoRA on an unquantised base, QLoRA, and QLoRA on attention only, with the same learning-rate search.
 
     python tools/studies/qlora.py            about 20 minutes on two idle cores; goes on where it was stopped
 
