@@ -338,9 +338,8 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn
 def merge_requantized(model: nn.Module) -> nn.Module:
     """Add each adapter to its dequantised weight, quantise the sum again, and take the adapter out; in place.
 
-    As small as the base, and wrong: the base lies on its codes, so a change of less than half a gap is rounded away. Of a
-    random ΔW of 16% of the weight's norm 97% survives, of 5% a third, of 2% nothing: the base is back, without its
-    adapter. It is what PEFT's `merge_and_unload` does to a 4-bit base.
+    As small as the base, and wrong: the base lies on its codes, so a change of less than half a gap is rounded away. The
+    smaller ΔW is against the weight, the less of it survives; of a small one nothing does. It is what PEFT's `merge_and_unload` does to a 4-bit base.
 
     Raises:
         ValueError: no adapter.    TypeError: an adapter's base is not 4-bit.    RuntimeError: see `protect`.
@@ -361,7 +360,7 @@ def merge_into(original: nn.Module, model: nn.Module) -> nn.Module:
     """Add the adapter of `model` to the weights of `original`, the plain model before quantisation, in place.
 
     Common, and wrong too: the adapter was trained on the quantised weights, and the function changes by all of the
-    quantisation error, some 9% of each weight matrix. Whether the loss suffers has to be measured.
+    quantisation error. Whether the loss suffers has to be measured.
 
     Raises:
         ValueError: no adapter, or `original` lacks a layer or has it in another shape.
