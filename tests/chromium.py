@@ -16,6 +16,7 @@ FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-
          "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--hide-scrollbars", "--no-proxy-server",
          "--remote-debugging-port=0")
 PATIENCE = 30.0  # seconds
+GONE = ("Inspected target navigated or closed", "Execution context was destroyed", "Cannot find context")
 
 
 def executable() -> str | None:
@@ -28,7 +29,7 @@ class Browser:
     def __init__(self, program: str, profile: Path) -> None:
         self.requests: list[str] = []
         self.errors: list[str] = []
-        self._loaded = False
+        self._loaded: set[str] = set()
         self._number = 0
         self._process = subprocess.Popen(
             [program, *FLAGS, f"--user-data-dir={profile}", "about:blank"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -42,6 +43,7 @@ class Browser:
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Network", "Runtime", "Log"):
             self.call(f"{domain}.enable")
+        self.call("Page.setLifecycleEventsEnabled", enabled=True)
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
         """Send one command and return its result; events that arrive meanwhile are noted."""
@@ -60,8 +62,8 @@ class Browser:
         name, told = event.get("method"), event.get("params", {})
         if name == "Network.requestWillBeSent":
             self.requests.append(told["request"]["url"])
-        elif name == "Page.loadEventFired":
-            self._loaded = True
+        elif name == "Page.lifecycleEvent" and told["name"] == "load":
+            self._loaded.add(told["loaderId"])
         elif name == "Runtime.exceptionThrown":
             details = told["exceptionDetails"]
             self.errors.append(details.get("exception", {}).get("description", details["text"]))
@@ -71,16 +73,15 @@ class Browser:
             self.errors.append(f"{told['entry']['text']} {told['entry'].get('url', '')}")
 
     def open(self, url: str) -> None:
-        """Go to a page and wait until it is loaded and its equations are typeset."""
-        self.requests, self.errors, self._loaded = [], [], False
-        failure = self.call("Page.navigate", url=url).get("errorText")
-        if failure:
-            raise RuntimeError(f"{url}: {failure}")
-        while not self._loaded:
+        """Go to a page and wait until it, or the page it sends us on to, is loaded and its equations are typeset."""
+        self.requests, self.errors = [], []
+        answer = self.call("Page.navigate", url=url)
+        if answer.get("errorText"):
+            raise RuntimeError(f"{url}: {answer['errorText']}")
+        while answer["loaderId"] not in self._loaded:
             self._note(json.loads(self._socket.recv()))
-        self.wait("""!document.querySelector('script[src*="mathjax"]')
-                     || !!window.MathJax?.startup?.promise?.then(() => true)""")
-        self.evaluate("window.MathJax?.startup?.promise?.then(() => true)")
+        self.wait("""document.readyState === 'complete' && !document.querySelector('meta[http-equiv="refresh"]')
+                     && (!document.querySelector('script[src*="mathjax"]') || window.MathJax?.startup?.promise?.then(() => true))""")
 
     def evaluate(self, script: str) -> Any:
         """The value of a JavaScript expression; a promise is awaited."""
@@ -91,7 +92,16 @@ class Browser:
 
     def wait(self, script: str) -> None:
         """Wait until a JavaScript expression is true."""
-        _wait(lambda: self.evaluate(script), script)
+
+        def holds() -> Any:
+            try:
+                return self.evaluate(script)
+            except RuntimeError as error:
+                if not any(gone in str(error) for gone in GONE):
+                    raise
+                return False  # the page went on to another one while we asked
+
+        _wait(holds, script)
 
     def size(self, width: int, height: int, mobile: bool = False) -> None:
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=mobile)
