@@ -154,7 +154,9 @@ def flat(series: object) -> list:
 
 
 def number(value: object) -> str:
-    return f"{value:.5g}" if isinstance(value, float) else html.escape(str(value))
+    if not isinstance(value, float):
+        return html.escape(str(value))
+    return f"{value:,.0f}" if 1e5 <= abs(value) < 1e15 else f"{value:.5g}"
 
 
 def one_line(text: str) -> str:

@@ -215,5 +215,10 @@ def load_claims(folder: str | Path) -> list[dict[str, Any]]:
 def _summary(name: str, series: list[float]) -> str:
     """`name 1.234 ± 0.012 (n = 3)`."""
     if len(series) == 1:
-        return f"{name} {series[0]:.4g}"
-    return f"{name} {statistics.fmean(series):.4g} ± {statistics.stdev(series):.2g} (n = {len(series)})"
+        return f"{name} {number(series[0])}"
+    return f"{name} {number(statistics.fmean(series))} ± {number(statistics.stdev(series), 2)} (n = {len(series)})"
+
+
+def number(value: float, digits: int = 4) -> str:
+    """`value` with so many significant digits; from 10,000 on as a whole number, never in powers of ten."""
+    return f"{value:,.0f}" if 1e4 <= abs(value) < 1e15 else f"{value:.{digits}g}" if abs(value) < 10**digits else f"{value:.0f}"

@@ -87,6 +87,8 @@ def test_the_row_says_what_came_out_and_whether_it_holds_in_words() -> None:
     assert "lora 2.1 ± 0.1 (n = 3)" in text and "qlora 2.14 ± 0.082 (n = 3)" in text
     assert "✓ holds" in added("mean(qlora) > mean(lora)")._repr_markdown_()
     assert added("mean(bits) < 5", {"bits": 4.127}).outcome == "bits 4.127"
+    assert added("mean(bytes) > 5", {"bytes": 6525288448}).outcome == "bytes 6,525,288,448"
+    assert added("mean(steps) > 5", {"steps": [1000, 1500]}).outcome == "steps 1250 ± 354 (n = 2)"
 
 
 def test_saved_claims_are_read_back_whole(tmp_path, monkeypatch) -> None:
