@@ -75,6 +75,15 @@ class LoRALinear(nn.Module):
     })  # fmt: skip
     """Fields of the configuration that this layer obeys; any other that is set is refused."""
 
+    @classmethod
+    def initial_rank(cls, config: LoraConfig) -> int:
+        """The rank that `config` gives to modules that its `rank_pattern` does not name.
+
+        `inject` asks before it changes anything: a layer whose configuration has a field of its own for the rank, or
+        must fit together in some other way, overrides this, and raises.
+        """
+        return config.r
+
     def __init__(
         self,
         base_layer: nn.Linear,
@@ -119,18 +128,34 @@ class LoRALinear(nn.Module):
         y = self.base_layer(x)
         if self.merged or not self.enabled:
             return y
+        return self.add_update(y, x, *self.factors())
+
+    def add_update(self, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+        """`y + scaling · B between(A dropout(x))`, with `y` `[..., out]` the base's output for `x` `[..., in]`."""
         dtype = _compute_dtype(y)
-        h = F.linear(self.lora_dropout(x).to(dtype), self.A.to(dtype))
-        B = self.B.to(dtype)
+        h = self.between(F.linear(self.lora_dropout(x).to(dtype), A.to(dtype)))
+        B = B.to(dtype)
         if y.dtype != dtype:
-            return torch.add(y, F.linear(h, B), alpha=self.scaling)
+            return torch.add(y, F.linear(h, B), alpha=scaling)
         # A product and a sum in one call: no scaled copy of the update is stored. B A is never formed.
         rows = y.numel() // self.out_features
-        flat = torch.addmm(y.reshape(rows, self.out_features), h.reshape(rows, B.shape[1]), B.t(), alpha=self.scaling)
+        flat = torch.addmm(y.reshape(rows, self.out_features), h.reshape(rows, B.shape[1]), B.t(), alpha=scaling)
         return flat.view(y.shape)
 
+    def between(self, h: Tensor) -> Tensor:
+        """What happens to `h = A x` `[..., r]` on its way to `B`; nothing here."""
+        return h
+
+    @classmethod
+    def connect(cls, model: nn.Module, layers: dict[str, LoRALinear]) -> None:
+        """Called at the end of `inject`: for what layers share, such as a router and its hooks. Nothing here."""
+
+    @classmethod
+    def disconnect(cls, model: nn.Module, layers: dict[str, LoRALinear]) -> None:
+        """Called by `unload`, and where `connect` raised: takes back what `connect` put into the model."""
+
     def factors(self) -> tuple[Tensor, Tensor, float]:
-        """`(A, B, scaling)` of the plain LoRA layer that computes the same update."""
+        """`(A, B, scaling)` of the plain LoRA layer that computes the same update; `forward` computes with them."""
         return self.A, self.B, self.scaling
 
     def delta_weight(self) -> Tensor:
@@ -255,6 +280,7 @@ def inject(model: nn.Module, config: LoraConfig, layer: type[LoRALinear] = LoRAL
     if any(hasattr(module, "lora_A") for module in model.modules()):
         raise ValueError("This model carries a PEFT adapter already. Merge or unload it there first: model = model.unload().")
     _check_fields(config, layer)
+    r = layer.initial_rank(config)
     config = copy.deepcopy(config)
     targets = _find_targets(model, config)
     patterns = {}
@@ -268,7 +294,7 @@ def inject(model: nn.Module, config: LoraConfig, layer: type[LoRALinear] = LoRAL
         wrapped = {
             name: layer(
                 linear,
-                r=patterns["rank_pattern"].get(name, config.r),
+                r=patterns["rank_pattern"].get(name, r),
                 lora_alpha=patterns["alpha_pattern"].get(name, config.lora_alpha),
                 lora_dropout=config.lora_dropout,
                 use_rslora=config.use_rslora,
@@ -286,6 +312,11 @@ def inject(model: nn.Module, config: LoraConfig, layer: type[LoRALinear] = LoRAL
         for parameter in (p for n, p in module.named_parameters() if not n.startswith("base_layer.")):
             parameter.requires_grad_(not config.inference_mode)
     model.lora_course = Injection(config, layer, arguments, trainable)
+    try:
+        layer.connect(model, wrapped)
+    except Exception:
+        unload(model)
+        raise
     return model
 
 
@@ -402,8 +433,9 @@ def unload(model: nn.Module) -> nn.Module:
 
     `merge` and `unload` is the way to serve. What was trainable before `inject` is trainable again.
     """
-    info = injection(model)
-    for name, layer in adapter_layers(model).items():
+    info, layers = injection(model), adapter_layers(model)
+    info.layer.disconnect(model, layers)
+    for name, layer in layers.items():
         model.set_submodule(name, layer.base_layer)
     _make_trainable(model, info.trainable)
     del model.lora_course

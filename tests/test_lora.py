@@ -365,6 +365,30 @@ def test_what_cannot_be_honoured_is_refused_and_nothing_is_changed(fields: dict,
     inject(model, config())  # and the model can still be used
 
 
+def test_a_variant_names_its_own_rank_and_factors() -> None:
+    class Halved(LoRALinear):
+        """Rank from another field than r; computes with factors of its own."""
+
+        @classmethod
+        def initial_rank(cls, config: LoraConfig) -> int:
+            if config.r == 7:
+                raise ValueError("seven is refused")
+            return config.r * 2
+
+        def factors(self) -> tuple[torch.Tensor, torch.Tensor, float]:
+            return self.A, self.B / 2, self.scaling
+
+    base = qwen()
+    with pytest.raises(ValueError, match="seven"):
+        inject(base, config(r=7), layer=Halved)
+    assert not hasattr(base, "lora_course") and all(p.requires_grad for p in base.parameters())
+    model = randomize(inject(base, config(rank_pattern={"q_proj": 5}), layer=Halved))
+    assert {layer.r for layer in adapter_layers(model).values()} == {5, 6}
+    layer = model.model.layers[0].mlp.up_proj
+    x = torch.randn(2, 48)
+    torch.testing.assert_close(layer(x), layer.base_layer(x) + x @ layer.delta_weight().T, atol=1e-5, rtol=1e-5)
+
+
 def test_rank_below_one_second_injection_and_foreign_adapters_are_refused() -> None:
     with pytest.raises(ValueError, match="r=0"):
         LoRALinear(nn.Linear(2, 2), r=0, lora_alpha=1)

@@ -8,12 +8,13 @@ import importlib.metadata
 import json
 import platform
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
-from torch import nn
+from torch import Tensor, nn
+from transformers import TrainerCallback
 
 from lora_course.training import AdapterTrainer, training_arguments
 
@@ -22,19 +23,32 @@ PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 
 
 def fit(
-    model: nn.Module, rows: datasets.Dataset, learning_rate: float, seed: int, steps: int, batch: int, **overrides: Any
+    model: nn.Module,
+    rows: datasets.Dataset,
+    learning_rate: float,
+    seed: int,
+    steps: int,
+    batch: int,
+    *,
+    callbacks: Sequence[TrainerCallback] = (),
+    auxiliary_loss: Callable[[nn.Module], Tensor] | None = None,
+    **overrides: Any,
 ) -> list[float]:
     """Trains the adapter of `model` in place and returns the loss (nats a token) at each step. Nothing is kept on disk.
 
     One recipe for every method of the course: AdamW, 10% warm-up, then linearly to zero; the seed sets the order of the
-    rows, so that two methods with one seed see the same batches. overrides: fields of `TrainingArguments`.
+    rows, so that two methods with one seed see the same batches. callbacks, auxiliary_loss: what a method adds to the
+    training, as in `AdapterTrainer`; the losses then contain it. overrides: fields of `TrainingArguments`.
     """
     settings = {
         "learning_rate": learning_rate, "seed": seed, "max_steps": steps, "per_device_train_batch_size": batch,
         "warmup_steps": 0.1, "save_strategy": "no", "lr_scheduler_type": "linear",
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        trainer = AdapterTrainer(model, training_arguments(folder, **settings | overrides), train_dataset=rows)
+        arguments = training_arguments(folder, **settings | overrides)
+        trainer = AdapterTrainer(
+            model, arguments, train_dataset=rows, callbacks=list(callbacks), auxiliary_loss=auxiliary_loss
+        )
         trainer.train()
     return [entry["loss"] for entry in trainer.history]
 

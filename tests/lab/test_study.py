@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig
+from transformers import TrainerCallback
 
 from lora_course import lora
 from lora_course.lab import blocks, load_base, load_text
@@ -47,6 +48,20 @@ def test_fit_repeats_itself_and_the_seed_orders_the_rows() -> None:
     assert len(first) == 4
     assert train(1) == first
     assert train(2) != first
+
+
+def test_fit_takes_what_a_method_adds_to_the_training() -> None:
+    class Counter(TrainerCallback):
+        seen: list[int] = []
+
+        def on_optimizer_step(self, args, state, control, **_) -> None:
+            self.seen.append(state.global_step + 1)
+
+    model, tokenizer = load_base("nano")
+    rows = blocks(tokenizer, load_text("bible", "validation")[:6], 32)
+    lora.inject(model, LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"]))
+    losses = fit(model, rows, 1e-2, 0, 2, 2, callbacks=[Counter()], auxiliary_loss=lambda m: torch.tensor(100.0), disable_tqdm=True)
+    assert Counter.seen == [1, 2] and min(losses) > 100
 
 
 @pytest.mark.parametrize("path", sorted(STUDIES.glob("*.json")), ids=lambda path: path.stem)
