@@ -447,3 +447,34 @@ def test_other_architectures_work_as_they_are() -> None:
     assert "lm_head" not in adapter_layers(ours)
     copied = copy.deepcopy(ours)
     torch.testing.assert_close(ours(**batch()).logits, copied(**batch()).logits, atol=0, rtol=0)
+
+
+def test_a_variant_can_weigh_components_and_connect_its_layers() -> None:
+    calls = []
+
+    class Half(LoRALinear):
+        def between(self, h: torch.Tensor) -> torch.Tensor:
+            return h / 2
+
+        @classmethod
+        def connect(cls, model: nn.Module, layers: dict[str, LoRALinear]) -> None:
+            assert layers == adapter_layers(model)
+            calls.append("connect")
+            if len(layers) < 4:
+                raise ValueError("too few")
+
+        @classmethod
+        def disconnect(cls, model: nn.Module, layers: dict[str, LoRALinear]) -> None:
+            assert layers == adapter_layers(model)
+            calls.append("disconnect")
+
+    halved, whole = randomize(inject(qwen(), config(), Half)), randomize(inject(qwen(), config()))
+    for layer in adapter_layers(whole).values():
+        layer.scaling /= 2
+    torch.testing.assert_close(halved(**batch()).logits, whole(**batch()).logits, atol=1e-5, rtol=1e-5)
+    lora.unload(halved)
+    model = qwen()
+    with pytest.raises(ValueError, match="too few"):
+        inject(model, config(target_modules=["q_proj"]), Half)
+    assert calls == ["connect", "disconnect", "connect", "disconnect"]
+    assert not any(isinstance(m, LoRALinear) for m in model.modules()) and all(p.requires_grad for p in model.parameters())
