@@ -55,7 +55,7 @@ class ExpertsLinear(LoRALinear):
         num_experts: E, ≥ 1.
         routing: "layer" (a router for each decoder block) or "shared" (one for the model).
         gate_by: "token", or "sequence": one set of gates from a sequence's first `prefix` real tokens, for all tokens after
-            them; those of the prefix itself get equal gates, and are not to be scored (`mask_prefix`).
+            them; those of the prefix itself get equal gates, and need not be scored (`mask_prefix`).
         top_k: keep the k largest gates, divided by their sum, 2 ≤ k ≤ E; None keeps all. All experts are computed either way.
         prefix: tokens that a sequence gate looks at, ≥ 1.
         train_experts: False freezes A and B, so that only routers train (`freeze_experts`).

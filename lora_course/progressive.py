@@ -7,7 +7,7 @@ inside the base weight. Both compute the same function, both keep the factors, a
 adapter of rank Σ r_k, since Σ B_j A_j = [B_0 … B_k] [A_0; …; A_k]. The scale s = α/r is one for all stages, whatever
 their ranks.
 
-Sources: ReLoRA, arXiv 2307.05695 (merge, fresh factors, moments cleared, learning rate re-warmed from 0);
+Sources: ReLoRA, arXiv 2307.05695 (merge, fresh factors, moments partly reset, here cleared, learning rate re-warmed from 0);
 Chain of LoRA, arXiv 2401.04151 (the same as a sequence of residual problems).
 """
 
@@ -280,8 +280,9 @@ def begin_stage(model: nn.Module, stage: Stage, seed: int = 0) -> nn.Module:
 def multiplier(stages: Sequence[Stage], index: int, step: int, schedule: Schedule = "run") -> float:
     """What a stage's learning rate is multiplied by at its optimiser step `step` (from 0): warm-up times linear decay.
 
-    "run": one decay over the steps of all stages, as in ReLoRA's jagged schedule: with t the step in the whole run, T its
-    length, w the warm-ups, `min(1, step/w_index) · min(1, (T − t)/(T − w_0))`. "stage": each stage decays to 0 by itself.
+    "run": one decay over the steps of all stages, a line where ReLoRA's jagged schedule has a cosine: with t the step in
+    the whole run, T its length, w the warm-ups, `min(1, step/w_index) · min(1, (T − t)/(T − w_0))`. "stage": each stage
+    decays to 0 by itself.
     With one stage both are transformers' linear schedule.
     """
     stage = stages[index]

@@ -3,10 +3,14 @@
 import copy
 import math
 
-import pytest
 import torch
 from lora_course.classroom.chapter_0_1 import check_alpha, check_matching_rank, check_merged_linear
 from torch import nn
+from tests.exercises import (  # noqa: F401
+    pytest_generate_tests,
+    test_right_answers_pass_and_stubs_are_not_attempted,
+    test_wrong_answers_are_rejected_with_messages_of_their_own,
+)
 
 
 def parameters(layers):
@@ -81,20 +85,3 @@ RIGHT = {
     check_matching_rank: [by_trying, lambda e, t, r: max(1, int(r * parameters(e) / parameters(t) + 0.5))],
     check_merged_linear: [column_by_column, by_merging_a_copy],
 }
-
-
-@pytest.mark.parametrize("check", WRONG)
-def test_wrong_answers_are_rejected_with_messages_of_their_own(check) -> None:
-    results = [check(answer) for answer in WRONG[check]]
-    assert [result.status for result in results] == ["wrong"] * len(results)
-    assert len({result.message for result in results}) == len(results)
-    assert not any("It stopped with" in result.message for result in results)
-
-
-@pytest.mark.parametrize("check", RIGHT)
-def test_right_answers_pass_and_stubs_are_not_attempted(check) -> None:
-    assert [check(answer).status for answer in RIGHT[check]] == ["right"] * len(RIGHT[check])
-
-    def stub(*arguments, **keywords): ...
-
-    assert check(stub).status == "not attempted"

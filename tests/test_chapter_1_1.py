@@ -3,9 +3,13 @@
 import math
 
 import bitsandbytes as bnb
-import pytest
 import torch
 from lora_course.classroom.chapter_1_1 import check_merged_weight, check_quantizer, check_storage
+from tests.exercises import (  # noqa: F401
+    pytest_generate_tests,
+    test_right_answers_pass_and_stubs_are_not_attempted,
+    test_wrong_answers_are_rejected_with_messages_of_their_own,
+)
 
 dequantize = bnb.functional.dequantize_4bit
 
@@ -86,20 +90,3 @@ RIGHT = {
     check_quantizer: [by_thresholds],
     check_merged_weight: [column_by_column, lambda layer: base_of(layer) + layer.delta_weight()],
 }
-
-
-@pytest.mark.parametrize("check", WRONG)
-def test_wrong_answers_are_rejected_with_messages_of_their_own(check) -> None:
-    results = [check(answer) for answer in WRONG[check]]
-    assert [result.status for result in results] == ["wrong"] * len(results)
-    assert len({result.message for result in results}) == len(results)
-    assert not any("It stopped with" in result.message for result in results)
-
-
-@pytest.mark.parametrize("check", RIGHT)
-def test_right_answers_pass_and_stubs_are_not_attempted(check) -> None:
-    assert [check(answer).status for answer in RIGHT[check]] == ["right"] * len(RIGHT[check])
-
-    def stub(*arguments, **keywords): ...
-
-    assert check(stub).status == "not attempted"

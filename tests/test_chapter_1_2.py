@@ -2,10 +2,14 @@
 
 import math
 
-import pytest
 import torch
 
 from lora_course.classroom.chapter_1_2 import check_allocation, check_budget, check_fold
+from tests.exercises import (  # noqa: F401
+    pytest_generate_tests,
+    test_right_answers_pass_and_stubs_are_not_attempted,
+    test_wrong_answers_are_rejected_with_messages_of_their_own,
+)
 
 
 def cubic(t, layers, init_r, target_r, tinit, tfinal, total_step, power=3, end=None):
@@ -116,20 +120,3 @@ RIGHT = {
         lambda layer: (math.sqrt(layer.scaling) * kept(layer)[0], math.sqrt(layer.scaling) * kept(layer)[1], 3.0),
     ],
 }
-
-
-@pytest.mark.parametrize("check", WRONG)
-def test_wrong_answers_are_rejected_with_messages_of_their_own(check) -> None:
-    results = [check(answer) for answer in WRONG[check]]
-    assert [result.status for result in results] == ["wrong"] * len(results)
-    assert len({result.message for result in results}) == len(results)
-    assert not any("It stopped with" in result.message for result in results)
-
-
-@pytest.mark.parametrize("check", RIGHT)
-def test_right_answers_pass_and_stubs_are_not_attempted(check) -> None:
-    assert [check(answer).status for answer in RIGHT[check]] == ["right"] * len(RIGHT[check])
-
-    def stub(*arguments, **keywords): ...
-
-    assert check(stub).status == "not attempted"

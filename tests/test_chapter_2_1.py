@@ -1,10 +1,14 @@
 """The exercises of chapter 2.1: plausible wrong answers are rejected, each with its own message; right ones pass."""
 
-import pytest
 import torch
 from torch.nn import functional as F
 
 from lora_course.classroom.chapter_2_1 import check_balance, check_sequence_gates, check_top_k
+from tests.exercises import (  # noqa: F401
+    pytest_generate_tests,
+    test_right_answers_pass_and_stubs_are_not_attempted,
+    test_wrong_answers_are_rejected_with_messages_of_their_own,
+)
 
 
 def choose(logits, k, renormalise=True, mask=float("-inf")):
@@ -83,20 +87,3 @@ RIGHT = {
     check_balance: [lambda p, real: p.shape[-1] * (share(p, real) * mean(p, real)).sum(), lambda p, real: p.shape[-1] * (share(p[real][None], real[real][None]) @ p[real].mean(0))],
     check_sequence_gates: [gates, row_by_row],
 }
-
-
-@pytest.mark.parametrize("check", WRONG)
-def test_wrong_answers_are_rejected_with_messages_of_their_own(check) -> None:
-    results = [check(answer) for answer in WRONG[check]]
-    assert [result.status for result in results] == ["wrong"] * len(results)
-    assert len({result.message for result in results}) == len(results)
-    assert not any("It stopped with" in result.message for result in results)
-
-
-@pytest.mark.parametrize("check", RIGHT)
-def test_right_answers_pass_and_stubs_are_not_attempted(check) -> None:
-    assert [check(answer).status for answer in RIGHT[check]] == ["right"] * len(RIGHT[check])
-
-    def stub(*arguments, **keywords): ...
-
-    assert check(stub).status == "not attempted"

@@ -2,12 +2,16 @@
 
 import math
 
-import pytest
 import torch
 from torch import nn
 
 from lora_course.classroom.chapter_2_2 import check_jagged, check_one_adapter, check_restart
 from lora_course.progressive import Stage, multiplier
+from tests.exercises import (  # noqa: F401
+    pytest_generate_tests,
+    test_right_answers_pass_and_stubs_are_not_attempted,
+    test_wrong_answers_are_rejected_with_messages_of_their_own,
+)
 
 
 def one_by_one(stages):
@@ -111,21 +115,3 @@ RIGHT = {
     check_one_adapter: [cat, one_by_one],
     check_restart: [restart, with_new_parameters_told, moments_set_to_zero],
 }
-
-
-@pytest.mark.parametrize("check", WRONG)
-def test_wrong_answers_are_rejected_with_messages_of_their_own(check) -> None:
-    results = [check(answer) for answer in WRONG[check]]
-    assert [result.status for result in results] == ["wrong"] * len(results)
-    assert len({result.message for result in results}) == len(results)
-    assert not any("It stopped with" in result.message for result in results)
-
-
-@pytest.mark.parametrize("check", RIGHT)
-def test_right_answers_pass_and_stubs_are_not_attempted(check) -> None:
-    assert [check(answer).status for answer in RIGHT[check]] == ["right"] * len(RIGHT[check])
-
-    def stub(*arguments):
-        raise NotImplementedError
-
-    assert check(stub).status == "not attempted" and check(None).status == "not attempted"
