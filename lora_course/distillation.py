@@ -42,7 +42,7 @@ class DistillationConfig:
         alpha: α, the share of the teachers, in [0, 1]; 1 needs labels only to tell which tokens count.
         temperature: T > 0, of teachers and student alike; the task loss is at temperature 1.
         mixture: "probabilities" (p̄ above) or "logits" (softmax of Σ wₖ zₖ / T, the normalised geometric mean of the
-            teachers, in which the most confident one decides; here to be compared with).
+            teachers, in which what one of them rules out is out; here to be compared with).
         divergence: "forward", KL(p̄ ‖ q), or "reverse", KL(q ‖ p̄).
         temperature_squared: multiply the divergence by T². Off, the teachers' share fades as T grows.
 
