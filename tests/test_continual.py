@@ -1,6 +1,8 @@
 """`lora_course.continual`: the matrix and its metrics, the memory, each strategy, and the same results after a kill."""
 
 import copy
+import functools
+import gc
 import hashlib
 import json
 import os
@@ -44,23 +46,26 @@ from tests.test_lora import batch, config, qwen, randomize, relative
 LENGTH = 10
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """The batches are too small for a second thread."""
+@pytest.fixture(autouse=True, scope="module")
+def _quick():
+    """The batches are too small for a second thread. Each training collects garbage: half its time, with all that is imported."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    gc.freeze()
     yield
+    gc.unfreeze()
     torch.set_num_threads(threads)
 
 
-def rows(task: int, count: int = 24, seed: int = 0) -> datasets.Dataset:
+@functools.cache
+def rows(task: int, count: int = 16, seed: int = 0) -> datasets.Dataset:
     """Task k: any order of the tokens 10k … 10k + 4; what one task teaches is wrong for the others."""
     ids = 10 * task + torch.randint(5, (count, LENGTH), generator=torch.Generator().manual_seed(100 * task + seed))
     return datasets.Dataset.from_dict({"input_ids": ids.numpy(), "labels": ids.numpy()}).with_format("torch")
 
 
 def tasks(count: int = 3) -> list[Task]:
-    return [Task(f"task {k}", rows(k), rows(k, 16, seed=1)) for k in range(count)]
+    return [Task(f"task {k}", rows(k), rows(k, 8, seed=1)) for k in range(count)]
 
 
 def injected(strategy: Sequential | None = None, base: nn.Module | None = None, **fields: object) -> nn.Module:
@@ -78,7 +83,7 @@ def decided() -> nn.Module:
 
 def arguments(folder: Path, **overrides: object):
     settings = {
-        "max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 2e-2, "save_strategy": "steps", "save_steps": 2,
+        "max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 2e-2, "save_strategy": "steps", "save_steps": 2,
         "bf16": False, "disable_tqdm": True, **overrides,
     }  # fmt: skip
     return training_arguments(folder, device="cpu", **settings)
@@ -133,7 +138,7 @@ def plain(count: int, size: int = 3, start: int = 0) -> list[dict[str, list[int]
 
 
 def test_each_row_is_kept_with_equal_probability_whenever_it_came() -> None:
-    offered, kept, runs = 30, 6, 2000
+    offered, kept, runs = 30, 6, 600
     counts = torch.zeros(offered)
     for seed in range(runs):
         memory = Reservoir(kept * 12, seed)
@@ -153,7 +158,7 @@ def test_each_row_is_kept_with_equal_probability_whenever_it_came() -> None:
 
 def test_the_budget_holds_for_rows_of_any_size_and_small_late_ones_are_not_preferred() -> None:
     generator = torch.Generator().manual_seed(0)
-    late, runs, share = 0, 300, 0.0
+    late, runs, share = 0, 120, 0.0
     for seed in range(runs):
         memory = Reservoir(1000, seed)
         for i in range(60):
@@ -162,7 +167,7 @@ def test_the_budget_holds_for_rows_of_any_size_and_small_late_ones_are_not_prefe
             assert memory.nbytes <= 1000 and memory.nbytes == sum(4 * len(row["input_ids"]) + 4 for row in memory.rows)
         late += sum(int(row["input_ids"][0]) >= 30 for row in memory.rows)
         share += len(memory.rows)
-    assert late / share == pytest.approx(0.5, abs=0.02)  # 300 · 21 rows: a standard error below 0.007
+    assert late / share == pytest.approx(0.5, abs=0.03)  # 120 · 21 rows: a standard error of 0.01 at most
 
 
 def test_a_row_is_a_copy_and_not_what_was_offered() -> None:
@@ -270,14 +275,14 @@ def test_the_penalty_goes_towards_zero_in_training_and_without_it_does_not(tmp_p
         strategy.begin(model, 1, 0)
         past = {name: (layer.past_A.clone(), layer.past_B.clone()) for name, layer in adapter_layers(model).items()}
         start = overlap(model).item()
-        args = arguments(tmp_path / f"{strength}", max_steps=60, save_strategy="no", lr_scheduler_type="linear")
+        args = arguments(tmp_path / f"{strength}", max_steps=40, learning_rate=3e-2, save_strategy="no", lr_scheduler_type="linear")
         AdapterTrainer(model, args, train_dataset=rows(1), auxiliary_loss=strategy.penalty).train()
         ends[strength] = overlap(model).item() / start
         for name, layer in adapter_layers(model).items():
             assert torch.equal(layer.past_A, past[name][0]) and torch.equal(layer.past_B, past[name][1])
             assert layer.B.abs().max() > 0.01
-    # 60 steps of a falling rate: 2.5% is left of the absolute overlap, 3.9% of the squared one
-    assert ends[1.0] < 0.06 and ends[0.0] > 0.5
+    # 40 steps of a falling rate: 6% is left of the absolute overlap, 7% of the squared one
+    assert ends[1.0] < 0.1 and ends[0.0] > 0.5
 
 
 def test_a_frozen_adapter_never_changes_by_a_bit_when_tasks_are_added(tmp_path: Path) -> None:
@@ -345,7 +350,7 @@ def test_the_matrix_shows_what_each_strategy_is_for(tmp_path: Path) -> None:
     for name, make in STRATEGIES.items():
         strategy = make()
         model = injected(strategy, lora_dropout=0.0, r=8, lora_alpha=16)
-        found[name] = learn(model, tasks(2), strategy, arguments(tmp_path / name, max_steps=40, save_strategy="no")).matrix
+        found[name] = learn(model, tasks(2), strategy, arguments(tmp_path / name, max_steps=24, learning_rate=3e-2, save_strategy="no")).matrix
         assert found[name].shape == (3, 2) and not model.training
         assert all(found[name][k + 1, k] < found[name][0, k] - 0.3 for k in range(2))  # each task is learned
     assert all(torch.equal(matrix[:2, 0], found["sequential"][:2, 0]) for matrix in found.values())  # until then all are one
@@ -425,7 +430,7 @@ def test_a_4bit_base_learns_and_its_bytes_stay(tmp_path: Path, name: str) -> Non
     model = injected(strategy, quantize_model(decided()))
     before = {key: value.clone() for key, value in model.named_parameters() if not value.requires_grad}
     assert any(value.dtype == torch.uint8 for value in before.values())
-    matrix = learn(model, tasks(2), strategy, arguments(tmp_path, max_steps=30)).matrix
+    matrix = learn(model, tasks(2), strategy, arguments(tmp_path, max_steps=12, save_strategy="no")).matrix
     assert all(matrix[k + 1, k] < matrix[0, k] - 0.1 for k in range(2))
     after = dict(model.named_parameters())
     assert all(torch.equal(after[key], value) for key, value in before.items())
@@ -459,7 +464,6 @@ def whole(folder: Path, name: str, **trainer: object) -> tuple[dict[str, Tensor]
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict[str, Tensor], str]]:
-    torch.set_num_threads(1)
     return {name: whole(tmp_path_factory.mktemp(name), name) for name in STRATEGIES}
 
 
@@ -519,7 +523,7 @@ def test_within_a_task_training_goes_on_and_does_not_begin_again(tmp_path: Path)
     with pytest.raises(Killed):
         whole(tmp_path, "sequential", callbacks=[KillAt(2, stop)])
     whole(tmp_path, "sequential", callbacks=[Count()])
-    assert steps == [*range(3, 7), *range(1, 7)]
+    assert steps == [3, 4, *range(1, 5)]
 
 
 def test_a_finished_sequence_is_not_trained_again_and_gives_its_model_back(tmp_path: Path, straight: dict) -> None:
