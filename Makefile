@@ -1,6 +1,7 @@
 # make book       install, execute the chapters, build the book into _build/html
 # make test       every test, the chapters under nbmake included
 # make test-gpu   what is marked `gpu`, and the chapters' `gpu` cells (needs an NVIDIA GPU)
+# make bench      time and memory against PEFT, into benchmarks/results.json (about 12 minutes on two idle cores)
 # make notebooks  rewrite notebooks/*.ipynb from notebooks/*.md
 # make facts      write the project's name, version and address wherever they appear
 # make wheel      dist/*.whl
@@ -11,7 +12,7 @@ PYTHON ?= python3
 PY     := $(VENV)/bin/python
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: book test test-gpu notebooks facts wheel install clean distclean
+.PHONY: book test test-gpu bench notebooks facts wheel install clean distclean
 .DEFAULT_GOAL := book
 
 book: $(VENV)/.installed
@@ -22,6 +23,9 @@ test: $(VENV)/.installed
 
 test-gpu: $(VENV)/.installed
 	@LORA_COURSE_PROFILE=t4 $(PY) -m pytest -m gpu
+
+bench: $(VENV)/.installed
+	@$(PY) -m benchmarks.bench
 
 notebooks: $(VENV)/.installed
 	@$(PY) -m tools.pairs

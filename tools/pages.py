@@ -9,6 +9,7 @@ from xml.etree import ElementTree
 
 import yaml
 
+from benchmarks import report
 from tools.run_chapters import Result
 
 MARKER = re.compile(r"^<!-- generated: ([a-z ]+) -->$", re.MULTILINE)
@@ -189,7 +190,12 @@ def api_list(root: Path, results: list[Result]) -> str:
     return "\n".join(f"- [`lora_course.{module}`]({api_stem(module)}.md)" for module in api_modules(root)) or "*None yet.*"
 
 
+def benchmarks(root: Path, results: list[Result]) -> str:
+    """What `make bench` measured last."""
+    return report.page(root / "benchmarks" / "results.json")
+
+
 PARTS: dict[str, Callable[[Path, list[Result]], str]] = {
     "picture": picture, "chapters": chapter_list, "run times": run_times, "coverage": coverage,
-    "bibliography": bibliography, "ledger": ledger, "api": api_list,
+    "bibliography": bibliography, "ledger": ledger, "api": api_list, "benchmarks": benchmarks,
 }
