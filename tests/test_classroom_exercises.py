@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from IPython.core.formatters import DisplayFormatter
 from torch import nn
 
 from lora_course.classroom import exercises
@@ -42,6 +43,13 @@ def test_a_right_answer_gets_the_points_and_a_tick(check, capsys) -> None:
     result = check(lambda x: x**2)
     assert (result.status, result.points) == ("right", 2)
     assert capsys.readouterr().out.startswith("✓ 0.0-square: right")
+
+
+def test_a_cell_that_ends_with_a_check_shows_its_result_once(check, capsys) -> None:
+    result = check(lambda x: x * x)
+    assert capsys.readouterr().out == "✓ 0.0-square: right\n"
+    displayed, _ = DisplayFormatter().format(result)
+    assert displayed == {} and capsys.readouterr().out == ""
 
 
 def test_wrong_answers_get_different_messages_that_name_the_mistake(check, capsys) -> None:

@@ -37,6 +37,9 @@ class Result:
         sign = {"right": "✓", "wrong": "✗", "not attempted": "–"}[self.status]
         return f"{sign} {self.id}: {self.status}" + (f". {self.message}" if self.message else "")
 
+    def _ipython_display_(self) -> None:
+        """Nothing: the check has printed it, and a cell that ends with the check would show it twice."""
+
 
 class Mistake(Exception):
     """Raised by `mistake`; its text names the likely mistake."""
