@@ -82,7 +82,7 @@ def fake_quantize(
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """One function, not x + (Q(x) − x).detach(): that sum is rounded, and can differ from codes · scale in the last bit."""
+    """One function, not x + (Q(x) − x).detach(): the gradient of that sum is 1 for what was cut, too."""
 
     @staticmethod
     def forward(ctx, x: Tensor, bits: int, granularity: str, group_size: int, clip: float) -> Tensor:

@@ -61,6 +61,8 @@ def test_error_is_at_most_half_a_step_and_quantising_twice_changes_nothing(grid:
     assert codes.abs().max() == 2 ** (bits - 1) - 1 and (scale > 0).all()
     assert scale.numel() == {"tensor": 1, "channel": 7, "group": 21}[grid["granularity"]]
     assert torch.equal(values, dequantize(codes, scale, **grid))
+    if bits <= 8:  # codes · scale is exact: whoever multiplies, in whatever order, gets these numbers
+        assert torch.equal(values.double(), codes.double() * step.double())
     again = fake_quantize(values, bits, **grid)
     assert torch.equal(again, values) if bits <= 8 else relative(again, values) < 2.0 ** -(bits - 1)
 
