@@ -119,7 +119,7 @@ def headline_figure(record: Record) -> str:
     ax.set_yticks(range(len(found)), [name for name, *_ in found], fontsize=9)
     ax.set_ylim(len(found) - 0.5, -0.5)
     ax.set_xlim(left=0)
-    ax.set_xlabel("ratio of seconds a step (median and quartiles; | is the aim)")
+    ax.set_xlabel("ratio of step times; | is the aim")
     return picture(figure, "Ratios of seconds with their quartiles and aims: " + "; ".join(f"{name} {ratio:.2f}" for name, (ratio, _, _), _, _ in found) + ".")
 
 

@@ -63,7 +63,7 @@ def check_rank(learner):
             name = "DoRA" if dora else "LoRA"
             mistake(not isinstance(found, int), "A whole number is expected; you return {!r}.", found)
             mistake(found == expected and cost(found, dora) > budget, "Over the budget.")
-            mistake(not dora and found == max(1, budget // sum(out * inner for out, inner in shapes)), "A full update has out · in numbers; a rank of LoRA has out + in.")
+            mistake(not dora and found != expected and found == max(1, budget // sum(out * inner for out, inner in shapes)), "A full update has out · in numbers; a rank of LoRA has out + in.")
             mistake(not dora and found == expected + 1, "Rank {} has {} parameters and the budget is {}: round down, or the method gets more than its share.", found, cost(found, dora), budget)
-            mistake(dora and found == right(budget, False), "DoRA has a magnitude for each output on top of the factors: take Σ out off the budget first.")
+            mistake(dora and found == right(budget, False) != expected, "DoRA has a magnitude for each output on top of the factors: take Σ out off the budget first.")
             mistake(found != expected, "With {} parameters {} can have rank {}; you return {}.", budget, name, expected, found)
