@@ -169,12 +169,12 @@ def cell(text: str) -> str:
 
 
 def api_modules(root: Path) -> list[str]:
-    """The modules that get an API page: the ground floor, the variants that exist, and the lab."""
+    """The modules that get an API page: the ground floor, the variants that exist, merging, the comparison, and the lab."""
     package = root / "lora_course"
     first = ["lora", "checkpoint", "training"]
     rest = [row["module"] for row in data(root, "coverage.yml")]
     lab = sorted(f"lab.{path.stem}" for path in (package / "lab").glob("[a-z]*.py"))
-    return [name for name in dict.fromkeys(first + rest + lab) if (package / f"{name.replace('.', '/')}.py").exists()]
+    return [name for name in dict.fromkeys([*first, *rest, "merging", "compare", *lab]) if (package / f"{name.replace('.', '/')}.py").exists()]
 
 
 def api_stem(module: str) -> str:
