@@ -98,7 +98,7 @@ def adapters(model: torch.nn.Module, serving: str) -> dict[int, AdapterState]:
         return {b: lora.truncate(whole, b) for b in RANKS}
     if serving == "cut":
         return {b: cut(model, b) for b in RANKS}
-    return {b: cut(model, b, weighted=False) for b in RANKS}  # "bare": as MatryoshkaLoRA's authors serve
+    return {b: cut(model, b, weighted=False) for b in RANKS}  # "bare"
 
 
 @functools.cache
