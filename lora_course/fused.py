@@ -2,16 +2,16 @@
 
     y = W₀ x + b + s · B A x
 
-*Merging* is in `lora_course.lora`: `merge(model)`, then `unload(model)`; the base alone is left, and costs what it costs.
+Merging is in `lora_course.lora`: `merge(model)`, then `unload(model)`; the base alone is left, and costs what it costs.
 
-*Fused training*: `FusedLoRALinear` computes what `LoRALinear` does, with a gradient written by hand. With g = ∂L/∂y and
+Fused training: `FusedLoRALinear` computes what `LoRALinear` does, with a gradient written by hand. With g = ∂L/∂y and
 x̃ = dropout(x), as rows,
 
     ∂L/∂B = s · gᵀ (x̃ Aᵀ),    ∂L/∂A = s · (g B)ᵀ x̃,    ∂L/∂x = g W₀ + dropout'(s · (g B) A)
 
 so that a step needs x, the weights and one byte an element for the dropout mask, and nothing else has to be kept.
 
-*Serving*: `load_adapters` puts many adapters on one base, and `rows` says which row of a batch uses which.
+Serving: `load_adapters` puts many adapters on one base, and `rows` says which row of a batch uses which.
 
     load_adapters(model, {"law": factor_state(one), "code": factor_state(other)})
     with rows(model, ["law", "code", None]):                       # three prompts; None is the base alone

@@ -2,13 +2,13 @@
 
     ΔWₖ = sₖ Bₖ Aₖ        what is wanted is a function of the ΔWₖ, not of the Aₖ and the Bₖ
 
-| merge | update of the result | rank | exact |
-|---|---|---|---|
-| `lora.concatenate(states, weights)` | Σ wₖ ΔWₖ | Σ rₖ | yes |
-| `lora.truncate(concatenate(…), r)` | the same, cut to its r largest singular triplets | r | from r = Σ rₖ on |
-| `ties` | TIES of the ΔWₖ, cut to r | r | at full rank |
-| `dare` | Σ wₖ (ΔWₖ with random entries dropped), cut to r | r | on average, at full rank |
-| `average_factors` | (Σ wₖ Bₖ)(Σ wₖ Aₖ): holds Bᵢ Aⱼ of different adapters | r | no: `cross_term_error` |
+    | merge | update of the result | rank | exact |
+    |---|---|---|---|
+    | `lora.concatenate(states, weights)` | Σ wₖ ΔWₖ | Σ rₖ | yes |
+    | `lora.truncate(concatenate(…), r)` | the same, cut to its r largest singular triplets | r | from r = Σ rₖ on |
+    | `ties` | TIES of the ΔWₖ, cut to r | r | at full rank |
+    | `dare` | Σ wₖ (ΔWₖ with random entries dropped), cut to r | r | on average, at full rank |
+    | `average_factors` | (Σ wₖ Bₖ)(Σ wₖ Aₖ): holds Bᵢ Aⱼ of different adapters | r | no: `cross_term_error` |
 
 Sources: task arithmetic, arXiv 2212.04089; TIES, arXiv 2306.01708; DARE, arXiv 2311.03099. In PEFT's
 `add_weighted_adapter` "cat" and "svd" are the first two; "ties_svd" and "dare_linear_svd" are `ties` and

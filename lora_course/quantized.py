@@ -120,9 +120,9 @@ class QuantizedLoRALinear(LoRALinear):
 
     The parameters `A` and `B` stay fp32: they collect the optimiser's small steps, and the forward pass rounds them anew.
     `factors()` are the rounded ones, so that merging, ΔW and `export_peft` give what the forward pass computes. A state of
-    a plain `LoRALinear` fits, which quantises it; with 32 bits this is `LoRALinear`.
+    a plain `LoRALinear` fits, which quantises it; with 32 bits this is `LoRALinear`. Arguments are those of `LoRALinear`, and:
 
-    Args, beyond those of `LoRALinear`:
+    Args:
         bits: of both factors, 2 to 16, or 32 for none.    bits_A, bits_B: of one factor, instead.
         granularity, group_size, clip: as in `quantize`; rows are A's rows and B's columns, so a scale never spans components
             unless granularity is "tensor".

@@ -7,7 +7,7 @@ import pytest
 
 from tools import pages
 from tools.run_chapters import ROOT, Result
-from tools.sphinx_extension import escape
+from tools.sphinx_extension import escape, render
 
 CLAIM = {"id": "a", "statement": "NF4 beats | FP4", "source": "QLoRA", "expected": "less", "predicate": "mean(a) < mean(b)",
          "values": {"a": [1.0, 2.0]}, "outcome": "a 1.5", "holds": True, "explanation": ""}
@@ -71,3 +71,11 @@ def test_an_unknown_generated_part_is_refused(project: tuple[Path, list[Result]]
 ])
 def test_docstrings_are_read_as_plain_text(plain: str, rst: str) -> None:
     assert escape(plain) == rst
+
+
+def test_an_indented_block_of_a_docstring_stays_as_it_is_written() -> None:
+    text = "One |x|.\n\n    y = *A* x\n    for a_ in b:\n        use(a_)\n\nThen `c`.\n\nArgs:\n    x: a *b*.\n\n    y: of x."
+    assert render(text) == (
+        "One \\|x\\|.\n\n::\n\n    y = *A* x\n    for a_ in b:\n        use(a_)\n\n\nThen ``c``.\n\n"
+        "Args:\n    x: a \\*b\\*.\n\n    y: of x."
+    )

@@ -1,7 +1,8 @@
 """A Sphinx extension with two adjustments of the book.
 
 Docstrings are plain text with `code` in single backticks, as they are read in an editor: what reStructuredText would take for
-markup (`|x|`, `*`, `x_`) is escaped, and single backticks become literals.
+markup (`|x|`, `*`, `x_`) is escaped, and single backticks become literals. What is indented under a blank line, before any
+`Args:`, is an equation or an example, and stays as it is written.
 
 sphinx-thebe, which Jupyter Book always loads, is taken out: it writes its script twice into each page (a console error), with
 the address of a CDN in it.
@@ -13,6 +14,8 @@ from typing import Any
 from sphinx.application import Sphinx
 
 CODE = re.compile(r"(``[^`]+``|`[^`]+`)")
+SECTION = re.compile(r"^\w+:$", re.MULTILINE)
+BLOCK = re.compile(r"(?<=\n\n)((?: {4}.*\n|\n(?= {4}))+)")
 MARKUP = re.compile(r"([*|\\]|(?<=\w)_(?=\W|$))")
 
 
@@ -28,8 +31,18 @@ def escape(text: str) -> str:
     return "".join(parts)
 
 
+def render(text: str) -> str:
+    """A docstring as reStructuredText: its indented blocks literal, the rest escaped."""
+    section = SECTION.search(text)
+    head, tail = (text[: section.start()], text[section.start() :]) if section else (text, "")
+    parts = BLOCK.split(head)  # blocks are at the odd places
+    parts[1::2] = [f"::\n\n{block.rstrip()}\n\n" for block in parts[1::2]]
+    parts[::2] = [escape(part) for part in parts[::2]]
+    return "".join(parts) + escape(tail)
+
+
 def process(app: Sphinx, what: str, name: str, object: Any, options: Any, lines: list[str]) -> None:
-    lines[:] = escape("\n".join(lines)).split("\n")
+    lines[:] = render("\n".join(lines)).split("\n")
 
 
 def drop_thebe(app: Sphinx, config: Any) -> None:
