@@ -470,12 +470,14 @@ def _check(given: Sequence[str], known: Iterable[str], what: str) -> None:
 
 def stale(record: Mapping[str, Any]) -> dict[str, list[str]]:
     """The methods of a record whose runs on a domain were made by other code than that which is here: {method: [domains]}."""
-    found: dict[str, list[str]] = {}
+    made: dict[tuple[str, ...], set[str]] = {}
     for key, run in record["runs"].items():
-        method, domain = key.split("/")[:2]
-        if method in METHODS and run["source"] != source_hash(method, domain) and domain not in found.setdefault(method, []):
-            found[method].append(domain)
-    return {method: domains for method, domains in found.items() if domains}
+        made.setdefault(tuple(key.split("/")[:2]), set()).add(run["source"])
+    found: dict[str, list[str]] = {}
+    for (method, domain), sources in made.items():
+        if method in METHODS and sources != {source_hash(method, domain)}:
+            found.setdefault(method, []).append(domain)
+    return found
 
 
 def chosen_rate(record: Mapping[str, Any], method: str, domain: str) -> float:
@@ -555,7 +557,7 @@ def table(record: Mapping[str, Any], domain: str, methods: Sequence[str] | None 
         costs = {name: statistics.median(series(record, method, domain, name)) for name in ("parameters", "file_bytes", "model_bytes", "step_bytes", "seconds")}
         rows[METHODS[method].title] = {
             "bits a byte": f"{quality[0]:.3f} ± {quality[2] - quality[0]:.3f}",
-            "less LoRA's": f"{interval(difference)[0]:+.3f} {verdict(difference)}" if difference else "",
+            "minus LoRA's": f"{interval(difference)[0]:+.3f} {verdict(difference)}" if difference else "",
             "forgetting": f"{forgetting[0]:.3f} ± {forgetting[2] - forgetting[0]:.3f}",
             "learning rate": f"{chosen_rate(record, method, domain):g}",
             "parameters": f"{costs['parameters']:,.0f}", "file, kB": f"{costs['file_bytes'] / 1000:.0f}",

@@ -215,12 +215,12 @@ def test_the_front_holds_what_nothing_beats() -> None:
 def test_the_table_says_what_the_record_holds(quick, tmp_path: Path) -> None:
     record = compare.compare(["lora", "dora"], ["python"], tmp_path / "r.json", lambda line: None)
     table = compare.table(record, "python")
-    assert list(table.index) == ["LoRA", "DoRA (PEFT)"] and table.loc["LoRA", "less LoRA's"] == ""
+    assert list(table.index) == ["LoRA", "DoRA (PEFT)"] and table.loc["LoRA", "minus LoRA's"] == ""
     assert table.loc["DoRA (PEFT)", "forgetting"].startswith("0.200 ±") and table.loc["DoRA (PEFT)", "learning rate"] == "0.064"
     assert list(compare.table(record, "python", ["dora"]).index) == ["DoRA (PEFT)"]
     alone = copy.deepcopy(record)
     alone["runs"] = {key: run for key, run in record["runs"].items() if not key.startswith("lora/")}
-    assert compare.table(alone, "python").loc["DoRA (PEFT)", "less LoRA's"] == ""
+    assert compare.table(alone, "python").loc["DoRA (PEFT)", "minus LoRA's"] == ""
 
 
 def test_two_commands_can_share_a_record(quick, tmp_path: Path) -> None:
