@@ -38,6 +38,7 @@ from transformers.utils import logging
 from lora_course import adalora, adaptive, experts, fused, hierarchical, lab, lora, progressive, qlora, quantized, sparse
 from lora_course.checkpoint import export_peft
 from lora_course.lab.study import source_hash
+from lora_course.training import compute_dtype
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results.json"
@@ -50,6 +51,9 @@ SHAPES = {"smollm2": SMOLLM2, "quick": SMOLLM2 | {"vocab_size": 512, "hidden_siz
 BATCHES = {"nano": (8, 128), "smollm2": (1, 128), "quick": (2, 16)}  # rows, tokens
 ROUNDS = {"nano": 9, "smollm2": 7, "quick": 2}
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
+NATIVE_BF16 = compute_dtype("cpu") == torch.bfloat16
+"""Whether this processor multiplies in bf16. One that emulates it takes a hundred times as long: a bf16 base then gets one row
+of 16 tokens, and a 4-bit base computes in fp32, as the course's trainer would have it."""
 logging.disable_progress_bar()
 
 
@@ -88,11 +92,16 @@ class Arm:
 
 @functools.cache
 def base(size: str, precision: str) -> nn.Module:
-    """The weights that all arms of a size and precision share: "fp32", "bf16" or "4bit" (NF4, computing in bf16)."""
+    """The weights that all arms of a size and precision share: "fp32", "bf16" or "4bit" (NF4)."""
     torch.manual_seed(0)
-    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    dtype = torch.bfloat16 if precision == "bf16" or (precision == "4bit" and NATIVE_BF16) else torch.float32
     model = lab.load_base("nano", dtype)[0] if size == "nano" else LlamaForCausalLM(LlamaConfig(**SHAPES[size])).to(dtype)
     return qlora.quantize_model(model) if precision == "4bit" else model
+
+
+def batch_of(size: str, precision: str) -> tuple[int, int]:
+    """Rows and tokens of a step."""
+    return BATCHES[size] if precision != "bf16" or NATIVE_BF16 else (1, 16)
 
 
 def twin(model: nn.Module) -> nn.Module:
@@ -121,10 +130,10 @@ LAYERS: dict[str, tuple[type[lora.LoRALinear], dict[str, Any]]] = {
 
 def make(name: str, size: str, precision: str = "fp32", r: int = 8, count: int = 8) -> Arm:
     """An arm by its name, on a twin of the base. count: of experts, or of tasks in a batch."""
-    rows, length = BATCHES[size]
+    rows, length = batch_of(size, precision)
     model = base(size, precision)
     ids = torch.randint(model.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(1))
-    common: dict[str, Any] = {"ids": ids, "autocast": precision != "fp32"}
+    common: dict[str, Any] = {"ids": ids, "autocast": precision != "fp32" and NATIVE_BF16}
     torch.manual_seed(2)
     if name == "base":
         return Arm(twin(model), training=False, **common)
@@ -265,7 +274,7 @@ def measure(group: Group) -> dict[str, Any]:
             start = time.perf_counter()
             arms[label].run()
             seconds[label].append(time.perf_counter() - start)
-    result: dict[str, Any] = {"size": group.size, "precision": group.precision, "seconds": {label: [round(s, 6) for s in times[1:]] for label, times in seconds.items()}}
+    result: dict[str, Any] = {"size": group.size, "precision": group.precision, "batch": batch_of(group.size, group.precision), "seconds": {label: [round(s, 6) for s in times[1:]] for label, times in seconds.items()}}
     del arms
     gc.collect()
     if group.memory:
@@ -296,7 +305,7 @@ def provenance() -> dict[str, Any]:
     ours = sorted(path for path in (ROOT / "lora_course").glob("*.py") if path.stem not in ("compare", "cli", "__init__"))
     return {
         "machine": f"{platform.system()} {platform.machine()}", "processor": names[0] if names else platform.processor() or "unknown",
-        "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(), "threads": torch.get_num_threads(), "native_bf16": NATIVE_BF16,
         "versions": {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}},
         "source_sha256": source_hash([Path(__file__), *ours]),
     }  # fmt: skip

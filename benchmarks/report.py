@@ -162,7 +162,8 @@ def page(path: Path) -> str:
     dates = sorted({group["date"] for group in groups.values()})
     parts = [
         f"Measured {' to '.join(dict.fromkeys((dates[0], dates[-1])))} on {source['machine']}, {source['processor']}, {source['cores']} cores, "
-        f"{source['threads']} threads; " + ", ".join(f"{name} {version}" for name, version in source["versions"].items()) + ".",
+        f"{source['threads']} threads; " + ", ".join(f"{name} {version}" for name, version in source["versions"].items()) + "."
+        + ("" if source["native_bf16"] else " This processor emulates bf16: a bf16 base gets one row of 16 tokens, and a 4-bit base computes in fp32."),
         "## Against the aims", headline_figure(record), markdown(HEAD, rows(record)),
     ]  # fmt: skip
     for name, (key, *_) in CURVES.items():

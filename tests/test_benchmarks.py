@@ -39,7 +39,8 @@ def test_ours_and_pefts_train_as_many_numbers_on_the_same_weights(precision: str
     torch.testing.assert_close(logits(ours), logits(theirs), atol=0, rtol=0)  # both start as the base
     weight = bench.base("quick", precision).model.layers[0].mlp.up_proj.weight
     assert all(any(weight is p for p in arm.model.parameters()) for arm in (ours, theirs))
-    assert ours.autocast == theirs.autocast == (precision != "fp32")
+    assert ours.autocast == theirs.autocast == (precision != "fp32" and bench.NATIVE_BF16)
+    assert ours.ids.numel() == theirs.ids.numel() == (16 if precision == "bf16" and not bench.NATIVE_BF16 else 32)
 
 
 def test_merged_arms_compute_what_the_adapter_does_without_touching_the_base() -> None:
@@ -85,7 +86,7 @@ def record() -> dict:
         made[name] = {"size": group.size, "precision": group.precision, "date": "2026-01-02", "seconds": {label: [i + 1.0, 2 * (i + 1.0), i + 1.0] for i, label in enumerate(group.arms)}}
         if group.memory:
             made[name]["peak_bytes"] = {label: 2_000_000 - i * 500_000 for i, label in enumerate(group.arms)}
-    source = {"machine": "M", "processor": "P", "cores": 2, "threads": 2, "versions": {"torch": "2"}, "source_sha256": "x"}
+    source = {"machine": "M", "processor": "P", "cores": 2, "threads": 2, "native_bf16": True, "versions": {"torch": "2"}, "source_sha256": "x"}
     return {"provenance": source, "quick": False, "groups": made}
 
 
@@ -109,5 +110,10 @@ def test_the_page_shows_tables_and_figures_with_alt_text(tmp_path: Path) -> None
     (tmp_path / "benchmarks" / "results.json").write_text(json.dumps(record()))
     page = pages.fill("<!-- generated: benchmarks -->", tmp_path, [])
     assert "Measured 2026-01-02 on M, P, 2 cores, 2 threads; torch 2." in page
+    assert "emulates" not in page
+    other = record()
+    other["provenance"]["native_bf16"] = False
+    (tmp_path / "benchmarks" / "results.json").write_text(json.dumps(other))
+    assert "This processor emulates bf16" in pages.fill("<!-- generated: benchmarks -->", tmp_path, [])
     assert page.count("<img alt=") == 4 and page.count("```{raw} html") == 4
     assert "| experts smollm2 | experts | 2000.0 (2000.0–3000.0) | 2 |" in page and "128 → " in page
