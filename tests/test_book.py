@@ -80,6 +80,12 @@ def test_links_inside_the_book_lead_somewhere(book: Path) -> None:
 
 
 @pytest.mark.slow
+def test_no_table_is_shown_as_its_source(book: Path) -> None:
+    # The book's Markdown in outputs has no tables; dashes outside code become long ones.
+    raw = [page for page in pages(book) if "|—|" in (book / page).read_text()]
+    assert not raw, f"{raw}: display a DataFrame instead of a Markdown table"
+
+
 def test_second_build_executes_and_builds_nothing(book: Path, capfd: pytest.CaptureFixture) -> None:
     before = (book / "index.html").stat().st_mtime_ns
     build_book.build()
