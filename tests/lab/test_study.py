@@ -1,6 +1,7 @@
 """`lora_course.lab.study`: a study goes on where it stopped, and does not mix results of other code; `fit` is paired by seed."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -67,12 +68,18 @@ def test_fit_takes_what_a_method_adds_to_the_training() -> None:
 @pytest.mark.parametrize("path", sorted(STUDIES.glob("*.json")), ids=lambda path: path.stem)
 def test_committed_studies_carry_their_script_seeds_versions_and_source(path: Path) -> None:
     record = load_study(path.stem)
-    scripts = list((ROOT / "tools" / "studies").glob(record["script"]))
-    assert len(scripts) == 1
     settings = record["settings"]
     assert len(settings["seeds"]) >= 3 if "seeds" in settings else settings["draws"] >= 3
-    assert record["versions"]["torch"] and len(record["source_sha256"]) == 64
     assert record["runs"]
+    if "command" in record:  # the comparison keeps sources by run and versions by method, as methods are computed apart
+        assert record["command"] == "lora-course compare"
+        assert {key.split("/")[0] for key in record["runs"]} == set(record["methods"])
+        assert all(re.fullmatch("[0-9a-f]{16}", run["source"]) for run in record["runs"].values())
+        assert all(method["versions"]["torch"] and method["date"] for method in record["methods"].values())
+        return
+    scripts = list((ROOT / "tools" / "studies").glob(record["script"]))
+    assert len(scripts) == 1
+    assert record["versions"]["torch"] and len(record["source_sha256"]) == 64
 
 
 def test_source_hash_depends_on_the_code_and_data_of_every_file_and_not_on_comments(tmp_path: Path) -> None:
