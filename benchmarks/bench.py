@@ -1,6 +1,6 @@
 """Ours against PEFT, side by side: time and memory of a training step, and what merging, ranks, experts and tasks cost.
 
-    make bench                                  about 12 minutes on two idle cores; goes on where it was stopped
+    make bench                                  about 25 minutes on two idle cores; goes on where it was stopped
     python -m benchmarks.bench --quick          every part once, on a model of two small blocks: for tests
 
 The arms of a group stand on the same base weights, in one process, and take turns: a ratio is the median of the rounds'
@@ -49,7 +49,7 @@ SMOLLM2 = {
 }  # fmt: skip
 SHAPES = {"smollm2": SMOLLM2, "quick": SMOLLM2 | {"vocab_size": 512, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 3}}
 BATCHES = {"nano": (8, 128), "smollm2": (1, 128), "quick": (2, 16)}  # rows, tokens
-ROUNDS = {"nano": 9, "smollm2": 7, "quick": 2}
+ROUNDS = {"nano": 25, "smollm2": 15, "quick": 2}
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 NATIVE_BF16 = compute_dtype("cpu") == torch.bfloat16
 """Whether this processor multiplies in bf16. One that emulates it takes a hundred times as long: a bf16 base then gets one row
@@ -59,7 +59,10 @@ logging.disable_progress_bar()
 
 @dataclasses.dataclass
 class Arm:
-    """What is timed: a training step (`optimizer` is there) or a forward pass. after: called between step and zero_grad."""
+    """What is timed: a training step, or a forward pass. A model with nothing to train goes without an optimiser.
+
+    after: called between the optimiser's step and zero_grad.
+    """
 
     model: nn.Module
     ids: torch.Tensor
@@ -72,15 +75,16 @@ class Arm:
 
     def __post_init__(self) -> None:
         self.model.train(self.training)
-        if self.training:
-            self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-4)
+        if self.training and (trained := [p for p in self.model.parameters() if p.requires_grad]):
+            self.optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)  # a Trainer's default
 
     def run(self) -> None:
         with torch.set_grad_enabled(self.training), torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
             out = self.model(input_ids=self.ids, labels=self.ids, use_cache=False, **self.forward)
-        if self.optimizer:
+        if self.training:
             loss = out.loss + self.auxiliary_loss(self.model) if self.auxiliary_loss else out.loss
             loss.backward()
+        if self.optimizer:
             self.optimizer.step()
             if self.after:
                 self.after()
@@ -137,6 +141,10 @@ def make(name: str, size: str, precision: str = "fp32", r: int = 8, count: int =
     torch.manual_seed(2)
     if name == "base":
         return Arm(twin(model), training=False, **common)
+    if name == "frozen base":  # forward and backward: what every adapter's step contains
+        frozen = twin(model).requires_grad_(False)
+        frozen.enable_input_require_grads()
+        return Arm(frozen, **common)
     if name == "unmerged":
         return Arm(randomized(lora.inject(twin(model), config(r))), training=False, **common)
     if name == "merged":  # into weights of its own
@@ -231,12 +239,13 @@ def randomized(model: nn.Module, seed: int = 0) -> nn.Module:
 @dataclasses.dataclass(frozen=True)
 class Group:
     """Arms that take turns. The first one is what the others are compared with. arms: label → (name, further arguments of
-    `make`). memory: whether each arm's peak is measured too."""
+    `make`). memory: whether each arm's peak is measured too. rounds: times the rounds of its size."""
 
     size: str
     precision: str
     arms: dict[str, tuple[str, dict[str, int]]]
     memory: bool = False
+    rounds: int = 1
 
 
 def plain(*names: str) -> dict[str, tuple[str, dict[str, int]]]:
@@ -250,13 +259,13 @@ def groups(quick: bool = False) -> dict[str, Group]:
     """All parts of a run by name."""
     nano, smollm2 = ("quick", "quick") if quick else ("nano", "smollm2")
     found = {
-        f"lora {label} {precision}": Group(size, precision, plain("PEFT LoRA", "LoRA"), memory=not quick or precision == "fp32" and label == "nano")
+        f"lora {label} {precision}": Group(size, precision, plain("PEFT LoRA", "LoRA", *["frozen base"] * (precision == "fp32")), memory=not quick or precision == "fp32" and label == "nano")
         for label, size in (("nano", nano), ("smollm2", smollm2)) for precision in ("fp32", "bf16", "4bit")
     }  # fmt: skip
-    found |= {f"adalora {label}": Group(size, "fp32", plain("PEFT AdaLoRA", "AdaLoRA"), memory=not quick and size == smollm2) for label, size in (("nano", nano), ("smollm2", smollm2))}
+    found |= {f"adalora {label}": Group(size, "fp32", plain("PEFT AdaLoRA", "AdaLoRA", "frozen base"), memory=not quick and size == smollm2) for label, size in (("nano", nano), ("smollm2", smollm2))}
     found["experts smollm2"] = Group(smollm2, "fp32", plain("LoRA", "experts"), memory=not quick)
     found["xlora smollm2"] = Group(smollm2, "fp32", plain("X-LoRA", "frozen experts"), memory=not quick)
-    found["merged smollm2"] = Group(smollm2, "fp32", plain("base", "merged and unloaded", "merged", "unmerged"))
+    found["merged smollm2"] = Group(smollm2, "fp32", plain("base", "merged and unloaded", "merged", "unmerged"), rounds=3)
     found |= {f"variants {label}": Group(size, "fp32", VARIANTS, memory=not quick and size == smollm2) for label, size in (("nano", nano), ("smollm2", smollm2))}
     ranks, counts = ((2, 4), (2,)) if quick else ((2, 8, 32, 128), (2, 4, 8, 16))
     found["curve rank"] = Group(nano, "fp32", {f"{name} {r}": (name, {"r": r}) for r in ranks for name in ("LoRA", "PEFT LoRA")})
@@ -269,7 +278,7 @@ def measure(group: Group) -> dict[str, Any]:
     """Seconds of each arm in each round, after one round that does not count; and peaks of memory in bytes."""
     arms = {label: make(name, group.size, group.precision, **more) for label, (name, more) in group.arms.items()}
     seconds: dict[str, list[float]] = {label: [] for label in arms}
-    for count in range(ROUNDS[group.size] + 1):
+    for count in range(group.rounds * ROUNDS[group.size] + 1):
         for label in list(arms) if count % 2 else reversed(arms):  # so that none is always the one after a pause
             start = time.perf_counter()
             arms[label].run()

@@ -58,6 +58,15 @@ def met(ratio: float, aim: float) -> bool:
     return round(ratio, 2) <= aim
 
 
+REASONS = {
+}
+
+
+def reason(text: str) -> str:
+    """Why a headline is not met; what was not looked into says so."""
+    return next((why for start, why in REASONS.items() if text.startswith(start)), "not looked into.")
+
+
 def line(group: Record) -> str:
     """Each arm's median, in ms."""
     return ", ".join(f"{label} {1000 * statistics.median(times):.0f} ms" for label, times in group["seconds"].items())
@@ -81,6 +90,19 @@ def rows(record: Record) -> list[list[str]]:
         [text, f"{ratio:.2f} ({low:.2f}–{high:.2f})", f"{memory:.2f}" if memory else "", f"≤ {aim:g}", "met" if met(ratio, aim) else "not met"]
         for text, (ratio, low, high), memory, aim in headlines(record)
     ]  # fmt: skip
+
+
+SHARES = [("LoRA, nano", "lora nano fp32", "LoRA"), ("LoRA, smollm2", "lora smollm2 fp32", "LoRA"), ("AdaLoRA, nano", "adalora nano", "AdaLoRA"), ("AdaLoRA, smollm2", "adalora smollm2", "AdaLoRA")]
+
+
+def shares(record: Record) -> list[tuple[str, float, float]]:
+    """(what, the frozen base's part of PEFT's step, what ours adds to the base over what PEFT's adds), of medians."""
+    found = []
+    for label, key, arm in SHARES:
+        if group := record["groups"].get(key):
+            ours, theirs, base = (statistics.median(group["seconds"][name]) for name in (arm, f"PEFT {arm}", "frozen base"))
+            found.append((label, base / theirs, (ours - base) / (theirs - base)))
+    return found
 
 
 HEAD = ["what", "time, median (quartiles)", "peak memory", "aim for time", ""]
@@ -166,6 +188,15 @@ def page(path: Path) -> str:
         + ("" if source["native_bf16"] else " This processor emulates bf16: a bf16 base gets one row of 16 tokens, and a 4-bit base computes in fp32."),
         "## Against the aims", headline_figure(record), markdown(HEAD, rows(record)),
     ]  # fmt: skip
+    if unmet := [text for text, (ratio, *_), _, aim in headlines(record) if not met(ratio, aim)]:
+        parts += ["Not met, and why:", "\n".join(f"- **{text}**: {reason(text)}" for text in unmet)]
+    if found := shares(record):
+        parts += [
+            "## What the base alone takes",
+            "A step of the frozen base, forward and backward with nothing to train, is a part of every adapter's step. Left: how much of PEFT's. "
+            "Right: what is added to it here, over what PEFT adds.",
+            markdown(["what", "frozen base, of PEFT's step", "added here, over added by PEFT"], [[label, f"{base:.2f}", f"{own:.2f}"] for label, base, own in found]),
+        ]  # fmt: skip
     for name, (key, *_) in CURVES.items():
         if key in groups:
             parts += [f"## Against the number of {name}" if name != "rank" else "## Against the rank", curve_figure(record, name)]

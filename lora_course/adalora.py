@@ -122,12 +122,17 @@ def regularizer(model: nn.Module) -> Tensor:
     R = weight · mean over the model's A and B of ‖A Aᵀ − I‖_F and ‖Bᵀ B − I‖_F. It is 0 if and only if all rows of each A and
     all columns of each B are orthonormal. (The paper squares the norms and sums them; its code, PEFT and this do not.)
     """
-    config, layers = _config(model), adapter_layers(model).values()
-    device = next(iter(layers)).A.device
-    with torch.autocast(device.type, enabled=False):
-        grams = [gram for layer in layers for gram in (layer.A @ layer.A.T, layer.B.T @ layer.B)]
-        norms = [torch.linalg.vector_norm(gram - torch.eye(len(gram), device=gram.device)) for gram in grams]
-    return config.orth_reg_weight * torch.stack([norm.to(device) for norm in norms]).mean()
+    config = _config(model)
+    alike: dict[tuple[torch.Size, torch.device], list[Tensor]] = {}  # factors of one shape are one stack: few large operations
+    for layer in adapter_layers(model).values():
+        for rows in (layer.A, layer.B.T):
+            alike.setdefault((rows.shape, rows.device), []).append(rows)
+    norms = []
+    for (shape, device), factors in alike.items():
+        with torch.autocast(device.type, enabled=False):
+            rows = torch.stack(factors)
+            norms.append(torch.linalg.vector_norm(rows @ rows.mT - torch.eye(shape[0], device=device), dim=(1, 2)))
+    return config.orth_reg_weight * torch.cat([norm.to(norms[0].device) for norm in norms]).mean()
 
 
 class RankAllocator(TrainerCallback):

@@ -62,14 +62,14 @@ def save_adapter(model: nn.Module, folder: str | Path, extra: dict[str, object] 
         "config": {name: _jsonable(value) for name, value in _fields(info.config, info.layer).items()},
         "arguments": info.arguments,
         "shapes": {name: [layer.out_features, layer.in_features] for name, layer in layers.items()},
-        "base": {"name": getattr(model, "name_or_path", ""), "fingerprint": _fingerprint(layers)},
+        "base": {"name": getattr(model, "name_or_path", ""), "fingerprint": base_fingerprint(layers)},
         "extra": extra or {},
         "tensors_sha256": hashlib.sha256(tensors).hexdigest(),
     }
     text = json.dumps(description, indent=1)
-    folder = _folder(folder)
-    _replace(folder / "adapter.safetensors", tensors)
-    _replace(folder / "adapter.json", text.encode())
+    folder = make_folder(folder)
+    replace_file(folder / "adapter.safetensors", tensors)
+    replace_file(folder / "adapter.json", text.encode())
     return folder
 
 
@@ -106,7 +106,7 @@ def restore_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
             f"([out, in]) in the adapter and {shapes.get(first, 'absent')} in the model; {len(differing)} modules differ. "
             f"It was made on {description['base']['name']!r}: load that base."
         )
-    found, expected = _fingerprint(layers), description["base"]["fingerprint"]
+    found, expected = base_fingerprint(layers), description["base"]["fingerprint"]
     if found and expected and found != expected:
         warnings.warn(
             f"The base's weights are not those that the adapter in {folder} was trained on "
@@ -154,8 +154,8 @@ def export_peft(model: nn.Module, folder: str | Path) -> Path:
         for name, t in modules.items()
         for key in ("A", "B")
     }
-    folder = _folder(folder)
-    _replace(folder / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
+    folder = make_folder(folder)
+    replace_file(folder / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
     config.save_pretrained(folder)
     return folder
 
@@ -220,7 +220,7 @@ def _jsonable(value: object) -> object:
     return sorted(value) if isinstance(value, set) else getattr(value, "value", value)
 
 
-def _fingerprint(layers: dict[str, LoRALinear]) -> str | None:
+def base_fingerprint(layers: dict[str, LoRALinear]) -> str | None:
     """A hash of a sample of the base weights under the adapter: equal for equal values in fp32, bf16 or fp16."""
     if any(layer.merged or layer.base_layer.weight.is_meta for layer in layers.values()):
         return None
@@ -231,13 +231,15 @@ def _fingerprint(layers: dict[str, LoRALinear]) -> str | None:
     return digest.hexdigest()
 
 
-def _folder(folder: str | Path) -> Path:
+def make_folder(folder: str | Path) -> Path:
+    """The folder as a path, made if it is not there."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
-def _replace(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all: a stopped process leaves the old one."""
     unfinished = path.with_name(path.name + ".unfinished")
     unfinished.write_bytes(content)
     os.replace(unfinished, path)

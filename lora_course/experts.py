@@ -113,7 +113,8 @@ class ExpertsLinear(LoRALinear):
                 "Reentrant gradient checkpointing would lose the router's gradient: call "
                 "model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})."
             )
-        return Weigh.apply(h, gates.to(h.device).reshape(*h.shape[:-1], -1), self.ranks)
+        equal = h.shape[-1] == self.r * self.num_experts  # r is the largest rank
+        return Weigh.apply(h, gates.to(h.device).reshape(*h.shape[:-1], -1), self.r if equal else self.ranks)
 
     @classmethod
     def connect(cls, model: nn.Module, layers: dict[str, LoRALinear]) -> None:
@@ -192,10 +193,10 @@ class Weigh(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, gates: Tensor, ranks: Tensor) -> Tensor:
+    def forward(ctx: Any, h: Tensor, gates: Tensor, ranks: Tensor | int) -> Tensor:
         ctx.save_for_backward(h, gates)
         ctx.first, ctx.ranks = gates.detach(), ranks
-        return h * gates.to(h.dtype).repeat_interleave(ranks, -1, output_size=h.shape[-1])
+        return h * spread(gates.to(h.dtype), ranks, h.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -205,10 +206,15 @@ class Weigh(torch.autograd.Function):
                 "Gradient checkpointing computed this block again with the gates of a later forward pass: call backward() before the "
                 "next forward pass with experts, or switch checkpointing off."
             )
-        expert = torch.eye(len(ctx.ranks), dtype=h.dtype, device=h.device)  # a row for each of the Σ r_e components
-        expert = expert.repeat_interleave(ctx.ranks, 0, output_size=h.shape[-1])
-        wide = gates.to(h.dtype).repeat_interleave(ctx.ranks, -1, output_size=h.shape[-1])
-        return grad * wide, ((grad * h) @ expert).to(gates.dtype), None
+        own = spread(torch.eye(gates.shape[-1], dtype=h.dtype, device=h.device), ctx.ranks, h.shape[-1])  # [E, Σ r_e]: whose part is whose
+        return grad * spread(gates.to(h.dtype), ctx.ranks, h.shape[-1]), ((grad * h) @ own.t()).to(gates.dtype), None
+
+
+def spread(gates: Tensor, ranks: Tensor | int, width: int) -> Tensor:
+    """`[..., E]` → `[..., Σ r_e]`: each gate r_e times. ranks: `[E]`, or one number if they are equal.    width: Σ r_e."""
+    if isinstance(ranks, int):
+        return gates[..., None].expand(*gates.shape, ranks).reshape(*gates.shape[:-1], width)
+    return gates.repeat_interleave(ranks, -1, output_size=width)
 
 
 class Pass:

@@ -35,9 +35,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lora_course.lora import (
+    THIN,
     AdapterState,
     LoRALinear,
-    _compute_dtype,
     adapter_layers,
     concatenate,
     inject,
@@ -45,6 +45,7 @@ from lora_course.lora import (
     is_4bit,
     register,
     split_state,
+    update_dtype,
 )
 
 # ------------------------------------------------------------------------------------------------- a fused step
@@ -65,10 +66,10 @@ class FusedLoRA(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, A: Tensor, B: Tensor, base: nn.Linear, scaling: float, p: float) -> Tensor:
         y = base(x)  # gradients are off in here, so this keeps nothing
         dropped, mask = torch.native_dropout(x, p, True) if p else (x, None)
-        ctx.dtype = _compute_dtype(y)
+        ctx.dtype = update_dtype(y)
         with torch.autocast(x.device.type, enabled=False):
             h = _rows(dropped).to(ctx.dtype) @ A.to(ctx.dtype).t()
-            _add_product(_rows(y), h, B.to(ctx.dtype).t(), scaling)
+            _add_product(_rows(y), h, B.to(ctx.dtype).t().contiguous(), scaling)
         ctx.save_for_backward(x, A, B, base.weight, mask)
         ctx.base, ctx.scaling, ctx.p = base, scaling, p
         return y
@@ -80,15 +81,18 @@ class FusedLoRA(torch.autograd.Function):
         need_x, need_A, need_B = ctx.needs_input_grad[:3]
         grad_x = grad_A = grad_B = None
         with torch.autocast(x.device.type, enabled=False):
-            a, b, g = A.to(ctx.dtype), B.to(ctx.dtype), _rows(grad).to(ctx.dtype)
+            a, bt, g = A.to(ctx.dtype), B.to(ctx.dtype).t().contiguous(), _rows(grad).to(ctx.dtype)
             # What is left of x is divided by 1 − p: here it is the scale that is, as it multiplies thin matrices.
             scaling = ctx.scaling / (1 - ctx.p)
             mask = None if mask is None else mask.view(torch.uint8)  # the same bytes; products with bool are slower
-            h = scaling * (g @ b)  # s · g B, [rows, r]
+            h = scaling * (g @ bt.t())  # s · g B, [rows, r]
             if need_A or need_B:
                 dropped = _rows(x if mask is None else x * mask).to(ctx.dtype)
                 grad_A = (h.t() @ dropped).to(A.dtype) if need_A else None
-                grad_B = (scaling * (g.t() @ (dropped @ a.t()))).to(B.dtype) if need_B else None
+                if need_B:
+                    ax = scaling * (dropped @ a.t())
+                    # gᵀ (x̃ Aᵀ), in the order that is fast for its rank: see lora.THIN
+                    grad_B = ((ax.t() @ g).t() if ax.shape[1] <= THIN else g.t() @ ax).to(B.dtype)
                 del dropped
             if need_x:
                 grad_x = _through_base(_rows(grad), ctx.base, weight)
@@ -212,7 +216,7 @@ class AdapterBatchLinear(LoRALinear):
                 "rows of a prompt (num_beams, num_return_sequences), repeat its name as often, one after the other."
             )
         y = self.base_layer(x)
-        A, B = self._of_rows(_compute_dtype(y))
+        A, B = self._of_rows(update_dtype(y))
         h = x.reshape(batch, -1, self.in_features).to(A.dtype) @ A.mT
         return torch.baddbmm(y.view(batch, -1, self.out_features).to(A.dtype), h, B.mT).view(y.shape).to(y.dtype)
 

@@ -31,6 +31,11 @@ LAYERS: dict[str, type["LoRALinear"]] = {}
 """Layer classes by name: what a checkpoint may ask for."""
 
 
+THIN = 10
+"""Up to this rank a CPU gets Bᵀ as a contiguous matrix: autograd takes the order of its products from the layout of their
+factors, and with thin ones the order matters. Above it there is nothing to gain (measured in chapter 4.4)."""
+
+
 def register(layer: type["LoRALinear"]) -> type["LoRALinear"]:
     """Make a layer class known to checkpoints under its class name."""
     LAYERS[layer.__name__] = layer
@@ -132,14 +137,16 @@ class LoRALinear(nn.Module):
 
     def add_update(self, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
         """`y + scaling · B between(A dropout(x))`, with `y` `[..., out]` the base's output for `x` `[..., in]`."""
-        dtype = _compute_dtype(y)
+        dtype = update_dtype(y)
         h = self.between(F.linear(self.lora_dropout(x).to(dtype), A.to(dtype)))
-        B = B.to(dtype)
+        Bt = B.to(dtype).t()
+        if B.shape[1] <= THIN and B.device.type == "cpu":
+            Bt = Bt.contiguous()
         if y.dtype != dtype:
-            return torch.add(y, F.linear(h, B), alpha=scaling)
+            return torch.add(y, h @ Bt, alpha=scaling)
         # A product and a sum in one call: no scaled copy of the update is stored. B A is never formed.
         rows = y.numel() // self.out_features
-        flat = torch.addmm(y.reshape(rows, self.out_features), h.reshape(rows, B.shape[1]), B.t(), alpha=scaling)
+        flat = torch.addmm(y.reshape(rows, self.out_features), h.reshape(rows, B.shape[1]), Bt, alpha=scaling)
         return flat.view(y.shape)
 
     def between(self, h: Tensor) -> Tensor:
@@ -573,7 +580,8 @@ def _endings(names: Iterable[str]) -> str:
     return ", ".join(sorted({name.rpartition(".")[2] for name in names})) or "no linear layer at all"
 
 
-def _compute_dtype(y: Tensor) -> torch.dtype:
+def update_dtype(y: Tensor) -> torch.dtype:
+    """The type in which the update of the base's output `y` is computed: autocast's where it is on, else y's."""
     kind = y.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and y.dtype != torch.float64 else y.dtype
 

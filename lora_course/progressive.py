@@ -136,15 +136,13 @@ class StackedLoRALinear(LoRALinear):
             if self.folded:
                 raise RuntimeError("The base holds earlier stages: switching the adapter off would not remove them. Call merge(model) and unmerge(model) first.")
             return y
-        if not self.folded:
-            y = self._plus(y, x, self.frozen_A, self.frozen_B)
-        return self._plus(y, self.lora_dropout(x), self.A, self.B)
-
-    def _plus(self, y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        if A.shape[0] == 0:
-            return y
-        update = F.linear(F.linear(x.to(y.dtype), A.to(y.dtype)), B.to(y.dtype))
-        return torch.add(y, update.to(y.dtype), alpha=self.scaling)
+        A, B = self.A, self.B
+        if not self.folded and self.training and isinstance(self.lora_dropout, nn.Dropout):  # what is frozen is not dropped
+            frozen = F.linear(F.linear(x.to(y.dtype), self.frozen_A.to(y.dtype)), self.frozen_B.to(y.dtype))
+            y = torch.add(y, frozen.to(y.dtype), alpha=self.scaling)
+        elif not self.folded:
+            A, B, _ = self.factors()
+        return self.add_update(y, x, A, B, self.scaling) if A.shape[0] else y
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
         """`([A_0; …; A_k], [B_0 … B_k], s)`: the one LoRA layer of the summed rank that computes the same update."""

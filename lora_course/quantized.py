@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from lora_course.checkpoint import _fingerprint, _folder, _replace
+from lora_course.checkpoint import base_fingerprint, make_folder, replace_file
 from lora_course.lora import AdapterState, LoRALinear, adapter_layers, factor_state, inject, injection, register, unload, use_adapter
 
 FORMAT_VERSION = 1
@@ -87,13 +87,14 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, bits: int, granularity: str, group_size: int, clip: float) -> Tensor:
         codes, scale = _round(x, bits, granularity, group_size, clip)
-        ctx.save_for_backward(_ungroup(codes.abs() <= _top(bits), x.shape))
-        return _ungroup(codes.clamp(-_top(bits), _top(bits)) * scale, x.shape).to(x.dtype)
+        if clip < 1:
+            ctx.save_for_backward(_ungroup(codes.abs() <= _top(bits), x.shape))
+            codes.clamp_(-_top(bits), _top(bits))
+        return _ungroup(codes.mul_(scale), x.shape).to(x.dtype)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (inside,) = ctx.saved_tensors
-        return gradient * inside, None, None, None, None
+        return gradient * ctx.saved_tensors[0] if ctx.saved_tensors else gradient, None, None, None, None
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -156,8 +157,7 @@ class QuantizedLoRALinear(LoRALinear):
     def factors(self) -> tuple[Tensor, Tensor, float]:
         """`(Q(A), Q(B), scaling)`: the plain LoRA layer that computes the same update."""
         grid = (self.granularity, self.group_size, self.clip)
-        A, B = fake_quantize(self.A, self.bits_A, *grid), fake_quantize(self.B.T, self.bits_B, *grid).T
-        return A, B.contiguous(), self.scaling
+        return fake_quantize(self.A, self.bits_A, *grid), fake_quantize(self.B.T, self.bits_B, *grid).T, self.scaling
 
     def extra_repr(self) -> str:
         grid = f"group of {self.group_size}" if self.granularity == "group" else self.granularity
@@ -218,11 +218,11 @@ def save_quantized(model: nn.Module, folder: str | Path) -> Path:
         "grid": {key: getattr(first, key) for key in ("bits_A", "bits_B", "granularity", "group_size")},
         "use_rslora": first.use_rslora,
         "layers": {name: {key: getattr(layer, key) for key in LAYER_FIELDS} for name, layer in layers.items()},
-        "base": {"name": getattr(model, "name_or_path", ""), "fingerprint": _fingerprint(layers)},
+        "base": {"name": getattr(model, "name_or_path", ""), "fingerprint": base_fingerprint(layers)},
         "tensors_sha256": _hash(tensors),
     }
-    path = _folder(folder) / FILE
-    _replace(path, save(tensors, metadata={"lora_course": json.dumps(description)}))
+    path = make_folder(folder) / FILE
+    replace_file(path, save(tensors, metadata={"lora_course": json.dumps(description)}))
     return path
 
 
@@ -265,7 +265,7 @@ def load_quantized(model: nn.Module, folder: str | Path) -> nn.Module:
     except Exception:
         unload(model)
         raise
-    base, expected = _fingerprint(adapter_layers(model)), description["base"]["fingerprint"]
+    base, expected = base_fingerprint(adapter_layers(model)), description["base"]["fingerprint"]
     if base and expected and base != expected:
         warn = f"The base's weights are not those that the adapter in {folder} was trained on ({description['base']['name']!r})."
         warnings.warn(f"{warn} That is expected when a 4-bit base is replaced by its 16-bit original.", stacklevel=2)
@@ -293,10 +293,9 @@ def _top(bits: int) -> int:
 def _round(x: Tensor, bits: int, granularity: str, group_size: int, clip: float) -> tuple[Tensor, Tensor]:
     """round(x / Δ) `[scales, numbers]`, not yet cut to the range, and Δ `[scales, 1]`; both fp32, NaN where x is not finite."""
     groups = _group(x.float(), granularity, group_size)
-    scale = groups.abs().amax(1, keepdim=True) * clip / _top(bits)
-    mantissa, exponent = torch.frexp(scale.clamp(min=torch.finfo(torch.float32).tiny))
-    scale = torch.ldexp((mantissa * 2**16).ceil() / 2**16, exponent)  # up: with clip 1 no number is outside the grid
-    return (groups / scale).round(), scale
+    scale = (groups.abs().amax(1, keepdim=True) * clip / _top(bits)).clamp_(min=torch.finfo(torch.float32).tiny)
+    scale = (scale.view(torch.int32) + 0xFF & ~0xFF).view(torch.float32)  # 16 bits, rounded up: with clip 1 no number is outside
+    return (groups / scale).round_(), scale
 
 
 def _group(x: Tensor, granularity: str, group_size: int) -> Tensor:
@@ -304,7 +303,8 @@ def _group(x: Tensor, granularity: str, group_size: int) -> Tensor:
     if granularity == "tensor":
         return x.reshape(1, -1)
     size = x.shape[1] if granularity == "channel" else min(group_size, x.shape[1])
-    return F.pad(x, (0, -x.shape[1] % size)).reshape(-1, size)
+    missing = -x.shape[1] % size
+    return (F.pad(x, (0, missing)) if missing else x).reshape(-1, size)
 
 
 def _ungroup(groups: Tensor, shape: torch.Size) -> Tensor:

@@ -20,13 +20,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lora_course.lora import AdapterState, LoRALinear, _compute_dtype, adapter_layers, injection, is_4bit, register
+from lora_course.lora import AdapterState, LoRALinear, adapter_layers, injection, is_4bit, register, update_dtype
 
 # --------------------------------------------------------------------------------------------------- gates
 
@@ -328,18 +330,29 @@ class SparseDeltaLinear(MaskedLinear):
         else:
             places = random_places(total, count, device)
         self.keep("delta", torch.zeros(1, device=device).expand(total), places)
+        self._places: tuple[tuple[int, int], Places] | None = None
 
     def shapes(self) -> dict[str, tuple[int, int]]:
         return {"delta": (self.out_features, self.in_features)}
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x` `[..., in]` → `[..., out]`. ΔW is built here and again in the backward pass, and not kept between."""
+        """`x` `[..., in]` → `[..., out]`; ΔW is not built."""
         y = self.base_layer(x)
         if self.merged or not self.enabled:
             return y
-        dtype = _compute_dtype(y)
+        dtype = update_dtype(y)
         values = (self.scaling * self.values_delta).to(dtype)
-        return y + SparseProduct.apply(self.lora_dropout(x).to(dtype), values, self.indices_delta, self.shapes()["delta"])
+        return y + SparseProduct.apply(self.lora_dropout(x).to(dtype), values, self.places())
+
+    def places(self) -> Places:
+        """`indices_delta` in the order of rows and of columns; computed once for a mask."""
+        mask = (self.indices_delta.data_ptr(), self.indices_delta._version)  # moved or loaded, it is another one
+        if self._places is None or self._places[0] != mask:
+            self._places = mask, Places.of(self.indices_delta.long(), *self.shapes()["delta"])
+        return self._places[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_places": None}
 
     def delta_weight(self) -> Tensor:
         """ΔW = scaling · (M ∘ V), `[out, in]`, fp32."""
@@ -353,28 +366,56 @@ class SparseDeltaLinear(MaskedLinear):
         )
 
 
-class SparseProduct(torch.autograd.Function):
-    """x Sᵀ for S `[out, in]` given by values and places, with a gradient for the values alone, not for all of S.
+class Places(NamedTuple):
+    """Where the entries of a sparse matrix are, by rows and by columns; `starts` say where each row or column begins."""
 
-    ∂L/∂v_k = (∂L/∂y)ᵀ x at place k. That product is dense, `[out, in]`, as in training all of S; it lives for one layer at a time.
+    columns: Tensor  # [nnz], by rows
+    row_starts: Tensor  # [out]
+    rows: Tensor  # [nnz], by columns
+    column_starts: Tensor  # [in]
+    by_column: Tensor  # [nnz]: the order of the entries, numbered by rows, that `rows` has
+
+    @classmethod
+    def of(cls, indices: Tensor, rows: int, columns: int) -> Places:
+        """`indices` `[nnz]` int64, flat and ascending, of a matrix of this shape."""
+        row, column = indices // columns, indices % columns
+        sorted_columns, by_column = column.sort(stable=True)
+        starts = (torch.searchsorted(line, torch.arange(count, device=line.device)) for line, count in ((row, rows), (sorted_columns, columns)))
+        return cls(column, next(starts), row[by_column], next(starts), by_column)
+
+
+class SparseProduct(torch.autograd.Function):
+    """`x` `[..., in]` → x Sᵀ `[..., out]` for a sparse S `[out, in]`, with a gradient for its values alone; no `[out, in]` matrix is made.
+
+    Row i of (x Sᵀ)ᵀ is a weighted sum of rows of xᵀ: what torch calls an embedding bag. ∂L/∂x is the same with S transposed, and
+    ∂L/∂v_k, for the value v_k at place (i, j), the product of row j of xᵀ with row i of (∂L/∂y)ᵀ: that bag's gradient for its weights.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, values: Tensor, indices: Tensor, shape: tuple[int, int]) -> Tensor:
-        ctx.save_for_backward(x, values, indices)
-        ctx.shape = shape
-        return F.linear(x, scatter(values, indices, shape))
+    def forward(ctx: Any, x: Tensor, values: Tensor, places: Places) -> Tensor:
+        ctx.save_for_backward(x, values)
+        ctx.places = places
+        y = F.embedding_bag(places.columns, _transposed(x), places.row_starts, mode="sum", per_sample_weights=values)
+        return _transposed(y).view(*x.shape[:-1], len(places.row_starts))
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        x, values, indices = ctx.saved_tensors
-        of_x = of_values = None
-        if ctx.needs_input_grad[0]:
-            of_x = gradient @ scatter(values, indices, ctx.shape)
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        x, values = ctx.saved_tensors
+        places, of_values = ctx.places, None
+        with torch.enable_grad():
+            weights = values.detach()[places.by_column].requires_grad_()
+            bags = F.embedding_bag(places.rows, _transposed(gradient), places.column_starts, mode="sum", per_sample_weights=weights)
         if ctx.needs_input_grad[1]:
-            rows, columns = ctx.shape
-            of_values = (gradient.reshape(-1, rows).t() @ x.reshape(-1, columns)).flatten()[indices.long()]
-        return of_x, of_values, None, None
+            (found,) = torch.autograd.grad(bags, weights, _transposed(x))
+            of_values = torch.empty_like(found)
+            of_values[places.by_column] = found
+        return _transposed(bags.detach()).view(x.shape), of_values, None
+
+
+def _transposed(x: Tensor) -> Tensor:
+    """`[..., n]` → `[n, rows]`, contiguous."""
+    return x.reshape(x.numel() // x.shape[-1] if x.numel() else 0, x.shape[-1]).t().contiguous()
 
 
 def scatter(values: Tensor, indices: Tensor, shape: tuple[int, int]) -> Tensor:

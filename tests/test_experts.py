@@ -154,6 +154,10 @@ def test_gradients_are_those_of_the_equation() -> None:
     h, gates = torch.randn(2, 5, 7, dtype=torch.float64, requires_grad=True), torch.rand(2, 5, 3, dtype=torch.float64, requires_grad=True)
     ranks = torch.tensor([4, 0, 3])
     assert torch.autograd.gradcheck(lambda a, b: Weigh.apply(a, b, ranks), (h, gates))
+    equal = torch.rand(2, 5, 7, dtype=torch.float64, requires_grad=True)  # seven experts of rank 1, said as one number or as a list
+    assert torch.autograd.gradcheck(lambda a, b: Weigh.apply(a, b, 1), (h, equal))
+    two = torch.cat([h, h], -1).detach()
+    torch.testing.assert_close(Weigh.apply(two, equal, 2), Weigh.apply(two, equal, torch.full((7,), 2)), **EXACT)
 
 
 def test_the_base_runs_once_and_two_products_serve_all_experts() -> None:

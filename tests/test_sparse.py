@@ -8,6 +8,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, ShiraConfig, get_peft_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import TrainerCallback
 
@@ -18,6 +19,7 @@ from lora_course.qlora import quantize_model
 from lora_course.sparse import (
     GatedLoRALinear,
     GateSparsity,
+    Places,
     SparseDeltaLinear,
     SparseLoRALinear,
     SparseProduct,
@@ -445,15 +447,17 @@ def test_the_sparse_products_gradients_are_those_of_a_masked_dense_matrix() -> N
     torch.manual_seed(0)
     x, values = torch.randn(2, 3, 6, dtype=torch.double), torch.randn(9, dtype=torch.double)
     indices = random_places(30, 9).sort().values.int()
+    places = Places.of(indices.long(), 5, 6)
+    assert len(places.rows.unique()) < 5 or len(places.columns.unique()) < 6  # a row or column without entries is among them
     x.requires_grad_(), values.requires_grad_()
-    assert torch.autograd.gradcheck(lambda x, v: SparseProduct.apply(x, v, indices, (5, 6)), (x, values))
+    assert torch.autograd.gradcheck(lambda x, v: SparseProduct.apply(x, v, places), (x, values))
     dense = torch.zeros(30, dtype=torch.double)
     dense[indices.long()] = values.detach()
     dense = dense.view(5, 6).requires_grad_()
     (x @ dense.T).square().sum().backward()
     of_x = x.grad.clone()
     x.grad = None
-    SparseProduct.apply(x, values, indices, (5, 6)).square().sum().backward()
+    SparseProduct.apply(x, values, places).square().sum().backward()
     torch.testing.assert_close(values.grad, dense.grad.flatten()[indices.long()])
     torch.testing.assert_close(x.grad, of_x)
 
@@ -473,7 +477,8 @@ def test_forward_and_trained_steps_equal_pefts_shira_with_the_same_mask(scaling:
     optimizers = [torch.optim.AdamW(trained_parameters(m), lr=0.02, weight_decay=0.1) for m in (ours, theirs)]
     for t in range(4):
         mine, other = ours(**batch(length=8 + t)), theirs(**batch(length=8 + t))
-        torch.testing.assert_close(mine.logits, other.logits, atol=1e-9, rtol=1e-9)
+        # From the second step on they differ as the values do, see below.
+        torch.testing.assert_close(mine.logits, other.logits, atol=1e-6 if t else 1e-9, rtol=1e-9)
         for out, optimizer in zip((mine, other), optimizers, strict=True):
             out.loss.backward()
             optimizer.step()
@@ -484,13 +489,35 @@ def test_forward_and_trained_steps_equal_pefts_shira_with_the_same_mask(scaling:
         torch.testing.assert_close(layer.values_delta, found, atol=1e-5, rtol=1e-4)
 
 
-def test_training_keeps_no_dense_delta_w_between_forward_and_backward() -> None:
+def test_training_makes_no_dense_delta_w() -> None:
     layer = SparseDeltaLinear(nn.Linear(40, 30), r=1, lora_alpha=1)
     nn.init.normal_(layer.values_delta)
     sizes = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append(t.numel()), t)[1], lambda t: t):
-        layer(torch.randn(2, 40)).sum().backward()
-    assert sizes and max(sizes) < 30 * 40
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # noqa: ANN001, ANN202
+            out = function(*args, **(kwargs or {}))
+            if function is not torch.ops.aten.t.default:  # the base's weight, seen from the other side
+                sizes.extend(t.numel() for t in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(t, torch.Tensor))
+            return out
+
+    x = torch.randn(2, 40, requires_grad=True)
+    with Sizes():
+        layer(x).sum().backward()
+    assert x.grad is not None and len(sizes) > 20 and max(sizes) < 30 * 40
+
+
+def test_a_mask_that_is_loaded_or_moved_after_a_forward_pass_is_the_one_that_counts() -> None:
+    torch.manual_seed(0)
+    one, other = (SparseDeltaLinear(nn.Linear(12, 10), r=2, lora_alpha=2) for _ in range(2))
+    nn.init.normal_(other.values_delta)
+    x = torch.randn(3, 12)
+    one(x)
+    one.load_state_dict(other.state_dict())
+    torch.testing.assert_close(one(x), other(x), atol=0, rtol=0)
+    torch.testing.assert_close(one(x), one.base_layer(x) + x @ one.delta_weight().T)
+    twin = copy.deepcopy(one).double()
+    torch.testing.assert_close(twin(x.double()), twin.base_layer(x.double()) + x.double() @ twin.delta_weight().double().T, atol=1e-6, rtol=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------- refusals

@@ -92,7 +92,7 @@ def check_gradients(learner):
 
 @exercise("4.1-d", points=2)
 def check_plain(learner):
-    """`learner(layer)` → `A` [r', in], `B` [out, r'], `lora_alpha` of the smallest plain LoRA layer that computes the same."""
+    """`learner(layer)` → `A` [r', in], `B` [out, r'], `lora_alpha` of a plain LoRA layer that computes the same, without ranks that are off."""
     for kind in ("gates", "masks"):
         torch.manual_seed(3)
         layer: GatedLoRALinear | SparseLoRALinear

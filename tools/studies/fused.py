@@ -30,6 +30,7 @@ SETTINGS = {
     "steps": 40, "batch": 4, "length": 128, "train_bytes": 400_000, "test_bytes": 20_000, "seeds": [0, 1, 2],
     "dropout": 0.1, "memory_ranks": [4, 16, 64], "autocast_rank": 16, "process": [8, 256, 16],
     "step_ranks": [8, 64], "step_rounds": 15, "layer": {"width": 1024, "tokens": 512, "r": 16, "rounds": 31},
+    "orders": {"rows": 512, "out": 704, "ranks": [2, 4, 8, 10, 12, 16, 32, 64], "rounds": 41},
     "latency_ranks": [4, 16, 64, 256], "tokens": [1, 4, 16, 64, 256], "latency_rounds": 31,
     "served": {"rows": 32, "r": 8, "adapters": [1, 2, 4, 8, 16, 32], "rounds": 21},
     "generate": {"rows": 16, "adapters": 4, "r": 8, "prompt": 16, "new": 24, "rounds": 7},
@@ -117,17 +118,29 @@ def race(arms: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[floa
 
 
 def step_times(r: int, dropout: float) -> dict[str, list[float]]:
+    """Of a whole step; "B as it lies" is the plain one without lora.THIN's transposed copy."""
     models = {kind: injected(kind, r, dropout) for kind in ("plain", "fused", "peft")}
     ids = tokens(SETTINGS["batch"], SETTINGS["length"])
 
-    def arm(model: nn.Module) -> Callable[[], None]:
+    def arm(model: nn.Module, thin: int = lora.THIN) -> Callable[[], None]:
         def run() -> None:
+            before, lora.THIN = lora.THIN, thin
             model.zero_grad()
             step(model, ids)
+            lora.THIN = before
 
         return run
 
-    return race({kind: arm(model) for kind, model in models.items()}, SETTINGS["step_rounds"])
+    return race({kind: arm(model) for kind, model in models.items()} | {"B as it lies": arm(models["plain"], 0)}, SETTINGS["step_rounds"])
+
+
+def order_times(r: int) -> dict[str, list[float]]:
+    """The two thin products of the backward pass that B takes part in, each written in two ways; g is ∂L/∂y, h is x Aᵀ."""
+    s = SETTINGS["orders"]
+    torch.manual_seed(0)
+    g, h, B = torch.randn(s["rows"], s["out"]), torch.randn(s["rows"], r), torch.randn(s["out"], r)
+    Bt = B.t().contiguous()
+    return race({"gᵀh": lambda: g.t() @ h, "(hᵀg)ᵀ": lambda: (h.t() @ g).t(), "gB": lambda: g @ B, "g(Bᵀ)ᵀ": lambda: g @ Bt.t()}, s["rounds"])
 
 
 def layer_times() -> dict[str, list[float]]:
@@ -172,7 +185,7 @@ def fleet(count: int, r: int) -> tuple[dict[str, lora.AdapterState], nn.Module, 
 
 @torch.no_grad()
 def served(count: int) -> dict[str, list[float]]:
-    """One forward pass of rows of one token that use `count` adapters: as one batch, by groups, and in PEFT."""
+    """One forward pass of rows of one token that use `count` adapters: as one batch (with the copying), by groups, and in PEFT."""
     s = SETTINGS["served"]
     states, ours, one, theirs = fleet(count, s["r"])
     base, _ = lab.load_base(SETTINGS["model"])
@@ -183,16 +196,17 @@ def served(count: int) -> dict[str, list[float]]:
             lora.use_adapter(one, state)
             one(input_ids=ids[[i for i, n in enumerate(names) if n == name]], use_cache=False)
 
-    with rows(ours, names):
-        return race(
-            {
-                "base": lambda: base(input_ids=ids, use_cache=False),
-                "batched": lambda: ours(input_ids=ids, use_cache=False),
-                "by groups": by_groups,
-                "peft": lambda: theirs(input_ids=ids, adapter_names=names, use_cache=False),
-            },
-            s["rounds"],
-        )
+    def batched() -> None:
+        with rows(ours, names):
+            ours(input_ids=ids, use_cache=False)
+
+    arms = {
+        "base": lambda: base(input_ids=ids, use_cache=False),
+        "batched": batched,
+        "by groups": by_groups,
+        "peft": lambda: theirs(input_ids=ids, adapter_names=names, use_cache=False),
+    }
+    return race(arms, s["rounds"])
 
 
 @torch.no_grad()
@@ -267,6 +281,8 @@ def main() -> None:
         for mode, dropout in (("fp32", 0.0), ("dropout", SETTINGS["dropout"])):
             run(f"step/{mode}/{r}", lambda r=r, d=dropout: step_times(r, d))
     run("layer", layer_times)
+    for r in SETTINGS["orders"]["ranks"]:
+        run(f"orders/{r}", lambda r=r: order_times(r))
     for count in SETTINGS["tokens"]:
         run(f"latency/{count}", lambda c=count: latency(c))
     for count in SETTINGS["served"]["adapters"]:
