@@ -143,7 +143,9 @@ def make(name: str, size: str, precision: str = "fp32", r: int = 8, count: int =
         return Arm(twin(model), training=False, **common)
     if name == "frozen base":  # forward and backward: what every adapter's step contains
         frozen = twin(model).requires_grad_(False)
-        frozen.enable_input_require_grads()
+        first = frozen.model.layers[0].self_attn
+        for linear in (first.q_proj, first.k_proj, first.v_proj):  # from here on down no gradient of an input is needed
+            linear.register_forward_hook(lambda module, inputs, y: y.requires_grad_())
         return Arm(frozen, **common)
     if name == "unmerged":
         return Arm(randomized(lora.inject(twin(model), config(r))), training=False, **common)

@@ -96,12 +96,13 @@ SHARES = [("LoRA, nano", "lora nano fp32", "LoRA"), ("LoRA, smollm2", "lora smol
 
 
 def shares(record: Record) -> list[tuple[str, float, float]]:
-    """(what, the frozen base's part of PEFT's step, what ours adds to the base over what PEFT's adds), of medians."""
+    """(what, the frozen base's part of PEFT's step, what ours adds to the base over what PEFT's adds: of medians)."""
     found = []
     for label, key, arm in SHARES:
         if group := record["groups"].get(key):
             ours, theirs, base = (statistics.median(group["seconds"][name]) for name in (arm, f"PEFT {arm}", "frozen base"))
-            found.append((label, base / theirs, (ours - base) / (theirs - base)))
+            if theirs > base:
+                found.append((label, ratios(group, "frozen base", f"PEFT {arm}")[0], (ours - base) / (theirs - base)))
     return found
 
 

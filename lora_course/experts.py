@@ -90,6 +90,7 @@ class ExpertsLinear(LoRALinear):
         self.A = nn.Parameter(torch.cat([self.A, *(LoRALinear(*plain).A for _ in range(num_experts - 1))]).detach())
         self.B = nn.Parameter(self.B.detach().repeat(1, num_experts))
         self.register_buffer("ranks", torch.full((num_experts,), r, device=self.A.device))
+        self.register_load_state_dict_post_hook(_take_largest_rank)
         self.num_experts, self.routing, self.gate_by = num_experts, routing, gate_by
         self.top_k, self.prefix, self.train_experts = top_k, prefix, train_experts
         self.gating: Router | None = None  # one object for all layers of a place; `connect` sets it
@@ -208,6 +209,10 @@ class Weigh(torch.autograd.Function):
             )
         own = spread(torch.eye(gates.shape[-1], dtype=h.dtype, device=h.device), ctx.ranks, h.shape[-1])  # [E, Σ r_e]: whose part is whose
         return grad * spread(gates.to(h.dtype), ctx.ranks, h.shape[-1]), ((grad * h) @ own.t()).to(gates.dtype), None
+
+
+def _take_largest_rank(layer: ExpertsLinear, *_: object) -> None:
+    layer.r = int(layer.ranks.max())
 
 
 def spread(gates: Tensor, ranks: Tensor | int, width: int) -> Tensor:

@@ -137,12 +137,13 @@ class StackedLoRALinear(LoRALinear):
                 raise RuntimeError("The base holds earlier stages: switching the adapter off would not remove them. Call merge(model) and unmerge(model) first.")
             return y
         A, B = self.A, self.B
-        if not self.folded and self.training and isinstance(self.lora_dropout, nn.Dropout):  # what is frozen is not dropped
-            frozen = F.linear(F.linear(x.to(y.dtype), self.frozen_A.to(y.dtype)), self.frozen_B.to(y.dtype))
-            y = torch.add(y, frozen.to(y.dtype), alpha=self.scaling)
-        elif not self.folded:
-            A, B, _ = self.factors()
-        return self.add_update(y, x, A, B, self.scaling) if A.shape[0] else y
+        if len(self.frozen_A) and not self.folded:
+            if isinstance(self.lora_dropout, nn.Dropout) and self.lora_dropout.training:  # what is frozen is not dropped
+                frozen = F.linear(F.linear(x.to(y.dtype), self.frozen_A.to(y.dtype)), self.frozen_B.to(y.dtype))
+                y = torch.add(y, frozen.to(y.dtype), alpha=self.scaling)
+            else:
+                A, B, _ = self.factors()
+        return self.add_update(y, x, A, B, self.scaling) if len(A) else y
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
         """`([A_0; …; A_k], [B_0 … B_k], s)`: the one LoRA layer of the summed rank that computes the same update."""

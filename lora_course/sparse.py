@@ -330,7 +330,7 @@ class SparseDeltaLinear(MaskedLinear):
         else:
             places = random_places(total, count, device)
         self.keep("delta", torch.zeros(1, device=device).expand(total), places)
-        self._places: tuple[tuple[int, int], Places] | None = None
+        self._places: tuple[Tensor, int | None, Places] | None = None
 
     def shapes(self) -> dict[str, tuple[int, int]]:
         return {"delta": (self.out_features, self.in_features)}
@@ -346,10 +346,12 @@ class SparseDeltaLinear(MaskedLinear):
 
     def places(self) -> Places:
         """`indices_delta` in the order of rows and of columns; computed once for a mask."""
-        mask = (self.indices_delta.data_ptr(), self.indices_delta._version)  # moved or loaded, it is another one
-        if self._places is None or self._places[0] != mask:
-            self._places = mask, Places.of(self.indices_delta.long(), *self.shapes()["delta"])
-        return self._places[1]
+        indices, known = self.indices_delta, self._places
+        version = None if indices.is_inference() else indices._version  # a mask that is loaded or moved is another one
+        if known is None or known[0] is not indices or known[1] != version:
+            with torch.inference_mode(False):  # what is computed in evaluation serves training too
+                self._places = known = indices, version, Places.of(indices.long(), *self.shapes()["delta"])
+        return known[2]
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_places": None}
@@ -367,7 +369,7 @@ class SparseDeltaLinear(MaskedLinear):
 
 
 class Places(NamedTuple):
-    """Where the entries of a sparse matrix are, by rows and by columns; `starts` say where each row or column begins."""
+    """Where the entries of a sparse matrix are, by rows and by columns; `starts` say where each begins. All int32."""
 
     columns: Tensor  # [nnz], by rows
     row_starts: Tensor  # [out]
@@ -381,7 +383,7 @@ class Places(NamedTuple):
         row, column = indices // columns, indices % columns
         sorted_columns, by_column = column.sort(stable=True)
         starts = (torch.searchsorted(line, torch.arange(count, device=line.device)) for line, count in ((row, rows), (sorted_columns, columns)))
-        return cls(column, next(starts), row[by_column], next(starts), by_column)
+        return cls(*(found.int() for found in (column, next(starts), row[by_column], next(starts), by_column)))
 
 
 class SparseProduct(torch.autograd.Function):
@@ -403,14 +405,15 @@ class SparseProduct(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, values = ctx.saved_tensors
         places, of_values = ctx.places, None
+        dtype = torch.promote_types(x.dtype, torch.float32)  # a bag's gradient in bf16 is missing in some versions of torch on GPUs
         with torch.enable_grad():
-            weights = values.detach()[places.by_column].requires_grad_()
-            bags = F.embedding_bag(places.rows, _transposed(gradient), places.column_starts, mode="sum", per_sample_weights=weights)
+            weights = values.detach()[places.by_column].to(dtype).requires_grad_()
+            bags = F.embedding_bag(places.rows, _transposed(gradient).to(dtype), places.column_starts, mode="sum", per_sample_weights=weights)
         if ctx.needs_input_grad[1]:
-            (found,) = torch.autograd.grad(bags, weights, _transposed(x))
-            of_values = torch.empty_like(found)
-            of_values[places.by_column] = found
-        return _transposed(bags.detach()).view(x.shape), of_values, None
+            (found,) = torch.autograd.grad(bags, weights, _transposed(x).to(dtype))
+            of_values = torch.empty_like(values)
+            of_values[places.by_column] = found.to(values.dtype)
+        return _transposed(bags.detach()).view(x.shape).to(x.dtype), of_values, None
 
 
 def _transposed(x: Tensor) -> Tensor:

@@ -160,6 +160,20 @@ def test_gradients_are_those_of_the_equation() -> None:
     torch.testing.assert_close(Weigh.apply(two, equal, 2), Weigh.apply(two, equal, torch.full((7,), 2)), **EXACT)
 
 
+def test_experts_of_unequal_rank_that_load_state_dict_brings_keep_their_gates() -> None:
+    config_of = {"layer": ExpertsLinear, "num_experts": 2}
+    model, other = (shuffle(inject(qwen(), config(r=4), **config_of), seed) for seed in (1, 2))
+    state = other.state_dict()
+    for name in [n for n in state if n.endswith(".ranks")]:
+        state[name] = torch.tensor([6, 2])
+    model.load_state_dict(state)
+    layer = next(iter(adapter_layers(model).values()))
+    gates, h = torch.rand(2, 5, 2), torch.randn(2, 5, 8)
+    layer.gating.gates = gates
+    torch.testing.assert_close(layer.between(h), h * gates.repeat_interleave(torch.tensor([6, 2]), -1), **EXACT)
+    assert layer.r == 6
+
+
 def test_the_base_runs_once_and_two_products_serve_all_experts() -> None:
     model = mixture(8)
     calls = []

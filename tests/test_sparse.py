@@ -516,6 +516,15 @@ def test_a_mask_that_is_loaded_or_moved_after_a_forward_pass_is_the_one_that_cou
     one.load_state_dict(other.state_dict())
     torch.testing.assert_close(one(x), other(x), atol=0, rtol=0)
     torch.testing.assert_close(one(x), one.base_layer(x) + x @ one.delta_weight().T)
+    with torch.inference_mode():  # a mask met first in evaluation can be trained afterwards
+        fresh = copy.deepcopy(one)
+        fresh(x)
+    fresh = copy.deepcopy(one)
+    with torch.inference_mode():
+        fresh(x)
+    fresh(x).sum().backward()
+    fresh.load_state_dict({**one.state_dict(), "indices_delta": one.indices_delta.flip(0).sub(119).neg().contiguous()}, assign=True)
+    torch.testing.assert_close(fresh(x), fresh.base_layer(x) + x @ fresh.delta_weight().T)
     twin = copy.deepcopy(one).double()
     torch.testing.assert_close(twin(x.double()), twin.base_layer(x.double()) + x.double() @ twin.delta_weight().double().T, atol=1e-6, rtol=1e-6)
 
