@@ -66,6 +66,7 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 PARITY = [
     {},
+    {"r": lora.THIN + 2},  # B is multiplied as it lies, up to THIN transposed
     {"use_rslora": True},
     {"target_modules": ["q_proj", "down_proj"]},
     {"target_modules": r".*layers\.1\..*(gate|v)_proj"},

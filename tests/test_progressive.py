@@ -146,6 +146,9 @@ def test_dropout_is_for_the_stage_that_trains_and_gradients_are_too() -> None:
     dropped = layer.lora_dropout(x)
     frozen = sum(1.5 * x @ (B @ A).t() for A, B in pairs[:2])
     torch.testing.assert_close(found, layer.base_layer(x) + frozen + 1.5 * dropped @ (pairs[2][1] @ pairs[2][0]).t(), atol=1e-5, rtol=1e-5)
+    layer.training = False  # dropout that is left on in evaluation, for several samples, is still for what trains
+    torch.manual_seed(3)
+    torch.testing.assert_close(layer(x), found, atol=0, rtol=0)
     found.sum().backward()
     assert layer.A.grad.abs().max() > 0 and layer.B.grad.abs().max() > 0
     assert {name for name, _ in layer.named_parameters() if not name.startswith("base")} == {"A", "B"}

@@ -1,6 +1,6 @@
 """The study of chapter 4.4: what fusing a training step saves, and what merging and batching adapters save when they serve.
 
-    python tools/studies/fused.py          about 10 minutes on one idle core; goes on where it was stopped
+    python tools/studies/fused.py          about 12 minutes on one idle core; goes on where it was stopped
 
 Times are processor time of one thread, as other programs on the machine disturb it less than they do the clock. Arms take
 turns, in another order each round, so that a round's times belong together: compare ratios within rounds. Memory is the
@@ -29,7 +29,7 @@ SETTINGS = {
     "model": "nano", "domains": ["bible", "shakespeare", "milton", "python"], "r": 8, "lora_alpha": 16, "learning_rate": 8e-3,
     "steps": 40, "batch": 4, "length": 128, "train_bytes": 400_000, "test_bytes": 20_000, "seeds": [0, 1, 2],
     "dropout": 0.1, "memory_ranks": [4, 16, 64], "autocast_rank": 16, "process": [8, 256, 16],
-    "step_ranks": [8, 64], "step_rounds": 15, "layer": {"width": 1024, "tokens": 512, "r": 16, "rounds": 31},
+    "step_ranks": [8, 64], "step_rounds": 61, "layer": {"width": 1024, "tokens": 512, "r": 16, "rounds": 31},
     "orders": {"rows": 512, "out": 704, "ranks": [2, 4, 8, 10, 12, 16, 32, 64], "rounds": 41},
     "latency_ranks": [4, 16, 64, 256], "tokens": [1, 4, 16, 64, 256], "latency_rounds": 31,
     "served": {"rows": 32, "r": 8, "adapters": [1, 2, 4, 8, 16, 32], "rounds": 21},
