@@ -1,7 +1,7 @@
 # make book       install, execute the chapters, build the book into _build/html
 # make test       every test, the chapters under nbmake included
 # make test-gpu   what is marked `gpu`, and the chapters' `gpu` cells (needs an NVIDIA GPU)
-# make bench      time and memory against PEFT, into benchmarks/results.json (about 25 minutes on two idle cores)
+# make bench      time and memory against PEFT, into benchmarks/results.json (about 20 minutes on two idle cores)
 # make notebooks  rewrite notebooks/*.ipynb from notebooks/*.md
 # make facts      write the project's name, version and address wherever they appear
 # make wheel      dist/*.whl

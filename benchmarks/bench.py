@@ -1,6 +1,6 @@
 """Ours against PEFT, side by side: time and memory of a training step, and what merging, ranks, experts and tasks cost.
 
-    make bench                                  about 25 minutes on two idle cores; goes on where it was stopped
+    make bench                                  about 20 minutes on two idle cores; goes on where it was stopped
     python -m benchmarks.bench --quick          every part once, on a model of two small blocks: for tests
 
 The arms of a group stand on the same base weights, in one process, and take turns: a ratio is the median of the rounds'
@@ -22,6 +22,7 @@ import itertools
 import json
 import os
 import platform
+import random
 import tempfile
 import time
 import warnings
@@ -49,7 +50,7 @@ SMOLLM2 = {
 }  # fmt: skip
 SHAPES = {"smollm2": SMOLLM2, "quick": SMOLLM2 | {"vocab_size": 512, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 3}}
 BATCHES = {"nano": (8, 128), "smollm2": (1, 128), "quick": (2, 16)}  # rows, tokens
-ROUNDS = {"nano": 25, "smollm2": 15, "quick": 2}
+ROUNDS = {"nano": 21, "smollm2": 11, "quick": 2}
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 NATIVE_BF16 = compute_dtype("cpu") == torch.bfloat16
 """Whether this processor multiplies in bf16. One that emulates it takes a hundred times as long: a bf16 base then gets one row
@@ -281,7 +282,7 @@ def measure(group: Group) -> dict[str, Any]:
     arms = {label: make(name, group.size, group.precision, **more) for label, (name, more) in group.arms.items()}
     seconds: dict[str, list[float]] = {label: [] for label in arms}
     for count in range(group.rounds * ROUNDS[group.size] + 1):
-        for label in list(arms) if count % 2 else reversed(arms):  # so that none is always the one after a pause
+        for label in random.Random(count).sample(list(arms), len(arms)):  # so that none always follows the same one, or itself
             start = time.perf_counter()
             arms[label].run()
             seconds[label].append(time.perf_counter() - start)

@@ -101,8 +101,21 @@ def test_a_ratio_is_of_the_same_round_and_aims_are_met_or_not() -> None:
     better = copy.deepcopy(record())
     better["groups"]["lora nano fp32"]["seconds"]["LoRA"] = [0.9, 1.8, 0.9]
     rows = {row[0]: row for row in report.rows(better)}
-    assert rows["LoRA against PEFT's, nano, fp32"][1:] == ["0.90 (0.90–0.90)", "0.75", "≤ 1", "met"]
+    assert rows["LoRA against PEFT's, nano, fp32"][1:] == ["0.90 (0.90–0.90)", "0.75", "≤ 1, both", "met"]
+    better["groups"]["lora nano fp32"]["peak_bytes"]["LoRA"] = 2_100_000
+    assert {row[0]: row for row in report.rows(better)}["LoRA against PEFT's, nano, fp32"][2:] == ["1.05", "≤ 1, both", "memory not met"]
     assert rows["8 experts against one LoRA, smollm2"][4] == "not met"
+
+
+def test_what_the_base_takes_is_taken_off_both_and_a_miss_comes_with_its_reason(tmp_path: Path) -> None:
+    made = record()
+    assert report.shares(made) == []  # a base that takes longer than PEFT's step says nothing
+    made["groups"]["adalora nano"]["seconds"] = {"PEFT AdaLoRA": [2.0, 4.0, 2.0], "AdaLoRA": [1.75, 3.5, 1.75], "frozen base": [1.0, 2.0, 1.0]}
+    assert report.shares(made) == [("AdaLoRA, nano", 0.5, 0.75)]
+    (tmp_path / "results.json").write_text(json.dumps(made))
+    page = report.page(tmp_path / "results.json")
+    assert "| AdaLoRA, nano | 0.50 | 0.75 |" in page
+    assert "- **AdaLoRA against PEFT's, nano**: the frozen base is most of" in page and "**fused LoRA against LoRA, nano**: not looked into." in page
 
 
 def test_the_page_shows_tables_and_figures_with_alt_text(tmp_path: Path) -> None:
