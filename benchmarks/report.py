@@ -61,6 +61,10 @@ def met(ratio: float, aim: float) -> bool:
 
 
 REASONS = {
+    "LoRA against PEFT's, nano, bf16": "the update is computed in the base's type, PEFT's in fp32, and a processor that emulates bf16 has to pay for that; "
+    "it takes less memory. Whether this is all of it was not taken apart.",
+    "LoRA against PEFT's, smollm2, 4bit": "the copies of Bᵀ that are kept are a small part of it; the rest was not found.",
+    "progressive": "the pairs of all stages are joined for each pass, which copies them; the quartiles say how sure the miss is.",
     "AdaLoRA against PEFT's": "the frozen base is most of PEFT's step already, and can't become cheaper; the next section says what is left.",
     "ΔW mask": "its multiplications are as many as LoRA's, but scattered: each trained number has its own row of x transposed, where LoRA's are "
     "matrix products. In a profile of nano's step, copies that turn x and the gradient round were the largest part.",
