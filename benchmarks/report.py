@@ -108,7 +108,7 @@ def headlines(record: Record) -> list[tuple[str, tuple[float, float, float], flo
 
 def rows(record: Record) -> list[list[str]]:
     return [
-        [text, f"{ratio:.2f} ({low:.2f}–{high:.2f})", f"{memory:.2f}" if memory else "", f"≤ {aim:g}" + (", both" if memory_aim(text) else ""), verdict(text, ratio, memory, aim)]
+        [text, f"{ratio:.2f} ({low:.2f}–{high:.2f})", f"{memory:.2f}" if memory else "", f"≤\N{NO-BREAK SPACE}{aim:g}" + (", both" if memory_aim(text) else ""), verdict(text, ratio, memory, aim)]
         for text, (ratio, low, high), memory, aim in headlines(record)
     ]  # fmt: skip
 
@@ -117,13 +117,13 @@ SHARES = [("LoRA, nano", "lora nano fp32", "LoRA"), ("LoRA, smollm2", "lora smol
 
 
 def shares(record: Record) -> list[tuple[str, float, float]]:
-    """(what, the frozen base's part of PEFT's step, what ours adds to the base over what PEFT's adds: of medians)."""
+    """(what, the frozen base's part of PEFT's step, what ours adds to the base over what PEFT's adds), medians of the rounds' ratios."""
     found = []
     for label, key, arm in SHARES:
         if group := record["groups"].get(key):
-            ours, theirs, base = (statistics.median(group["seconds"][name]) for name in (arm, f"PEFT {arm}", "frozen base"))
-            if theirs > base:
-                found.append((label, ratios(group, "frozen base", f"PEFT {arm}")[0], (ours - base) / (theirs - base)))
+            rounds = zip(*(group["seconds"][name] for name in (arm, f"PEFT {arm}", "frozen base")), strict=True)
+            if added := [(ours - base) / (theirs - base) for ours, theirs, base in rounds if theirs > base]:
+                found.append((label, ratios(group, "frozen base", f"PEFT {arm}")[0], statistics.median(added)))
     return found
 
 
