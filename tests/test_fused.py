@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lora_course import lora
 from lora_course.checkpoint import export_peft, load_adapter, save_adapter
 from lora_course.fused import AdapterBatchLinear, FusedLoRA, FusedLoRALinear, load_adapters, rows
-from lora_course.lora import LoRALinear, adapter_layers, factor_state, inject, unload, use_adapter
+from lora_course.lora import THIN, LoRALinear, adapter_layers, factor_state, inject, unload, use_adapter
 from lora_course.qlora import quantize_model
 from tests.test_lora import batch, config, qwen, randomize, relative
 
@@ -61,7 +61,7 @@ def assert_equal_steps(models: dict[str, nn.Module], tolerance: float, **how: ob
 
 
 @pytest.mark.parametrize("fields", [
-    {}, {"lora_dropout": 0.4}, {"use_rslora": True, "target_modules": ["v_proj", "down_proj"]},
+    {}, {"r": THIN}, {"r": THIN + 2}, {"lora_dropout": 0.4}, {"use_rslora": True, "target_modules": ["v_proj", "down_proj"]},
     {"rank_pattern": {"q_proj": 5}, "alpha_pattern": {"k_proj": 7}},
 ], ids=str)  # fmt: skip
 def test_a_fused_step_equals_the_plain_one(fields: dict) -> None:

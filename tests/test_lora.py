@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
@@ -58,6 +59,19 @@ def pair(base: nn.Module | None = None, **fields: object) -> tuple[nn.Module, Pe
 def batch(rows: int = 2, length: int = 9, vocab: int = 97) -> dict[str, torch.Tensor]:
     ids = torch.randint(vocab, (rows, length), generator=torch.Generator().manual_seed(3))
     return {"input_ids": ids, "labels": ids}
+
+
+class Calls(TorchDispatchMode):
+    """Everything that torch computes within the block: (name, arguments, result), in `made`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[tuple[str, tuple, object]] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # noqa: ANN001, ANN202
+        out = function(*args, **(kwargs or {}))
+        self.made.append((str(function), args, out))
+        return out
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -129,6 +143,21 @@ def test_layer_computes_its_equation_on_any_shape() -> None:
         expected = base(x) + x @ (12 / 3 * layer.B @ layer.A).t()
         torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-5)
     assert LoRALinear(base, r=4, lora_alpha=12, use_rslora=True).scaling == pytest.approx(6)
+
+
+@pytest.mark.parametrize("r", [lora.THIN, lora.THIN + 1])
+def test_a_thin_gradient_of_B_is_computed_transposed(r: int) -> None:
+    layer = randomize_layer(LoRALinear(nn.Linear(31, 47), r, 8))
+    with Calls() as calls:
+        layer(torch.randn(5, 31)).square().sum().backward()
+    shapes = {tuple(out.shape) for name, _, out in calls.made if name == "aten.mm.default"}
+    assert ((r, 47) in shapes, (47, r) in shapes) == ((True, False) if r <= lora.THIN else (False, True))
+
+
+def randomize_layer(layer: LoRALinear) -> LoRALinear:
+    for factor in (layer.A, layer.B):
+        nn.init.normal_(factor)
+    return layer
 
 
 def test_it_starts_as_the_base_and_both_factors_learn() -> None:

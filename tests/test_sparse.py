@@ -8,7 +8,6 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, ShiraConfig, get_peft_model
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import TrainerCallback
 
@@ -29,7 +28,7 @@ from lora_course.sparse import (
     soft_threshold,
 )
 from lora_course.training import AdapterTrainer, training_arguments
-from tests.test_lora import batch, config, qwen, relative
+from tests.test_lora import Calls, batch, config, qwen, relative
 
 KINDS = [GatedLoRALinear, SparseLoRALinear, SparseDeltaLinear]
 MASKED = [SparseLoRALinear, SparseDeltaLinear]
@@ -490,19 +489,26 @@ def test_forward_and_trained_steps_equal_pefts_shira_with_the_same_mask(scaling:
 def test_training_makes_no_dense_delta_w() -> None:
     layer = SparseDeltaLinear(nn.Linear(40, 30), r=1, lora_alpha=1)
     nn.init.normal_(layer.values_delta)
-    sizes = []
-
-    class Sizes(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # noqa: ANN001, ANN202
-            out = function(*args, **(kwargs or {}))
-            if function is not torch.ops.aten.t.default:  # the base's weight, seen from the other side
-                sizes.extend(t.numel() for t in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(t, torch.Tensor))
-            return out
-
     x = torch.randn(2, 40, requires_grad=True)
-    with Sizes():
+    with Calls() as calls:
         layer(x).sum().backward()
+    computed = [out for name, _, out in calls.made if name != "aten.t.default"]  # the base's weight, seen from the other side
+    sizes = [t.numel() for out in computed for t in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(t, torch.Tensor)]
     assert x.grad is not None and len(sizes) > 20 and max(sizes) < 30 * 40
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_gradient_of_16_bits_is_summed_in_32(dtype: torch.dtype) -> None:
+    layer = SparseDeltaLinear(nn.Linear(12, 10).to(dtype), r=2, lora_alpha=2)
+    nn.init.normal_(layer.values_delta)
+    x = torch.randn(3, 12).to(dtype).requires_grad_()
+    with Calls() as calls:
+        layer(x).float().square().sum().backward()
+    assert [args[0].dtype for name, args, _ in calls.made if "per_sample_weights_backward" in name] == [torch.float32]
+    assert x.grad.dtype == dtype and layer.values_delta.grad.dtype == torch.float32
+    exact = copy.deepcopy(layer).double()
+    exact(x.detach().double()).square().sum().backward()
+    torch.testing.assert_close(layer.values_delta.grad.double(), exact.values_delta.grad, atol=0.1, rtol=0.05)  # y has 8 bits
 
 
 def test_a_mask_that_is_loaded_or_moved_after_a_forward_pass_is_the_one_that_counts() -> None:
@@ -523,6 +529,9 @@ def test_a_mask_that_is_loaded_or_moved_after_a_forward_pass_is_the_one_that_cou
     fresh(x).sum().backward()
     fresh.load_state_dict({**one.state_dict(), "indices_delta": one.indices_delta.flip(0).sub(119).neg().contiguous()}, assign=True)
     torch.testing.assert_close(fresh(x), fresh.base_layer(x) + x @ fresh.delta_weight().T)
+    for indices in (torch.arange(44), torch.arange(60, 104)):  # two that are equal in version, and perhaps in place of memory
+        fresh.load_state_dict({**fresh.state_dict(), "indices_delta": indices.int()}, assign=True)
+        torch.testing.assert_close(fresh(x), fresh.base_layer(x) + x @ fresh.delta_weight().T)
     twin = copy.deepcopy(one).double()
     torch.testing.assert_close(twin(x.double()), twin.base_layer(x.double()) + x.double() @ twin.delta_weight().double().T, atol=1e-6, rtol=1e-6)
 
