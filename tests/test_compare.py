@@ -84,7 +84,9 @@ def test_the_search_goes_on_while_the_best_lies_at_the_edge_and_only_the_chosen_
     assert compare.tried_rates(record, "dora", "python") == [4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2, 0.128]
     assert compare.chosen_rate(record, "dora", "python") == 6.4e-2
     assert sum(key.endswith("/test") for key in record["runs"]) == 2 * len(SETTINGS["seeds"])
-    assert len(quick) == len(set(quick)) == (3 + 6) * 1 + 2 * 4  # what was searched is not trained again to be tested
+    twice = [key for key in record["runs"] if key.endswith("/twice")]  # of LoRA alone, at twice its rate, with every seed
+    assert twice == [f"lora/python/0.016/{seed}/twice" for seed in SETTINGS["seeds"]]
+    assert len(quick) == len(set(quick)) == (3 + 6) * 1 + 2 * 4 + 4  # what was searched is not trained again to be tested
     assert record["base"] == {"python": 3.0, "glosses": 1.3}
     assert compare.methods_in(record, "python") == ["lora", "dora"] and compare.methods_in(record, "bible") == []
 
