@@ -36,7 +36,19 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
-from lora_course import adalora, adaptive, experts, fused, hierarchical, lab, lora, progressive, qlora, quantized, sparse
+from lora_course import (
+    adalora,
+    adaptive,
+    experts,
+    fused,
+    hierarchical,
+    lab,
+    lora,
+    progressive,
+    qlora,
+    quantized,
+    sparse,
+)
 from lora_course.checkpoint import export_peft
 from lora_course.lab.study import source_hash
 from lora_course.training import compute_dtype
@@ -48,7 +60,17 @@ SMOLLM2 = {
     "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
     "num_key_value_heads": 3, "tie_word_embeddings": True, "max_position_embeddings": 2048,
 }  # fmt: skip
-SHAPES = {"smollm2": SMOLLM2, "quick": SMOLLM2 | {"vocab_size": 512, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 3}}
+SHAPES = {
+    "smollm2": SMOLLM2,
+    "quick": SMOLLM2
+    | {
+        "vocab_size": 512,
+        "hidden_size": 48,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+    },
+}
 BATCHES = {"nano": (8, 128), "smollm2": (1, 128), "quick": (2, 16)}  # rows, tokens
 ROUNDS = {"nano": 21, "smollm2": 11, "quick": 2}
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
@@ -80,7 +102,10 @@ class Arm:
             self.optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)  # a Trainer's default
 
     def run(self) -> None:
-        with torch.set_grad_enabled(self.training), torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+        with (
+            torch.set_grad_enabled(self.training),
+            torch.autocast("cpu", torch.bfloat16, enabled=self.autocast),
+        ):
             out = self.model(input_ids=self.ids, labels=self.ids, use_cache=False, **self.forward)
         if self.training:
             loss = out.loss + self.auxiliary_loss(self.model) if self.auxiliary_loss else out.loss
@@ -99,8 +124,16 @@ class Arm:
 def base(size: str, precision: str) -> nn.Module:
     """The weights that all arms of a size and precision share: "fp32", "bf16" or "4bit" (NF4)."""
     torch.manual_seed(0)
-    dtype = torch.bfloat16 if precision == "bf16" or (precision == "4bit" and NATIVE_BF16) else torch.float32
-    model = lab.load_base("nano", dtype)[0] if size == "nano" else LlamaForCausalLM(LlamaConfig(**SHAPES[size])).to(dtype)
+    dtype = (
+        torch.bfloat16
+        if precision == "bf16" or (precision == "4bit" and NATIVE_BF16)
+        else torch.float32
+    )
+    model = (
+        lab.load_base("nano", dtype)[0]
+        if size == "nano"
+        else LlamaForCausalLM(LlamaConfig(**SHAPES[size])).to(dtype)
+    )
     return qlora.quantize_model(model) if precision == "4bit" else model
 
 
@@ -111,14 +144,26 @@ def batch_of(size: str, precision: str) -> tuple[int, int]:
 
 def twin(model: nn.Module) -> nn.Module:
     """Modules of its own, around the same tensors."""
-    return copy.deepcopy(model, {id(t): t for t in itertools.chain(model.parameters(), model.buffers())})
+    return copy.deepcopy(
+        model, {id(t): t for t in itertools.chain(model.parameters(), model.buffers())}
+    )
 
 
 def config(r: int = 8, **fields: Any) -> LoraConfig:
-    return LoraConfig(r=r, lora_alpha=2 * r, target_modules="all-linear", task_type="CAUSAL_LM", **fields)
+    return LoraConfig(
+        r=r, lora_alpha=2 * r, target_modules="all-linear", task_type="CAUSAL_LM", **fields
+    )
 
 
-ADALORA = {"init_r": 12, "target_r": 8, "lora_alpha": 24, "tinit": 1, "tfinal": 100, "total_step": 1000, "orth_reg_weight": 0.5}
+ADALORA = {
+    "init_r": 12,
+    "target_r": 8,
+    "lora_alpha": 24,
+    "tinit": 1,
+    "tfinal": 100,
+    "total_step": 1000,
+    "orth_reg_weight": 0.5,
+}
 LAYERS: dict[str, tuple[type[lora.LoRALinear], dict[str, Any]]] = {
     "LoRA": (lora.LoRALinear, {}),
     "fused LoRA": (fused.FusedLoRALinear, {}),
@@ -137,7 +182,9 @@ def make(name: str, size: str, precision: str = "fp32", r: int = 8, count: int =
     """An arm by its name, on a twin of the base. count: of experts, or of tasks in a batch."""
     rows, length = batch_of(size, precision)
     model = base(size, precision)
-    ids = torch.randint(model.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(
+        model.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(1)
+    )
     common: dict[str, Any] = {"ids": ids, "autocast": precision != "fp32" and NATIVE_BF16}
     torch.manual_seed(2)
     if name == "base":
@@ -145,13 +192,21 @@ def make(name: str, size: str, precision: str = "fp32", r: int = 8, count: int =
     if name == "frozen base":  # forward and backward: what every adapter's step contains
         frozen = twin(model).requires_grad_(False)
         first = frozen.model.layers[0].self_attn
-        for linear in (first.q_proj, first.k_proj, first.v_proj):  # from here on down no gradient of an input is needed
+        for linear in (
+            first.q_proj,
+            first.k_proj,
+            first.v_proj,
+        ):  # from here on down no gradient of an input is needed
             linear.register_forward_hook(lambda module, inputs, y: y.requires_grad_())
         return Arm(frozen, **common)
     if name == "unmerged":
         return Arm(randomized(lora.inject(twin(model), config(r))), training=False, **common)
     if name == "merged":  # into weights of its own
-        return Arm(lora.merge(randomized(lora.inject(copy.deepcopy(model), config(r)))), training=False, **common)
+        return Arm(
+            lora.merge(randomized(lora.inject(copy.deepcopy(model), config(r)))),
+            training=False,
+            **common,
+        )
     if name == "merged and unloaded":
         return Arm(lora.unload(make("merged", size, precision, r).model), training=False, **common)
     if name == "PEFT LoRA":
@@ -159,14 +214,26 @@ def make(name: str, size: str, precision: str = "fp32", r: int = 8, count: int =
     if name == "PEFT DoRA":
         return Arm(get_peft_model(twin(model), config(r, use_dora=True)), **common)
     if name in ("AdaLoRA", "PEFT AdaLoRA"):
-        schedule, steps = AdaLoraConfig(**ADALORA, target_modules="all-linear", task_type="CAUSAL_LM"), itertools.count(2)
+        schedule, steps = (
+            AdaLoraConfig(**ADALORA, target_modules="all-linear", task_type="CAUSAL_LM"),
+            itertools.count(2),
+        )
         if name == "PEFT AdaLoRA":
             theirs = get_peft_model(twin(model), schedule)  # its loss holds the regulariser
-            return Arm(theirs, after=lambda: theirs.base_model.update_and_allocate(next(steps)), **common)
+            return Arm(
+                theirs, after=lambda: theirs.base_model.update_and_allocate(next(steps)), **common
+            )
         ours = lora.inject(twin(model), schedule, layer=adalora.AdaLoRALinear)
         allocator = adalora.RankAllocator(ours)
-        return Arm(ours, auxiliary_loss=adalora.regularizer, after=lambda: allocator.step(next(steps)), **common)
-    if name == "X-LoRA":  # its experts are frozen, and it runs only where they are named "0", "1", …
+        return Arm(
+            ours,
+            auxiliary_loss=adalora.regularizer,
+            after=lambda: allocator.step(next(steps)),
+            **common,
+        )
+    if (
+        name == "X-LoRA"
+    ):  # its experts are frozen, and it runs only where they are named "0", "1", …
         with tempfile.TemporaryDirectory() as folder:
             adapters = {}
             for i in range(count):
@@ -175,11 +242,20 @@ def make(name: str, size: str, precision: str = "fp32", r: int = 8, count: int =
             bare = twin(model)
             bare.config = copy.deepcopy(bare.config)
             bare.config.use_cache = False
-            settings = XLoraConfig(task_type="CAUSAL_LM", hidden_size=bare.config.hidden_size, adapters=adapters, layerwise_scalings=True)
+            settings = XLoraConfig(
+                task_type="CAUSAL_LM",
+                hidden_size=bare.config.hidden_size,
+                adapters=adapters,
+                layerwise_scalings=True,
+            )
             return Arm(get_peft_model(bare, settings), **common)
     if name in ("experts", "frozen experts"):
-        mixture = lora.inject(twin(model), config(r), layer=experts.ExpertsLinear, num_experts=count)
-        return Arm(experts.freeze_experts(mixture) if name == "frozen experts" else mixture, **common)
+        mixture = lora.inject(
+            twin(model), config(r), layer=experts.ExpertsLinear, num_experts=count
+        )
+        return Arm(
+            experts.freeze_experts(mixture) if name == "frozen experts" else mixture, **common
+        )
     if name in ("tasks", "PEFT tasks"):
         return serving(name, model, size, r, count)
     layer, arguments = LAYERS[name]
@@ -204,9 +280,16 @@ def make(name: str, size: str, precision: str = "fp32", r: int = 8, count: int =
 
 def serving(name: str, model: nn.Module, size: str, r: int, count: int) -> Arm:
     """A batch of 16 short prompts, its rows spread over `count` adapters; a forward pass."""
-    ids = torch.randint(model.config.vocab_size, (16, 16 if size != "quick" else 4), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(
+        model.config.vocab_size,
+        (16, 16 if size != "quick" else 4),
+        generator=torch.Generator().manual_seed(1),
+    )
     names = [str(i % count) for i in range(16)]
-    states = {str(i): lora.factor_state(randomized(lora.inject(twin(model), config(r)), seed=i)) for i in range(count)}
+    states = {
+        str(i): lora.factor_state(randomized(lora.inject(twin(model), config(r)), seed=i))
+        for i in range(count)
+    }
     if name == "tasks":
         ours = fused.load_adapters(twin(model), states)
         arm = Arm(ours, ids, training=False)
@@ -255,7 +338,19 @@ def plain(*names: str) -> dict[str, tuple[str, dict[str, int]]]:
     return {name: (name, {}) for name in names}
 
 
-VARIANTS = plain("LoRA", "fused LoRA", "AdaLoRA", "progressive", "adaptive", "gates", "masked factors", "ΔW mask", "nested", "4-bit factors", "PEFT DoRA")
+VARIANTS = plain(
+    "LoRA",
+    "fused LoRA",
+    "AdaLoRA",
+    "progressive",
+    "adaptive",
+    "gates",
+    "masked factors",
+    "ΔW mask",
+    "nested",
+    "4-bit factors",
+    "PEFT DoRA",
+)
 
 
 def groups(quick: bool = False) -> dict[str, Group]:
@@ -265,33 +360,80 @@ def groups(quick: bool = False) -> dict[str, Group]:
         f"lora {label} {precision}": Group(size, precision, plain("PEFT LoRA", "LoRA", *["frozen base"] * (precision == "fp32")), memory=not quick or precision == "fp32" and label == "nano")
         for label, size in (("nano", nano), ("smollm2", smollm2)) for precision in ("fp32", "bf16", "4bit")
     }  # fmt: skip
-    found |= {f"adalora {label}": Group(size, "fp32", plain("PEFT AdaLoRA", "AdaLoRA", "frozen base"), memory=not quick and size == smollm2) for label, size in (("nano", nano), ("smollm2", smollm2))}
+    found |= {
+        f"adalora {label}": Group(
+            size,
+            "fp32",
+            plain("PEFT AdaLoRA", "AdaLoRA", "frozen base"),
+            memory=not quick and size == smollm2,
+        )
+        for label, size in (("nano", nano), ("smollm2", smollm2))
+    }
     found["experts smollm2"] = Group(smollm2, "fp32", plain("LoRA", "experts"), memory=not quick)
-    found["xlora smollm2"] = Group(smollm2, "fp32", plain("X-LoRA", "frozen experts"), memory=not quick)
-    found["merged smollm2"] = Group(smollm2, "fp32", plain("base", "merged and unloaded", "merged", "unmerged"), rounds=3)
-    found |= {f"variants {label}": Group(size, "fp32", VARIANTS, memory=not quick and size == smollm2) for label, size in (("nano", nano), ("smollm2", smollm2))}
+    found["xlora smollm2"] = Group(
+        smollm2, "fp32", plain("X-LoRA", "frozen experts"), memory=not quick
+    )
+    found["merged smollm2"] = Group(
+        smollm2, "fp32", plain("base", "merged and unloaded", "merged", "unmerged"), rounds=3
+    )
+    found |= {
+        f"variants {label}": Group(size, "fp32", VARIANTS, memory=not quick and size == smollm2)
+        for label, size in (("nano", nano), ("smollm2", smollm2))
+    }
     ranks, counts = ((2, 4), (2,)) if quick else ((2, 8, 32, 128), (2, 4, 8, 16))
-    found["curve rank"] = Group(nano, "fp32", {f"{name} {r}": (name, {"r": r}) for r in ranks for name in ("LoRA", "PEFT LoRA")})
-    found["curve experts"] = Group(nano, "fp32", {f"{name} {n}": (name, {"count": n}) for n in counts for name in ("experts",)} | plain("LoRA"))
-    found["curve tasks"] = Group(nano, "fp32", {f"{name} {n}": (name, {"count": n}) for n in (1, *counts) for name in ("tasks", "PEFT tasks")})
+    found["curve rank"] = Group(
+        nano,
+        "fp32",
+        {f"{name} {r}": (name, {"r": r}) for r in ranks for name in ("LoRA", "PEFT LoRA")},
+    )
+    found["curve experts"] = Group(
+        nano,
+        "fp32",
+        {f"{name} {n}": (name, {"count": n}) for n in counts for name in ("experts",)}
+        | plain("LoRA"),
+    )
+    found["curve tasks"] = Group(
+        nano,
+        "fp32",
+        {
+            f"{name} {n}": (name, {"count": n})
+            for n in (1, *counts)
+            for name in ("tasks", "PEFT tasks")
+        },
+    )
     return found
 
 
 def measure(group: Group) -> dict[str, Any]:
     """Seconds of each arm in each round, after one round that does not count; and peaks of memory in bytes."""
-    arms = {label: make(name, group.size, group.precision, **more) for label, (name, more) in group.arms.items()}
+    arms = {
+        label: make(name, group.size, group.precision, **more)
+        for label, (name, more) in group.arms.items()
+    }
     seconds: dict[str, list[float]] = {label: [] for label in arms}
     for count in range(group.rounds * ROUNDS[group.size] + 1):
-        for label in random.Random(count).sample(list(arms), len(arms)):  # so that none always follows the same one, or itself
+        for label in random.Random(count).sample(
+            list(arms), len(arms)
+        ):  # so that none always follows the same one, or itself
             start = time.perf_counter()
             arms[label].run()
             seconds[label].append(time.perf_counter() - start)
-    result: dict[str, Any] = {"size": group.size, "precision": group.precision, "batch": batch_of(group.size, group.precision), "seconds": {label: [round(s, 6) for s in times[1:]] for label, times in seconds.items()}}
+    result: dict[str, Any] = {
+        "size": group.size,
+        "precision": group.precision,
+        "batch": batch_of(group.size, group.precision),
+        "seconds": {label: [round(s, 6) for s in times[1:]] for label, times in seconds.items()},
+    }
     del arms
     gc.collect()
     if group.memory:
         base.cache_clear()
-        peaks = {label: lab.process_peak("benchmarks.bench:two_steps", name, group.size, group.precision, more) for label, (name, more) in group.arms.items()}
+        peaks = {
+            label: lab.process_peak(
+                "benchmarks.bench:two_steps", name, group.size, group.precision, more
+            )
+            for label, (name, more) in group.arms.items()
+        }
         result["peak_bytes"] = {label: peak.grown for label, peak in peaks.items()}
     return result
 
@@ -313,8 +455,16 @@ def two_steps(name: str, size: str, precision: str, more: dict[str, int]) -> Non
 
 def provenance() -> dict[str, Any]:
     """What the numbers depend on, beside the date."""
-    names = [line.split(":", 1)[1].strip() for line in _cpuinfo() if line.startswith(("model name", "CPU part"))]
-    ours = sorted(path for path in (ROOT / "lora_course").glob("*.py") if path.stem not in ("compare", "cli", "__init__"))
+    names = [
+        line.split(":", 1)[1].strip()
+        for line in _cpuinfo()
+        if line.startswith(("model name", "CPU part"))
+    ]
+    ours = sorted(
+        path
+        for path in (ROOT / "lora_course").glob("*.py")
+        if path.stem not in ("compare", "cli", "__init__")
+    )
     return {
         "machine": f"{platform.system()} {platform.machine()}", "processor": names[0] if names else platform.processor() or "unknown",
         "cores": os.cpu_count(), "threads": torch.get_num_threads(), "native_bf16": NATIVE_BF16,
@@ -328,7 +478,9 @@ def _cpuinfo() -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
-def run(out: Path, quick: bool = False, only: list[str] | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+def run(
+    out: Path, quick: bool = False, only: list[str] | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Measures the groups that the file lacks, writes each when it is done, and yields it.
 
     Raises:
@@ -345,7 +497,10 @@ def run(out: Path, quick: bool = False, only: list[str] | None = None) -> Iterat
             record = old
         else:
             changed = [key for key in here if old["provenance"].get(key) != here[key]]
-            print(f"{out.name} is of another {', '.join(changed) or 'kind'}: everything is measured again.", flush=True)
+            print(
+                f"{out.name} is of another {', '.join(changed) or 'kind'}: everything is measured again.",
+                flush=True,
+            )
     for name, group in wanted.items():
         if name in record["groups"] or (only and name not in only):
             continue
@@ -358,10 +513,18 @@ def run(out: Path, quick: bool = False, only: list[str] | None = None) -> Iterat
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Time and memory of ours against PEFT, side by side.")
-    parser.add_argument("--quick", action="store_true", help=f"a small model, two rounds, into {QUICK.relative_to(ROOT)}")
+    parser = argparse.ArgumentParser(
+        description="Time and memory of ours against PEFT, side by side."
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help=f"a small model, two rounds, into {QUICK.relative_to(ROOT)}",
+    )
     parser.add_argument("--out", type=Path, help="the file; by default benchmarks/results.json")
-    parser.add_argument("--only", nargs="+", metavar="GROUP", help="these groups; a wrong name lists them")
+    parser.add_argument(
+        "--only", nargs="+", metavar="GROUP", help="these groups; a wrong name lists them"
+    )
     arguments = parser.parse_args()
     from benchmarks import report
 
@@ -370,7 +533,10 @@ def main() -> None:
     start = time.perf_counter()
     try:
         for name, result in run(out, arguments.quick, arguments.only):
-            print(f"{(time.perf_counter() - start) / 60:5.1f} min  {name:20} {report.line(result)}", flush=True)
+            print(
+                f"{(time.perf_counter() - start) / 60:5.1f} min  {name:20} {report.line(result)}",
+                flush=True,
+            )
     except ValueError as error:
         parser.error(str(error))
     print("\n" + report.text(json.loads(out.read_text())))

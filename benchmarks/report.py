@@ -74,7 +74,9 @@ REASONS = {
 
 def reason(text: str) -> str:
     """Why a headline is not met; what was not looked into says so."""
-    return next((why for start, why in REASONS.items() if text.startswith(start)), "not looked into.")
+    return next(
+        (why for start, why in REASONS.items() if text.startswith(start)), "not looked into."
+    )
 
 
 def memory_aim(text: str) -> float | None:
@@ -82,21 +84,40 @@ def memory_aim(text: str) -> float | None:
 
 
 def verdict(text: str, ratio: float, memory: float | None, aim: float) -> str:
-    """"met", "not met", or which of time and memory is not."""
+    """ "met", "not met", or which of time and memory is not."""
     limit = memory_aim(text)
-    missed = [name for name, ok in (("time", met(ratio, aim)), ("memory", not limit or not memory or met(memory, limit))) if not ok]
+    missed = [
+        name
+        for name, ok in (
+            ("time", met(ratio, aim)),
+            ("memory", not limit or not memory or met(memory, limit)),
+        )
+        if not ok
+    ]
     return "met" if not missed else "not met" if not limit else f"{' and '.join(missed)} not met"
 
 
 def line(group: Record) -> str:
     """Each arm's median, in ms."""
-    return ", ".join(f"{label} {1000 * statistics.median(times):.0f} ms" for label, times in group["seconds"].items())
+    return ", ".join(
+        f"{label} {1000 * statistics.median(times):.0f} ms"
+        for label, times in group["seconds"].items()
+    )
 
 
 def headlines(record: Record) -> list[tuple[str, tuple[float, float, float], float | None, float]]:
     """(text, ratio of seconds, ratio of memory, aim) of what has been measured; each layer variant among them."""
     groups = record["groups"]
-    found = [(h.text, ratios(groups[h.group], h.of, h.to), memory_ratio(groups[h.group], h.of, h.to), h.aim) for h in HEADLINES if h.group in groups]
+    found = [
+        (
+            h.text,
+            ratios(groups[h.group], h.of, h.to),
+            memory_ratio(groups[h.group], h.of, h.to),
+            h.aim,
+        )
+        for h in HEADLINES
+        if h.group in groups
+    ]
     for size in ("nano", "smollm2"):
         if group := groups.get(f"variants {size}"):
             found += [
@@ -113,7 +134,12 @@ def rows(record: Record) -> list[list[str]]:
     ]  # fmt: skip
 
 
-SHARES = [("LoRA, nano", "lora nano fp32", "LoRA"), ("LoRA, smollm2", "lora smollm2 fp32", "LoRA"), ("AdaLoRA, nano", "adalora nano", "AdaLoRA"), ("AdaLoRA, smollm2", "adalora smollm2", "AdaLoRA")]
+SHARES = [
+    ("LoRA, nano", "lora nano fp32", "LoRA"),
+    ("LoRA, smollm2", "lora smollm2 fp32", "LoRA"),
+    ("AdaLoRA, nano", "adalora nano", "AdaLoRA"),
+    ("AdaLoRA, smollm2", "adalora smollm2", "AdaLoRA"),
+]
 
 
 def shares(record: Record) -> list[tuple[str, float, float]]:
@@ -121,9 +147,20 @@ def shares(record: Record) -> list[tuple[str, float, float]]:
     found = []
     for label, key, arm in SHARES:
         if group := record["groups"].get(key):
-            rounds = zip(*(group["seconds"][name] for name in (arm, f"PEFT {arm}", "frozen base")), strict=True)
-            if added := [(ours - base) / (theirs - base) for ours, theirs, base in rounds if theirs > base]:
-                found.append((label, ratios(group, "frozen base", f"PEFT {arm}")[0], statistics.median(added)))
+            rounds = zip(
+                *(group["seconds"][name] for name in (arm, f"PEFT {arm}", "frozen base")),
+                strict=True,
+            )
+            if added := [
+                (ours - base) / (theirs - base) for ours, theirs, base in rounds if theirs > base
+            ]:
+                found.append(
+                    (
+                        label,
+                        ratios(group, "frozen base", f"PEFT {arm}")[0],
+                        statistics.median(added),
+                    )
+                )
     return found
 
 
@@ -134,7 +171,10 @@ def text(record: Record) -> str:
     """The headlines for a terminal."""
     table = [HEAD, *rows(record)]
     widths = [max(len(row[i]) for row in table) for i in range(len(HEAD))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in table
+    )
 
 
 def markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
@@ -164,11 +204,19 @@ def headline_figure(record: Record) -> str:
     ax.set_ylim(len(found) - 0.5, -0.5)
     ax.set_xlim(left=0)
     ax.set_xlabel("ratio of step times; | is the aim")
-    return picture(figure, "Ratios of seconds with their quartiles and aims: " + "; ".join(f"{name} {ratio:.2f}" for name, (ratio, _, _), _, _ in found) + ".")
+    return picture(
+        figure,
+        "Ratios of seconds with their quartiles and aims: "
+        + "; ".join(f"{name} {ratio:.2f}" for name, (ratio, _, _), _, _ in found)
+        + ".",
+    )
 
 
-CURVES = {"rank": ("curve rank", "rank r", "a training step"), "experts": ("curve experts", "experts of rank 8", "a training step"),
-          "tasks": ("curve tasks", "tasks in a batch of 16 rows", "a forward pass")}
+CURVES = {
+    "rank": ("curve rank", "rank r", "a training step"),
+    "experts": ("curve experts", "experts of rank 8", "a training step"),
+    "tasks": ("curve tasks", "tasks in a batch of 16 rows", "a forward pass"),
+}
 
 
 def curve_figure(record: Record, name: str) -> str:
@@ -183,8 +231,19 @@ def curve_figure(record: Record, name: str) -> str:
     for arm, points in series.items():
         x = sorted(points)
         quartiles = [statistics.quantiles(points[n], n=4, method="inclusive") for n in x]
-        drawn = ax.plot(x, [q[1] for q in quartiles], label={"tasks": "ours", "PEFT tasks": "PEFT"}.get(arm, arm))[0]
-        ax.fill_between(x, [q[0] for q in quartiles], [q[2] for q in quartiles], color=drawn.get_color(), alpha=0.2, linewidth=0)
+        drawn = ax.plot(
+            x,
+            [q[1] for q in quartiles],
+            label={"tasks": "ours", "PEFT tasks": "PEFT"}.get(arm, arm),
+        )[0]
+        ax.fill_between(
+            x,
+            [q[0] for q in quartiles],
+            [q[2] for q in quartiles],
+            color=drawn.get_color(),
+            alpha=0.2,
+            linewidth=0,
+        )
     numbers = sorted({n for points in series.values() for n in points})
     ax.set_xscale("log", base=2)
     ax.set_xticks(numbers, [str(n) for n in numbers])
@@ -193,7 +252,11 @@ def curve_figure(record: Record, name: str) -> str:
     ax.set_xlabel(x_label)
     ax.set_ylabel(f"ms for {what}")
     figure.legend(loc="outside upper center", ncols=3)
-    said = "; ".join(f"{arm}: " + ", ".join(f"{n} → {statistics.median(points[n]):.0f} ms" for n in sorted(points)) for arm, points in series.items())
+    said = "; ".join(
+        f"{arm}: "
+        + ", ".join(f"{n} → {statistics.median(points[n]):.0f} ms" for n in sorted(points))
+        for arm, points in series.items()
+    )
     return picture(figure, f"Time of {what} against {x_label}. {said}.")
 
 
@@ -210,8 +273,15 @@ def page(path: Path) -> str:
         + ("" if source["native_bf16"] else " This processor emulates bf16: a bf16 base gets one row of 16 tokens, and a 4-bit base computes in fp32."),
         "## Against the aims", headline_figure(record), markdown(HEAD, rows(record)),
     ]  # fmt: skip
-    if unmet := [text for text, (ratio, *_), memory, aim in headlines(record) if verdict(text, ratio, memory, aim) != "met"]:
-        parts += ["Not met, and what was found on the machine that this course's own record is from:", "\n".join(f"- **{text}**: {reason(text)}" for text in unmet)]
+    if unmet := [
+        text
+        for text, (ratio, *_), memory, aim in headlines(record)
+        if verdict(text, ratio, memory, aim) != "met"
+    ]:
+        parts += [
+            "Not met, and what was found on the machine that this course's own record is from:",
+            "\n".join(f"- **{text}**: {reason(text)}" for text in unmet),
+        ]
     if found := shares(record):
         parts += [
             "## What the base alone takes",
@@ -221,13 +291,25 @@ def page(path: Path) -> str:
         ]  # fmt: skip
     for name, (key, *_) in CURVES.items():
         if key in groups:
-            parts += [f"## Against the number of {name}" if name != "rank" else "## Against the rank", curve_figure(record, name)]
+            parts += [
+                f"## Against the number of {name}" if name != "rank" else "## Against the rank",
+                curve_figure(record, name),
+            ]
     parts.append("## Every arm")
     body = []
     for key, group in groups.items():
         for label, times in group["seconds"].items():
-            low, middle, high = (1000 * q for q in statistics.quantiles(times, n=4, method="inclusive"))
+            low, middle, high = (
+                1000 * q for q in statistics.quantiles(times, n=4, method="inclusive")
+            )
             peak = group.get("peak_bytes", {}).get(label)
-            body.append([key, label, f"{middle:.1f} ({low:.1f}–{high:.1f})", f"{peak / 1e6:.0f}" if peak else ""])
+            body.append(
+                [
+                    key,
+                    label,
+                    f"{middle:.1f} ({low:.1f}–{high:.1f})",
+                    f"{peak / 1e6:.0f}" if peak else "",
+                ]
+            )
     parts.append(markdown(["group", "arm", "ms, median (quartiles)", "peak memory, MB"], body))
     return "\n\n".join(parts)

@@ -55,15 +55,21 @@ class AdaLoRALinear(LoRALinear):
         init_lora_weights: bool | str = True,
     ) -> None:
         if init_lora_weights is not True:
-            raise ValueError(f"init_lora_weights={init_lora_weights!r}: AdaLoRA has one start, λ zero with A and B normal; leave it at True.")
+            raise ValueError(
+                f"init_lora_weights={init_lora_weights!r}: AdaLoRA has one start, λ zero with A and B normal; leave it at True."
+            )
         super().__init__(base_layer, r, lora_alpha, lora_dropout, use_rslora)
         nn.init.normal_(self.A, std=0.02)
         nn.init.normal_(self.B, std=0.02)
         self.E = nn.Parameter(torch.zeros(r, 1, device=self.A.device))
         self.register_buffer("mask", torch.ones(r, dtype=torch.bool, device=self.A.device))
         for name in "AEB":
-            self.register_buffer(f"sensitivity_{name}", torch.zeros_like(getattr(self, name), requires_grad=False))
-            self.register_buffer(f"uncertainty_{name}", torch.zeros_like(getattr(self, name), requires_grad=False))
+            self.register_buffer(
+                f"sensitivity_{name}", torch.zeros_like(getattr(self, name), requires_grad=False)
+            )
+            self.register_buffer(
+                f"uncertainty_{name}", torch.zeros_like(getattr(self, name), requires_grad=False)
+            )
 
     @classmethod
     def initial_rank(cls, config: LoraConfig) -> int:
@@ -78,7 +84,9 @@ class AdaLoRALinear(LoRALinear):
             )
         c = config
         if c.r != type(c).r:
-            raise ValueError(f"r={c.r}: AdaLoRA starts every layer with init_r={c.init_r} triplets and does not read r. Set init_r.")
+            raise ValueError(
+                f"r={c.r}: AdaLoRA starts every layer with init_r={c.init_r} triplets and does not read r. Set init_r."
+            )
         if not 1 <= c.target_r < c.init_r:
             raise ValueError(
                 f"init_r={c.init_r}, target_r={c.target_r}: the budget shrinks from init_r to target_r triplets a layer, so "
@@ -91,7 +99,9 @@ class AdaLoRALinear(LoRALinear):
                 f"for {c.total_step} steps try tinit={c.total_step // 10}, tfinal={c.total_step // 3}."
             )
         if not (0 < c.beta1 < 1 and 0 < c.beta2 < 1):
-            raise ValueError(f"beta1={c.beta1}, beta2={c.beta2}: weights of moving averages, in (0, 1); the paper has 0.85 for both.")
+            raise ValueError(
+                f"beta1={c.beta1}, beta2={c.beta2}: weights of moving averages, in (0, 1); the paper has 0.85 for both."
+            )
         return c.init_r
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
@@ -100,7 +110,10 @@ class AdaLoRALinear(LoRALinear):
 
     def scores(self) -> Tensor:
         """Importance of each triplet, `[r]`: s(λ) + mean s(its row of A) + mean s(its column of B), s = sensitivity · uncertainty."""
-        s = {name: getattr(self, f"sensitivity_{name}") * getattr(self, f"uncertainty_{name}") for name in "AEB"}
+        s = {
+            name: getattr(self, f"sensitivity_{name}") * getattr(self, f"uncertainty_{name}")
+            for name in "AEB"
+        }
         return s["E"].flatten() + s["A"].mean(1) + s["B"].mean(0)
 
     def forget(self) -> None:
@@ -113,7 +126,9 @@ class AdaLoRALinear(LoRALinear):
         super().check_tensors(name, tensors)
         r = tensors["A"].shape[0]
         if tensors["E"].shape != (r, 1) or tensors["mask"].shape != (r,):
-            raise ValueError(f"The adapter's λ for {name!r} is {list(tensors['E'].shape)}; [{r}, 1] is expected beside its A.")
+            raise ValueError(
+                f"The adapter's λ for {name!r} is {list(tensors['E'].shape)}; [{r}, 1] is expected beside its A."
+            )
 
 
 def regularizer(model: nn.Module) -> Tensor:
@@ -123,7 +138,9 @@ def regularizer(model: nn.Module) -> Tensor:
     all columns of each B are orthonormal. (The paper squares the norms and sums them; its code, PEFT and this do not.)
     """
     config = _config(model)
-    alike: dict[tuple[torch.Size, torch.device], list[Tensor]] = {}  # factors of one shape are one stack: few large operations
+    alike: dict[
+        tuple[torch.Size, torch.device], list[Tensor]
+    ] = {}  # factors of one shape are one stack: few large operations
     for layer in adapter_layers(model).values():
         for rows in (layer.A, layer.B.T):
             alike.setdefault((rows.shape, rows.device), []).append(rows)
@@ -131,7 +148,11 @@ def regularizer(model: nn.Module) -> Tensor:
     for (shape, device), factors in alike.items():
         with torch.autocast(device.type, enabled=False):
             rows = torch.stack(factors)
-            norms.append(torch.linalg.vector_norm(rows @ rows.mT - torch.eye(shape[0], device=device), dim=(1, 2)))
+            norms.append(
+                torch.linalg.vector_norm(
+                    rows @ rows.mT - torch.eye(shape[0], device=device), dim=(1, 2)
+                )
+            )
     return config.orth_reg_weight * torch.cat([norm.to(norms[0].device) for norm in norms]).mean()
 
 
@@ -185,7 +206,11 @@ class RankAllocator(TrainerCallback):
             self._observe()
         chosen = None
         late = t > self.final and sum(ranks(self.model).values()) > self.target
-        if t == self.final or late or (self.config.tinit < t < self.final and t % self.config.deltaT == 0):
+        if (
+            t == self.final
+            or late
+            or (self.config.tinit < t < self.final and t % self.config.deltaT == 0)
+        ):
             chosen = self._allocate(self.budget(t))
         if t >= self.final:
             for layer in self.layers.values():
@@ -205,7 +230,9 @@ class RankAllocator(TrainerCallback):
                 "Importance is |weight · gradient|, and there are no gradients: call step(t) after backward() and before "
                 "zero_grad(). A layer that takes no part in the loss belongs in exclude_modules."
             )
-        if not norm.isfinite():  # an overflow in fp16: such a step is skipped by the optimiser, and by us
+        if (
+            not norm.isfinite()
+        ):  # an overflow in fp16: such a step is skipped by the optimiser, and by us
             return
         sensitivity = [getattr(layer, f"sensitivity_{name}") for layer, name in owners]
         uncertainty = [getattr(layer, f"uncertainty_{name}") for layer, name in owners]
@@ -221,20 +248,33 @@ class RankAllocator(TrainerCallback):
         scores = [layer.scores() for layer in self.layers.values()]
         together = torch.cat([score.to(scores[0].device) for score in scores])
         if not together.any():
-            raise RuntimeError("The budget is due and no step has been scored: call step(t) for every t from 1 on.")
+            raise RuntimeError(
+                "The budget is due and no step has been scored: call step(t) for every t from 1 on."
+            )
         keep = torch.zeros_like(together, dtype=torch.bool)
         keep[together.argsort(descending=True, stable=True)[:budget]] = True
-        for layer, part in zip(self.layers.values(), keep.split([layer.r for layer in self.layers.values()]), strict=True):
+        for layer, part in zip(
+            self.layers.values(),
+            keep.split([layer.r for layer in self.layers.values()]),
+            strict=True,
+        ):
             layer.mask.copy_(part)
             layer.E.masked_fill_(~layer.mask[:, None], 0.0)
         return ranks(self.model)
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: object
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module,
+        **_: object,
     ) -> None:
         """Raises ValueError for another model than the allocator's, or a run shorter than the schedule."""
         if model is not self.model:
-            raise ValueError("This allocator was made for another model than the one that is trained: RankAllocator(model).")
+            raise ValueError(
+                "This allocator was made for another model than the one that is trained: RankAllocator(model)."
+            )
         if state.max_steps < self.config.total_step:
             raise ValueError(
                 f"The run has {state.max_steps} steps and the schedule total_step={self.config.total_step}, so the budget "
@@ -273,11 +313,14 @@ def prune(model: nn.Module) -> nn.Module:
             f"{config.total_step - config.tfinal}. Train with callbacks=[RankAllocator(model)], or call its step(t) after each step."
         )
     if any(layer.E[~layer.mask].any() for layer in layers.values()):
-        raise ValueError("A masked λ is not zero: a step was taken without the allocator. Call allocator.step(t) after every step.")
+        raise ValueError(
+            "A masked λ is not zero: a step was taken without the allocator. Call allocator.step(t) after every step."
+        )
     for layer in layers.values():
         keep = layer.mask
         layer.load_tensors(
-            layer.tensors() | {"A": layer.A[keep], "E": layer.E[keep], "B": layer.B[:, keep], "mask": keep[keep]}
+            layer.tensors()
+            | {"A": layer.A[keep], "E": layer.E[keep], "B": layer.B[:, keep], "mask": keep[keep]}
         )
     return model
 

@@ -119,7 +119,9 @@ class GrowingLoRALinear(LoRALinear):
             RuntimeError: a pair has no gradient.
         """
         if any(B.grad is None for _, B in self.pairs):
-            raise RuntimeError("There is no gradient: call observe() after backward() and before zero_grad().")
+            raise RuntimeError(
+                "There is no gradient: call observe() after backward() and before zero_grad()."
+            )
         parts = torch.cat([(B * B.grad).float().sum(0) for _, B in self.pairs])
         return parts.abs().sum() / math.sqrt(self.in_features * self.out_features)
 
@@ -200,12 +202,17 @@ class GrowthSchedule:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        counts = {name: getattr(self, name) for name in ("budget", "start", "every", "top", "add", "max_r")}
+        counts = {
+            name: getattr(self, name)
+            for name in ("budget", "start", "every", "top", "add", "max_r")
+        }
         for name, value in counts.items():
             if not (isinstance(value, int) and value >= 1) and (name, value) != ("max_r", None):
                 raise ValueError(f"{name}={value!r}: a whole number of 1 or more is expected.")
         if not 0 <= self.beta < 1:
-            raise ValueError(f"beta={self.beta!r}: a number in [0, 1) is expected; 0 looks at the last step alone.")
+            raise ValueError(
+                f"beta={self.beta!r}: a number in [0, 1) is expected; 0 looks at the last step alone."
+            )
 
     def due(self, step: int) -> bool:
         """Whether layers grow after the optimiser's step `step` (the first is 1), if budget is left."""
@@ -267,14 +274,18 @@ class RankGrower(TrainerCallback):
     def scores(self) -> dict[str, float]:
         """Ī · Ū of each layer: how much it matters, times how little that has settled."""
         scores = [layer.importance * layer.uncertainty for layer in self.layers.values()]
-        together = torch.stack([score.to(scores[0].device) for score in scores])  # a GPU is waited for once
+        together = torch.stack(
+            [score.to(scores[0].device) for score in scores]
+        )  # a GPU is waited for once
         return dict(zip(self.layers, together.tolist(), strict=True))
 
     def plan(self) -> dict[str, int]:
         """What each layer would gain now: `add` for each of the `top` of highest score. What one has no room for goes to
         the next one, so that `top · add` ranks are handed out in any case, or all that are left."""
         scores = self.scores()
-        order = sorted(self.layers, key=lambda name: -scores[name])  # among equals the first in the model
+        order = sorted(
+            self.layers, key=lambda name: -scores[name]
+        )  # among equals the first in the model
         left = min(self.schedule.top * self.schedule.add, self.schedule.budget - self.total)
         gains = dict.fromkeys(order, 0)
         while left > 0:  # more than once only where fewer than `top` layers have room
@@ -309,14 +320,19 @@ class RankGrower(TrainerCallback):
         self.check(optimizer)
         last = max([0, *(at for layer in self.layers.values() for at in layer.grown_at.tolist())])
         if step <= last:
-            raise ValueError(f"step={step}: layers grew at step {last}. After resuming, count on from the checkpoint's step.")
+            raise ValueError(
+                f"step={step}: layers grew at step {last}. After resuming, count on from the checkpoint's step."
+            )
         if not any(self.scores().values()):
             raise RuntimeError(
                 "No layer has any importance yet: call observe() after each backward(). The first steps show none, as B is zero."
             )
         gains = self.plan()
         generator = torch.Generator().manual_seed(1_000_000 * self.schedule.seed + step)
-        for name, layer in self.layers.items():  # the generator's draws are dealt in the model's order
+        for (
+            name,
+            layer,
+        ) in self.layers.items():  # the generator's draws are dealt in the model's order
             if name in gains:
                 layer.grow(gains[name], step, generator)
                 _introduce(layer, optimizer)
@@ -331,8 +347,12 @@ class RankGrower(TrainerCallback):
             if layer.merged:
                 raise RuntimeError(f"{name!r} is {MERGED}")
             if layer.r > limits[name]:
-                raise ValueError(f"{name!r} has rank {layer.r} and may have {limits[name]} at most: raise max_r, or start lower.")
-            if optimizer and any(id(tensor) not in known for pair in layer.pairs for tensor in pair):
+                raise ValueError(
+                    f"{name!r} has rank {layer.r} and may have {limits[name]} at most: raise max_r, or start lower."
+                )
+            if optimizer and any(
+                id(tensor) not in known for pair in layer.pairs for tensor in pair
+            ):
                 raise ValueError(
                     f"The optimiser does not hold the factors of {name!r}: give the one that trains this model, made after "
                     "its adapter was injected or loaded."
@@ -357,7 +377,9 @@ class RankGrower(TrainerCallback):
     ) -> None:
         """Raises ValueError for more than one process, or a run that ends before the budget is spent."""
         if args.world_size > 1:
-            raise ValueError(f"{args.world_size} processes: new pairs are unknown to DistributedDataParallel. Train in one process.")
+            raise ValueError(
+                f"{args.world_size} processes: new pairs are unknown to DistributedDataParallel. Train in one process."
+            )
         self.check(optimizer)
         steps = self.schedule.steps(self.total, after=state.global_step)
         if steps and steps[-1] >= state.max_steps:
@@ -389,7 +411,9 @@ def growing_layers(model: nn.Module) -> dict[str, GrowingLoRALinear]:
     layers = adapter_layers(model)
     layers = {name: layer for name, layer in layers.items() if isinstance(layer, GrowingLoRALinear)}
     if not layers:
-        raise ValueError("This model has no layer that can grow: inject(model, config, layer=GrowingLoRALinear).")
+        raise ValueError(
+            "This model has no layer that can grow: inject(model, config, layer=GrowingLoRALinear)."
+        )
     return layers
 
 
@@ -403,7 +427,10 @@ def rank_history(model: nn.Module) -> list[dict[str, Any]]:
     sizes = {name: [A.shape[0] for A, _ in layer.pairs] for name, layer in layers.items()}
 
     def ranks(step: int) -> dict[str, int]:
-        return {n: sum(r for r, born in zip(sizes[n], births[n], strict=True) if born <= step) for n in layers}
+        return {
+            n: sum(r for r, born in zip(sizes[n], births[n], strict=True) if born <= step)
+            for n in layers
+        }
 
     return [{"step": step, "ranks": ranks(step)} for step in sorted(set().union(*births.values()))]
 

@@ -42,7 +42,9 @@ FORMAT_VERSION = 1
 CONFIGS = {"LoraConfig": LoraConfig, "AdaLoraConfig": AdaLoraConfig}
 
 
-def save_adapter(model: nn.Module, folder: str | Path, extra: dict[str, object] | None = None) -> Path:
+def save_adapter(
+    model: nn.Module, folder: str | Path, extra: dict[str, object] | None = None
+) -> Path:
     """Write the adapter of `model` to `folder`; each file is complete before it replaces an older one.
 
     Args:
@@ -54,15 +56,22 @@ def save_adapter(model: nn.Module, folder: str | Path, extra: dict[str, object] 
         `folder` as a path.
     """
     info, layers = injection(model), adapter_layers(model)
-    tensors = save({name: tensor.cpu().contiguous() for name, tensor in adapter_state(model).items()})
+    tensors = save(
+        {name: tensor.cpu().contiguous() for name, tensor in adapter_state(model).items()}
+    )
     description = {
         "format_version": FORMAT_VERSION,
         "layer": info.layer.__name__,
         "config_class": type(info.config).__name__,
-        "config": {name: _jsonable(value) for name, value in _fields(info.config, info.layer).items()},
+        "config": {
+            name: _jsonable(value) for name, value in _fields(info.config, info.layer).items()
+        },
         "arguments": info.arguments,
         "shapes": {name: [layer.out_features, layer.in_features] for name, layer in layers.items()},
-        "base": {"name": getattr(model, "name_or_path", ""), "fingerprint": base_fingerprint(layers)},
+        "base": {
+            "name": getattr(model, "name_or_path", ""),
+            "fingerprint": base_fingerprint(layers),
+        },
         "extra": extra or {},
         "tensors_sha256": hashlib.sha256(tensors).hexdigest(),
     }
@@ -99,7 +108,11 @@ def restore_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     layers = adapter_layers(model)
     shapes = {name: [layer.out_features, layer.in_features] for name, layer in layers.items()}
     if shapes != description["shapes"]:
-        differing = sorted(name for name in shapes | description["shapes"] if shapes.get(name) != description["shapes"].get(name))
+        differing = sorted(
+            name
+            for name in shapes | description["shapes"]
+            if shapes.get(name) != description["shapes"].get(name)
+        )
         first = differing[0]
         raise ValueError(
             f"The adapter in {folder} is for another base: {first!r} is {description['shapes'].get(first, 'absent')} "
@@ -132,7 +145,9 @@ def export_peft(model: nn.Module, folder: str | Path) -> Path:
         ValueError: no module of rank ≥ 1 is left.
     """
     info = injection(model)
-    modules = {name: t for name, t in split_state(factor_state(model)).items() if t["A"].shape[0] > 0}
+    modules = {
+        name: t for name, t in split_state(factor_state(model)).items() if t["A"].shape[0] > 0
+    }
     if not modules:
         raise ValueError("Every module of this adapter has rank 0: there is nothing to export.")
     ranks = {name: t["A"].shape[0] for name, t in modules.items()}
@@ -146,7 +161,8 @@ def export_peft(model: nn.Module, folder: str | Path) -> Path:
         rank_pattern={name: rank for name, rank in ranks.items() if rank != r},
         alpha_pattern={name: value for name, value in alphas.items() if value != alpha},
         task_type=info.config.task_type,
-        base_model_name_or_path=getattr(model, "name_or_path", None) or info.config.base_model_name_or_path,
+        base_model_name_or_path=getattr(model, "name_or_path", None)
+        or info.config.base_model_name_or_path,
         inference_mode=True,
     )
     tensors = {
@@ -170,18 +186,28 @@ def load_peft(model: nn.Module, folder: str | Path) -> nn.Module:
     folder = Path(folder)
     path = folder / "adapter_model.safetensors"
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: a folder written by PEFT's save_pretrained (safetensors) is expected.")
+        raise FileNotFoundError(
+            f"{path} does not exist: a folder written by PEFT's save_pretrained (safetensors) is expected."
+        )
     config = PeftConfig.from_pretrained(str(folder))
     if type(config) is not LoraConfig:
-        raise ValueError(f"{folder} holds a {config.peft_type} adapter; load_peft takes plain LoRA.")
+        raise ValueError(
+            f"{folder} holds a {config.peft_type} adapter; load_peft takes plain LoRA."
+        )
     config.inference_mode = False
-    if config.init_lora_weights is False:  # says how the factors started; they are about to be replaced
+    if (
+        config.init_lora_weights is False
+    ):  # says how the factors started; they are about to be replaced
         config.init_lora_weights = True
     state: AdapterState = {}
     for key, tensor in load_file(path).items():
-        module, _, name = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")
+        module, _, name = (
+            key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")
+        )
         if name not in ("lora_A", "lora_B") or not key.endswith(".weight"):
-            raise ValueError(f"{path} holds {key!r}, which is no factor of a linear layer: load this adapter with PEFT.")
+            raise ValueError(
+                f"{path} holds {key!r}, which is no factor of a linear layer: load this adapter with PEFT."
+            )
         state[f"{module}.{name.removeprefix('lora_')}"] = tensor
     inject(model, config)
     try:
@@ -198,21 +224,35 @@ def _describe(folder: str | Path) -> dict:
     path, tensors = folder / "adapter.json", folder / "adapter.safetensors"
     for file in (path, tensors):
         if not file.is_file():
-            hint = " It holds a PEFT adapter: use load_peft." if (folder / "adapter_config.json").is_file() else ""
-            raise FileNotFoundError(f"{file} does not exist: a folder written by save_adapter is expected.{hint}")
+            hint = (
+                " It holds a PEFT adapter: use load_peft."
+                if (folder / "adapter_config.json").is_file()
+                else ""
+            )
+            raise FileNotFoundError(
+                f"{file} does not exist: a folder written by save_adapter is expected.{hint}"
+            )
     description = json.loads(path.read_text())
     if description["format_version"] != FORMAT_VERSION:
-        raise ValueError(f"{path} has format version {description['format_version']}, this package reads {FORMAT_VERSION}: update lora-course.")
+        raise ValueError(
+            f"{path} has format version {description['format_version']}, this package reads {FORMAT_VERSION}: update lora-course."
+        )
     if description["layer"] not in LAYERS:
-        raise ValueError(f"{path} needs the layer {description['layer']!r}; known are {sorted(LAYERS)}. Import the module that defines it first.")
+        raise ValueError(
+            f"{path} needs the layer {description['layer']!r}; known are {sorted(LAYERS)}. Import the module that defines it first."
+        )
     if hashlib.sha256(tensors.read_bytes()).hexdigest() != description["tensors_sha256"]:
-        raise ValueError(f"{tensors} is not the file that {path.name} describes: a save was cut short, or a file was exchanged.")
+        raise ValueError(
+            f"{tensors} is not the file that {path.name} describes: a save was cut short, or a file was exchanged."
+        )
     return description
 
 
 def _fields(config: LoraConfig, layer: type[LoRALinear]) -> dict[str, object]:
     derived = {"peft_type", "peft_version", "auto_mapping"}
-    names = {field.name for field in dataclasses.fields(config) if field.init} & layer.honoured - derived
+    names = {
+        field.name for field in dataclasses.fields(config) if field.init
+    } & layer.honoured - derived
     return {name: getattr(config, name) for name in sorted(names)}
 
 

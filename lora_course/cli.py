@@ -19,21 +19,44 @@ PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "accele
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="lora-course", description="The course's command. Chapters are notebooks; this is for what surrounds them.")
-    top.add_argument("--version", action="version", version=f"lora-course {importlib.metadata.version('lora-course')}")
-    commands = top.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
+    top = argparse.ArgumentParser(
+        prog="lora-course",
+        description="The course's command. Chapters are notebooks; this is for what surrounds them.",
+    )
+    top.add_argument(
+        "--version",
+        action="version",
+        version=f"lora-course {importlib.metadata.version('lora-course')}",
+    )
+    commands = top.add_subparsers(
+        title="commands", dest="command", required=True, metavar="COMMAND"
+    )
 
     compare = commands.add_parser(
         "compare", help="all methods side by side on one task; goes on where it was stopped",
         description="Trains each method with the same base, text, steps and search for the learning rate, keeps every run in a file, and "
         "prints the table. What the file holds is not computed again; a changed method's own runs are.",
     )  # fmt: skip
-    compare.add_argument("--methods", nargs="+", metavar="NAME", help="by default all, such as lora dora qlora; a wrong name lists them")
-    compare.add_argument("--domains", nargs="+", metavar="NAME", help="by default shakespeare python")
-    compare.add_argument("--out", type=Path, metavar="FILE", help="the record; by default the one that comes with the course")
+    compare.add_argument(
+        "--methods",
+        nargs="+",
+        metavar="NAME",
+        help="by default all, such as lora dora qlora; a wrong name lists them",
+    )
+    compare.add_argument(
+        "--domains", nargs="+", metavar="NAME", help="by default shakespeare python"
+    )
+    compare.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="the record; by default the one that comes with the course",
+    )
     compare.set_defaults(run=run_compare)
 
-    info = commands.add_parser("info", help="versions, device and the profile that chapters would choose here")
+    info = commands.add_parser(
+        "info", help="versions, device and the profile that chapters would choose here"
+    )
     info.set_defaults(run=run_info)
 
     convert = commands.add_parser(
@@ -42,8 +65,14 @@ def parser() -> argparse.ArgumentParser:
         "adapter_config.json (PEFT's: the course's is written).",
     )  # fmt: skip
     convert.add_argument("source", type=Path, metavar="SOURCE")
-    convert.add_argument("target", type=Path, metavar="TARGET", help="a folder that is empty or does not exist")
-    convert.add_argument("--base", default="nano", help="the model that the adapter belongs to: nano, smol, a hub name or a folder (default: nano)")
+    convert.add_argument(
+        "target", type=Path, metavar="TARGET", help="a folder that is empty or does not exist"
+    )
+    convert.add_argument(
+        "--base",
+        default="nano",
+        help="the model that the adapter belongs to: nano, smol, a hub name or a folder (default: nano)",
+    )
     convert.set_defaults(run=run_convert)
     return top
 
@@ -51,12 +80,19 @@ def parser() -> argparse.ArgumentParser:
 def run_compare(arguments: argparse.Namespace) -> None:
     from lora_course import compare
 
-    methods, domains = arguments.methods or list(compare.METHODS), arguments.domains or list(compare.DOMAINS)
+    methods, domains = (
+        arguments.methods or list(compare.METHODS),
+        arguments.domains or list(compare.DOMAINS),
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        record = compare.compare(methods, domains, arguments.out or compare.RECORD, lambda line: print(line, flush=True))
+        record = compare.compare(
+            methods, domains, arguments.out or compare.RECORD, lambda line: print(line, flush=True)
+        )
     for domain in domains:
-        print(f"\n{domain}, {len(record['settings']['seeds'])} seeds: mean and 95% interval; forgetting on {record['settings']['own_domain']}")
+        print(
+            f"\n{domain}, {len(record['settings']['seeds'])} seeds: mean and 95% interval; forgetting on {record['settings']['own_domain']}"
+        )
         print(compare.table(record, domain, methods).to_string())
 
 
@@ -67,7 +103,10 @@ def run_info(arguments: argparse.Namespace) -> None:
     from lora_course.training import compute_dtype
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch sees"
-    rows = {"lora-course": importlib.metadata.version("lora-course"), "python": platform.python_version()}
+    rows = {
+        "lora-course": importlib.metadata.version("lora-course"),
+        "python": platform.python_version(),
+    }
     rows |= {package: importlib.metadata.version(package) for package in PACKAGES}
     profile = lab.pick_profile()
     rows |= {
@@ -82,12 +121,18 @@ def run_convert(arguments: argparse.Namespace) -> None:
     source, target = arguments.source, arguments.target
     ours, pefts = (source / "adapter.json").is_file(), (source / "adapter_config.json").is_file()
     if ours == pefts:
-        raise ValueError(f"{source} holds {'both' if ours else 'neither'} adapter.json (the course's format) {'and' if ours else 'nor'} adapter_config.json (PEFT's).")
+        raise ValueError(
+            f"{source} holds {'both' if ours else 'neither'} adapter.json (the course's format) {'and' if ours else 'nor'} adapter_config.json (PEFT's)."
+        )
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{target} is there already: give a folder that is empty or does not exist.")
+        raise ValueError(
+            f"{target} is there already: give a folder that is empty or does not exist."
+        )
     from lora_course import checkpoint, lab
 
-    for module in pkgutil.iter_modules(lora_course.__path__):  # a layer is known to checkpoints once its module is imported
+    for module in pkgutil.iter_modules(
+        lora_course.__path__
+    ):  # a layer is known to checkpoints once its module is imported
         if not module.ispkg and module.name != "cli":
             importlib.import_module(f"lora_course.{module.name}")
     model, _ = lab.load_base(arguments.base)
@@ -103,7 +148,12 @@ def main(given: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(given)
     try:
         arguments.run(arguments)
-    except (ValueError, TypeError, RuntimeError, OSError) as error:  # a NotImplementedError is a RuntimeError
+    except (
+        ValueError,
+        TypeError,
+        RuntimeError,
+        OSError,
+    ) as error:  # a NotImplementedError is a RuntimeError
         print(f"lora-course: {str(error).strip().splitlines()[0]}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

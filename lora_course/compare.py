@@ -40,7 +40,13 @@ import pandas
 import torch
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from torch import nn
-from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, set_seed
+from transformers import (
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    set_seed,
+)
 
 from lora_course import lab, lora, progressive
 from lora_course.adalora import AdaLoRALinear, RankAllocator, prune, regularizer
@@ -111,7 +117,9 @@ def base_model() -> nn.Module:
 def config(**fields: Any) -> LoraConfig:
     """Rank and scale of the comparison on all linear layers."""
     r = SETTINGS["r"]
-    return LoraConfig(**{"r": r, "lora_alpha": SETTINGS["scaling"] * r, "target_modules": "all-linear", **fields})
+    return LoraConfig(
+        **{"r": r, "lora_alpha": SETTINGS["scaling"] * r, "target_modules": "all-linear", **fields}
+    )
 
 
 def make_lora(seed: int) -> Arm:
@@ -135,7 +143,9 @@ def make_peft(seed: int, **fields: Any) -> Arm:
 
     def fit(rows: datasets.Dataset, learning_rate: float, seed: int) -> list[float]:
         with tempfile.TemporaryDirectory() as folder:
-            trainer = Trainer(model, training_arguments(folder, **recipe(learning_rate, seed)), train_dataset=rows)
+            trainer = Trainer(
+                model, training_arguments(folder, **recipe(learning_rate, seed)), train_dataset=rows
+            )
             trainer.remove_callback(PrinterCallback)
             trainer.train()
         return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -169,10 +179,22 @@ def make_adalora(seed: int) -> Arm:
 def make_adaptive(seed: int) -> Arm:
     r, steps = SETTINGS["r"], SETTINGS["steps"]
     torch.manual_seed(seed)
-    model = lora.inject(base_model(), config(r=r // 4, lora_alpha=SETTINGS["scaling"] * (r // 4)), layer=GrowingLoRALinear)
+    model = lora.inject(
+        base_model(),
+        config(r=r // 4, lora_alpha=SETTINGS["scaling"] * (r // 4)),
+        layer=GrowingLoRALinear,
+    )
     layers = len(lora.adapter_layers(model))
     # half of the layers by 2 ranks at a time, from a fifth of the steps on, done after three quarters of them
-    schedule = GrowthSchedule(layers * r, start=steps // 5, every=steps // 10, top=layers // 2, add=2, max_r=2 * r, seed=seed)
+    schedule = GrowthSchedule(
+        layers * r,
+        start=steps // 5,
+        every=steps // 10,
+        top=layers // 2,
+        add=2,
+        max_r=2 * r,
+        seed=seed,
+    )
     return Arm(model, [RankGrower(model, schedule)])
 
 
@@ -182,9 +204,17 @@ def make_progressive(seed: int) -> Arm:
 
     def fit(rows: datasets.Dataset, learning_rate: float, seed: int) -> list[float]:
         steps = SETTINGS["steps"] // stages
-        plan = [progressive.Stage(SETTINGS["r"] // stages, "all-linear", learning_rate, steps, warmup=0.1)] * stages
+        plan = [
+            progressive.Stage(
+                SETTINGS["r"] // stages, "all-linear", learning_rate, steps, warmup=0.1
+            )
+        ] * stages
         share = len(rows) // stages
-        settings = {key: value for key, value in recipe(learning_rate, seed).items() if key not in progressive.SET_BY_STAGES}
+        settings = {
+            key: value
+            for key, value in recipe(learning_rate, seed).items()
+            if key not in progressive.SET_BY_STAGES
+        }
         with tempfile.TemporaryDirectory() as folder:
             results = progressive.train_stages(
                 model, plan, [rows.select(range(k * share, (k + 1) * share)) for k in range(stages)], folder,
@@ -193,7 +223,10 @@ def make_progressive(seed: int) -> Arm:
         return [entry["loss"] for result in results for entry in result["history"]]
 
     def parameters(model: nn.Module) -> int:
-        return sum(A.numel() + B.numel() for A, B, _ in (layer.factors() for layer in lora.adapter_layers(model).values()))
+        return sum(
+            A.numel() + B.numel()
+            for A, B, _ in (layer.factors() for layer in lora.adapter_layers(model).values())
+        )
 
     return Arm(model, fit=fit, parameters=parameters)
 
@@ -202,7 +235,9 @@ def make_gates(seed: int) -> Arm:
     """From rank 12; the penalty under which about 8 were left in a trial. How many are is for the training to say."""
     start = SETTINGS["r"] * 3 // 2
     torch.manual_seed(seed)
-    model = lora.inject(base_model(), config(r=start, lora_alpha=SETTINGS["scaling"] * start), layer=GatedLoRALinear)
+    model = lora.inject(
+        base_model(), config(r=start, lora_alpha=SETTINGS["scaling"] * start), layer=GatedLoRALinear
+    )
     return Arm(model, [GateSparsity(model, penalty=2.5)], finish=prune_gates)
 
 
@@ -213,12 +248,22 @@ def make_delta(seed: int) -> Arm:
 
 def make_nested(seed: int) -> Arm:
     torch.manual_seed(seed)
-    return Arm(lora.inject(base_model(), config(), layer=NestedLoRALinear, ranks=(1, 2, 4, 8), weighting="matryoshka"))
+    return Arm(
+        lora.inject(
+            base_model(),
+            config(),
+            layer=NestedLoRALinear,
+            ranks=(1, 2, 4, 8),
+            weighting="matryoshka",
+        )
+    )
 
 
 def make_quantized(seed: int) -> Arm:
     torch.manual_seed(seed)
-    return Arm(lora.inject(base_model(), config(), layer=QuantizedLoRALinear, bits=4), save=save_quantized)
+    return Arm(
+        lora.inject(base_model(), config(), layer=QuantizedLoRALinear, bits=4), save=save_quantized
+    )
 
 
 METHODS: dict[str, Method] = {
@@ -273,7 +318,11 @@ def train(method: str, domain: str, learning_rate: float, seed: int) -> dict[str
     if arm.fit:
         losses = arm.fit(rows, learning_rate, seed)
     else:
-        settings = {k: v for k, v in recipe(learning_rate, seed).items() if k not in ("max_steps", "per_device_train_batch_size")}
+        settings = {
+            k: v
+            for k, v in recipe(learning_rate, seed).items()
+            if k not in ("max_steps", "per_device_train_batch_size")
+        }
         losses = study.fit(
             arm.model, rows, steps=SETTINGS["steps"], batch=SETTINGS["batch"], callbacks=arm.callbacks,
             auxiliary_loss=arm.auxiliary_loss, **settings,
@@ -282,7 +331,13 @@ def train(method: str, domain: str, learning_rate: float, seed: int) -> dict[str
     peak = step_bytes(arm, rows)
     if arm.finish:
         arm.finish(arm.model)
-    return {"arm": arm, "model": arm.model, "losses": losses, "seconds": round(seconds, 2), "step_bytes": peak}
+    return {
+        "arm": arm,
+        "model": arm.model,
+        "losses": losses,
+        "seconds": round(seconds, 2),
+        "step_bytes": peak,
+    }
 
 
 def step_bytes(arm: Arm, rows: datasets.Dataset) -> int:
@@ -332,7 +387,19 @@ def score(trained: Mapping[str, Any], domain: str, split: str) -> dict[str, Any]
 # ------------------------------------------------------------------------------------------------ the record
 
 
-SHARED = (recipe, tokenizer, rows_of, train, step_bytes, bits_per_byte, score, base_model, config, make_lora, make_peft)
+SHARED = (
+    recipe,
+    tokenizer,
+    rows_of,
+    train,
+    step_bytes,
+    bits_per_byte,
+    score,
+    base_model,
+    config,
+    make_lora,
+    make_peft,
+)
 
 
 def source_hash(method: str, domain: str) -> str:
@@ -367,25 +434,43 @@ def load(path: str | Path = RECORD) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.exists():
-        return {"command": "lora-course compare", "settings": SETTINGS, "base": {}, "methods": {}, "runs": {}}
+        return {
+            "command": "lora-course compare",
+            "settings": SETTINGS,
+            "base": {},
+            "methods": {},
+            "runs": {},
+        }
     try:
         record = json.loads(path.read_text())
         settings = record["settings"]
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path} holds no comparison: give the path of a new file, or of one that `lora-course compare` wrote.") from None
+        raise ValueError(
+            f"{path} holds no comparison: give the path of a new file, or of one that `lora-course compare` wrote."
+        ) from None
     if settings != json.loads(json.dumps(SETTINGS)):
-        raise ValueError(f"{path} holds a comparison of other settings: move it away, or give another path.")
+        raise ValueError(
+            f"{path} holds a comparison of other settings: move it away, or give another path."
+        )
     return record
 
 
-def _write(path: Path, runs: Mapping[str, Mapping[str, Any]] | None = None, base: Mapping[str, float] | None = None) -> None:
+def _write(
+    path: Path,
+    runs: Mapping[str, Mapping[str, Any]] | None = None,
+    base: Mapping[str, float] | None = None,
+) -> None:
     """Adds runs to the file, and drops those of the same method and domain that other sources made. The file is read again
     first, so that two calls for different methods or domains can share it."""
     record = load(path)
     record["base"] |= base or {}
     for key, run in (runs or {}).items():
         method, domain = key.split("/")[:2]
-        kept = {k: r for k, r in record["runs"].items() if not k.startswith(f"{method}/{domain}/") or r["source"] == run["source"]}
+        kept = {
+            k: r
+            for k, r in record["runs"].items()
+            if not k.startswith(f"{method}/{domain}/") or r["source"] == run["source"]
+        }
         record["runs"] = kept | {key: dict(run)}
         record["methods"][method] = {
             "title": METHODS[method].title, "note": METHODS[method].note, "date": datetime.date.today().isoformat(),
@@ -399,7 +484,10 @@ def _write(path: Path, runs: Mapping[str, Mapping[str, Any]] | None = None, base
 
 
 def compare(
-    methods: Iterable[str] = tuple(METHODS), domains: Iterable[str] = DOMAINS, out: str | Path = RECORD, progress: Callable[[str], object] = print
+    methods: Iterable[str] = tuple(METHODS),
+    domains: Iterable[str] = DOMAINS,
+    out: str | Path = RECORD,
+    progress: Callable[[str], object] = print,
 ) -> dict[str, Any]:
     """Computes what the record lacks and writes each run when it is done; killed, the same call goes on.
 
@@ -418,7 +506,9 @@ def compare(
     _check(domains, [name for name in lab.DOMAINS if name != SETTINGS["own_domain"]], "domain")
     load(out)
     # before the first run: a file that is edited later is not what this process computes with
-    sources = {(method, domain): source_hash(method, domain) for domain in domains for method in methods}
+    sources = {
+        (method, domain): source_hash(method, domain) for domain in domains for method in methods
+    }
     start = time.perf_counter()
     wanted = [d for d in (*domains, SETTINGS["own_domain"]) if d not in load(out)["base"]]
     if wanted:
@@ -427,13 +517,25 @@ def compare(
     for domain in domains:
         for position, method in enumerate(methods, 1):
             label = f"{domain} {position}/{len(methods)}"
-            _search(method, domain, sources[method, domain], out, lambda line, label=label: progress(f"{(time.perf_counter() - start) / 60:5.1f} min  {label:18} {line}"))
+            _search(
+                method,
+                domain,
+                sources[method, domain],
+                out,
+                lambda line, label=label: progress(
+                    f"{(time.perf_counter() - start) / 60:5.1f} min  {label:18} {line}"
+                ),
+            )
     return load(out)
 
 
-def _search(method: str, domain: str, source: str, out: Path, progress: Callable[[str], object]) -> None:
+def _search(
+    method: str, domain: str, source: str, out: Path, progress: Callable[[str], object]
+) -> None:
     """All runs of a method on a domain."""
-    trained: dict[tuple[float, int], dict[str, Any]] = {}  # what is chosen needs no second training for the other split
+    trained: dict[
+        tuple[float, int], dict[str, Any]
+    ] = {}  # what is chosen needs no second training for the other split
 
     def run(rate: float, seed: int, split: str) -> float:
         key = f"{method}/{domain}/{rate:g}/{seed}/{split}"
@@ -441,7 +543,9 @@ def _search(method: str, domain: str, source: str, out: Path, progress: Callable
         if not found or found["source"] != source:
             if (rate, seed) not in trained:
                 trained[rate, seed] = train(method, domain, rate, seed)
-            found = score(trained[rate, seed], domain, "test" if split == "twice" else split) | {"source": source}
+            found = score(trained[rate, seed], domain, "test" if split == "twice" else split) | {
+                "source": source
+            }
             _write(out, {key: found})
         progress(f"{key:44} {found['bits_per_byte']:.4f} bits a byte")
         return found["bits_per_byte"]
@@ -449,15 +553,22 @@ def _search(method: str, domain: str, source: str, out: Path, progress: Callable
     def validation(rate: float) -> float:
         return statistics.fmean(run(rate, seed, "validation") for seed in SETTINGS["search_seeds"])
 
-    grid, scores = SETTINGS["learning_rates"], {rate: validation(rate) for rate in SETTINGS["first"]}
+    grid, scores = (
+        SETTINGS["learning_rates"],
+        {rate: validation(rate) for rate in SETTINGS["first"]},
+    )
     while (best := min(scores, key=scores.__getitem__)) in (min(scores), max(scores)):
         place = grid.index(best) + (1 if best == max(scores) else -1)
         if not 0 <= place < len(grid):
-            raise ValueError(f"{method} on {domain}: the best rate, {best:g}, is the last of the grid: extend SETTINGS['learning_rates'].")
+            raise ValueError(
+                f"{method} on {domain}: the best rate, {best:g}, is the last of the grid: extend SETTINGS['learning_rates']."
+            )
         scores[grid[place]] = validation(grid[place])
     for seed in SETTINGS["seeds"]:
         run(best, seed, "test")
-        if method == "lora":  # on test text too: what a rate that is twice too high costs, to hold gains against
+        if (
+            method == "lora"
+        ):  # on test text too: what a rate that is twice too high costs, to hold gains against
             run(2 * best, seed, "twice")
 
 
@@ -488,29 +599,53 @@ def chosen_rate(record: Mapping[str, Any], method: str, domain: str) -> float:
     for key in record["runs"]:
         if key.startswith(f"{method}/{domain}/") and key.endswith("/test"):
             return float(key.split("/")[2])
-    raise KeyError(f"{method} on {domain}: not in the record; run `lora-course compare --methods {method} --domains {domain}`.")
+    raise KeyError(
+        f"{method} on {domain}: not in the record; run `lora-course compare --methods {method} --domains {domain}`."
+    )
 
 
 def tried_rates(record: Mapping[str, Any], method: str, domain: str) -> list[float]:
     """The rates that were searched, in order."""
-    return sorted({float(k.split("/")[2]) for k in record["runs"] if k.startswith(f"{method}/{domain}/") and k.endswith("/validation")})
+    return sorted(
+        {
+            float(k.split("/")[2])
+            for k in record["runs"]
+            if k.startswith(f"{method}/{domain}/") and k.endswith("/validation")
+        }
+    )
 
 
-def series(record: Mapping[str, Any], method: str, domain: str, quantity: str = "bits_per_byte") -> list[float]:
+def series(
+    record: Mapping[str, Any], method: str, domain: str, quantity: str = "bits_per_byte"
+) -> list[float]:
     """A quantity of the runs on test text, one value a seed, in the order of the seeds.
 
     quantity: a field of the runs, or "forgetting": bits a byte lost on the base's own domain, against the untouched base.
     """
     rate = chosen_rate(record, method, domain)
     field = "own_domain" if quantity == "forgetting" else quantity
-    values = [record["runs"][f"{method}/{domain}/{rate:g}/{seed}/test"][field] for seed in record["settings"]["seeds"]]
+    values = [
+        record["runs"][f"{method}/{domain}/{rate:g}/{seed}/test"][field]
+        for seed in record["settings"]["seeds"]
+    ]
     lost = record["base"][record["settings"]["own_domain"]] if quantity == "forgetting" else 0
     return [value - lost for value in values]
 
 
-def paired(record: Mapping[str, Any], method: str, domain: str, quantity: str = "bits_per_byte", reference: str = "lora") -> list[float]:
+def paired(
+    record: Mapping[str, Any],
+    method: str,
+    domain: str,
+    quantity: str = "bits_per_byte",
+    reference: str = "lora",
+) -> list[float]:
     """`method` less `reference`, seed by seed: what the seeds share (text, order, start) drops out."""
-    return [a - b for a, b in zip(*(series(record, name, domain, quantity) for name in (method, reference)), strict=True)]
+    return [
+        a - b
+        for a, b in zip(
+            *(series(record, name, domain, quantity) for name in (method, reference)), strict=True
+        )
+    ]
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
@@ -527,7 +662,7 @@ def interval(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def verdict(values: Sequence[float]) -> str:
-    """"lower", "higher" or "within noise": on which side of zero the whole 95% interval of paired differences lies."""
+    """ "lower", "higher" or "within noise": on which side of zero the whole 95% interval of paired differences lies."""
     _, low, high = interval(values)
     return "lower" if high < 0 else "higher" if low > 0 else "within noise"
 
@@ -545,19 +680,34 @@ def pareto(points: Mapping[str, tuple[float, float]]) -> list[str]:
 def methods_in(record: Mapping[str, Any], domain: str) -> list[str]:
     """The methods with runs on test text for every seed, in the order of `METHODS`."""
     seeds = record["settings"]["seeds"]
-    counts = {m: sum(k.startswith(f"{m}/{domain}/") and k.endswith("/test") for k in record["runs"]) for m in METHODS}
+    counts = {
+        m: sum(k.startswith(f"{m}/{domain}/") and k.endswith("/test") for k in record["runs"])
+        for m in METHODS
+    }
     return [method for method, count in counts.items() if count >= len(seeds)]
 
 
-def table(record: Mapping[str, Any], domain: str, methods: Sequence[str] | None = None) -> pandas.DataFrame:
+def table(
+    record: Mapping[str, Any], domain: str, methods: Sequence[str] | None = None
+) -> pandas.DataFrame:
     """A row a method: mean and 95% interval of quality and forgetting in bits a byte, then what it costs."""
     rows = {}
     for method in methods_in(record, domain):
         if methods is not None and method not in methods:
             continue
-        quality, forgetting = (interval(series(record, method, domain, name)) for name in ("bits_per_byte", "forgetting"))
-        difference = paired(record, method, domain) if method != "lora" and "lora" in methods_in(record, domain) else None
-        costs = {name: statistics.median(series(record, method, domain, name)) for name in ("parameters", "file_bytes", "model_bytes", "step_bytes", "seconds")}
+        quality, forgetting = (
+            interval(series(record, method, domain, name))
+            for name in ("bits_per_byte", "forgetting")
+        )
+        difference = (
+            paired(record, method, domain)
+            if method != "lora" and "lora" in methods_in(record, domain)
+            else None
+        )
+        costs = {
+            name: statistics.median(series(record, method, domain, name))
+            for name in ("parameters", "file_bytes", "model_bytes", "step_bytes", "seconds")
+        }
         rows[METHODS[method].title] = {
             "bits a byte": f"{quality[0]:.3f} ± {quality[2] - quality[0]:.3f}",
             "minus LoRA's": f"{interval(difference)[0]:+.3f} {verdict(difference)}" if difference else "",

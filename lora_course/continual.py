@@ -97,7 +97,9 @@ class Reservoir:
 
     def __init__(self, budget_bytes: int, seed: int = 0) -> None:
         if budget_bytes < 1:
-            raise ValueError(f"budget_bytes={budget_bytes}: a positive number of bytes is expected.")
+            raise ValueError(
+                f"budget_bytes={budget_bytes}: a positive number of bytes is expected."
+            )
         self.budget_bytes = budget_bytes
         self.generator = torch.Generator().manual_seed(seed)
         self.rows: list[dict[str, Tensor]] = []
@@ -124,11 +126,15 @@ class Reservoir:
                 self.nbytes -= _size(self.rows.pop())
         if len(rows) and not self.rows:
             size = _size(_kept(rows[0]))
-            raise ValueError(f"budget_bytes={self.budget_bytes} holds no row: one takes about {size:,} bytes.")
+            raise ValueError(
+                f"budget_bytes={self.budget_bytes} holds no row: one takes about {size:,} bytes."
+            )
 
     def save(self, path: Path) -> None:
         """Everything the memory is, to one safetensors file."""
-        tensors = {f"{i}.{name}": value for i, row in enumerate(self.rows) for name, value in row.items()}
+        tensors = {
+            f"{i}.{name}": value for i, row in enumerate(self.rows) for name, value in row.items()
+        }
         tensors["numbers"] = torch.tensor([*self.numbers, self.limit], dtype=torch.float64)
         tensors["counts"] = torch.tensor([*self.sources, self.seen], dtype=torch.int64)
         save_file(tensors | {"generator": self.generator.get_state()}, path)
@@ -158,7 +164,9 @@ class Interleaved(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         replayed = index - len(self.rows)
-        return _tensors(self.rows[index] if replayed < 0 else self.memory[replayed % len(self.memory)])
+        return _tensors(
+            self.rows[index] if replayed < 0 else self.memory[replayed % len(self.memory)]
+        )
 
 
 # --------------------------------------------------------------------------------------------- the layer of O-LoRA
@@ -181,7 +189,11 @@ class OrthogonalLoRALinear(LoRALinear):
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
         """All adapters as one: A `[Σ rᵢ + r, in]`, B `[out, Σ rᵢ + r]`, scaling 1."""
-        return torch.cat([self.past_A, self.A]), torch.cat([self.past_B, self.scaling * self.B], 1), 1.0
+        return (
+            torch.cat([self.past_A, self.A]),
+            torch.cat([self.past_B, self.scaling * self.B], 1),
+            1.0,
+        )
 
     @torch.no_grad()
     def freeze(self) -> None:
@@ -207,10 +219,14 @@ def overlap(model: nn.Module, squared: bool = False) -> Tensor:
     Both are zero together, but the absolute value keeps its pull as an entry gets small and the square does
     not.
     """
-    layers = [layer for layer in adapter_layers(model).values() if isinstance(layer, OrthogonalLoRALinear)]
+    layers = [
+        layer for layer in adapter_layers(model).values() if isinstance(layer, OrthogonalLoRALinear)
+    ]
     products = [layer.past_A @ layer.A.t() for layer in layers if len(layer.past_A)]
     sums = [(product.square() if squared else product.abs()).sum() for product in products]
-    return torch.stack([part.to(sums[0].device) for part in sums]).sum() if sums else torch.zeros(())
+    return (
+        torch.stack([part.to(sums[0].device) for part in sums]).sum() if sums else torch.zeros(())
+    )
 
 
 # --------------------------------------------------------------------------------------------------- strategies
@@ -274,7 +290,9 @@ class Replay(Sequential):
 
     def __post_init__(self) -> None:
         if not 0 <= self.share < 1:
-            raise ValueError(f"share={self.share}: a share of 0 or more and less than 1 is expected; 0.5 is half memory, half new.")
+            raise ValueError(
+                f"share={self.share}: a share of 0 or more and less than 1 is expected; 0.5 is half memory, half new."
+            )
         self.memory = Reservoir(self.budget_bytes, self.seed)
 
     def rows(self, train: Rows) -> Rows:
@@ -306,7 +324,9 @@ class Orthogonal(Sequential):
 
     def __post_init__(self) -> None:
         if not self.strength >= 0:
-            raise ValueError(f"strength={self.strength}: λ must be 0 or more; the paper's code has 0.5.")
+            raise ValueError(
+                f"strength={self.strength}: λ must be 0 or more; the paper's code has 0.5."
+            )
 
     def begin(self, model: nn.Module, index: int, seed: int) -> None:
         if index:
@@ -371,7 +391,11 @@ def restart(model: nn.Module, seed: int) -> None:
 
 
 def learn(
-    model: nn.Module, tasks: Sequence[Task], strategy: Sequential, args: TrainingArguments, **trainer: Any
+    model: nn.Module,
+    tasks: Sequence[Task],
+    strategy: Sequential,
+    args: TrainingArguments,
+    **trainer: Any,
 ) -> Results:
     """Train `model` on one task after another and score it on all of them before, between and after.
 
@@ -433,8 +457,15 @@ def metrics(matrix: Tensor, higher_is_better: bool = False) -> dict[str, float]:
     Raises ValueError for another shape, fewer than two tasks, or a cell that is not measured.
     """
     tasks = matrix.shape[-1]
-    if matrix.ndim != 2 or matrix.shape[0] != tasks + 1 or tasks < 2 or not torch.isfinite(matrix).all():
-        raise ValueError(f"The matrix is {list(matrix.shape)}: [T + 1, T] is expected, T of 2 or more, and every cell finite.")
+    if (
+        matrix.ndim != 2
+        or matrix.shape[0] != tasks + 1
+        or tasks < 2
+        or not torch.isfinite(matrix).all()
+    ):
+        raise ValueError(
+            f"The matrix is {list(matrix.shape)}: [T + 1, T] is expected, T of 2 or more, and every cell finite."
+        )
     sign = 1 if higher_is_better else -1
     start, learned = matrix[0], matrix[1:]
     diagonal, ahead = learned.diagonal(), learned.diagonal(1)
@@ -447,7 +478,9 @@ def metrics(matrix: Tensor, higher_is_better: bool = False) -> dict[str, float]:
 
 def score(model: nn.Module, task: Task) -> float:
     """The task's score of the model as it stands."""
-    return float(task.evaluate(model)) if callable(task.evaluate) else mean_loss(model, task.evaluate)
+    return (
+        float(task.evaluate(model)) if callable(task.evaluate) else mean_loss(model, task.evaluate)
+    )
 
 
 @torch.no_grad()
@@ -466,13 +499,20 @@ def mean_loss(model: nn.Module, rows: Rows, batch_size: int = 8) -> float:
 
 
 def _train(
-    model: nn.Module, task: Task, index: int, strategy: Sequential, args: TrainingArguments, arguments: dict[str, Any]
+    model: nn.Module,
+    task: Task,
+    index: int,
+    strategy: Sequential,
+    args: TrainingArguments,
+    arguments: dict[str, Any],
 ) -> None:
     own = copy.copy(args)
     own.output_dir = str(Path(args.output_dir) / f"training-{index + 1}")
     strategy.begin(model, index, args.seed)
     rows = strategy.rows(task.train)
-    trainer = AdapterTrainer(model, own, train_dataset=rows, auxiliary_loss=strategy.penalty, **arguments)
+    trainer = AdapterTrainer(
+        model, own, train_dataset=rows, auxiliary_loss=strategy.penalty, **arguments
+    )
     trainer.train(resume_from_checkpoint=True)
     strategy.end(model, index, task.train)
 
@@ -486,14 +526,20 @@ def _check(model: nn.Module, tasks: Sequence[Task], strategy: Sequential) -> Non
             )
     names = [task.name for task in tasks]
     if not names or len(set(names)) < len(names) or not all(len(task.train) for task in tasks):
-        raise ValueError(f"tasks={names}: one or more are expected, each of another name and with rows to train on.")
+        raise ValueError(
+            f"tasks={names}: one or more are expected, each of another name and with rows to train on."
+        )
 
 
 def _open(folder: Path, names: list[str], settings: dict[str, Any]) -> dict[str, Any]:
     path = folder / RECORD
     if not path.exists():
-        if found := sorted(path.name for pattern in ("stage-*", "training-*") for path in folder.glob(pattern)):
-            raise ValueError(f"{folder} holds {found[:3]} but no {RECORD}: give a new output_dir, or empty this one.")
+        if found := sorted(
+            path.name for pattern in ("stage-*", "training-*") for path in folder.glob(pattern)
+        ):
+            raise ValueError(
+                f"{folder} holds {found[:3]} but no {RECORD}: give a new output_dir, or empty this one."
+            )
         folder.mkdir(parents=True, exist_ok=True)
         record = {"tasks": names, "settings": settings, "stages": 0, "matrix": []}
         _write(folder, record)
@@ -520,8 +566,12 @@ def _tensors(row: Mapping[str, Any]) -> dict[str, Tensor]:
         try:
             tensor = torch.as_tensor(value)
         except (TypeError, ValueError, RuntimeError):
-            raise ValueError(f"The column {name!r} holds {type(value).__name__}, no numbers: leave it out with remove_columns.") from None
-        copies[name] = tensor.clone() if tensor.is_floating_point() else tensor.to(torch.int64, copy=True)
+            raise ValueError(
+                f"The column {name!r} holds {type(value).__name__}, no numbers: leave it out with remove_columns."
+            ) from None
+        copies[name] = (
+            tensor.clone() if tensor.is_floating_point() else tensor.to(torch.int64, copy=True)
+        )
     return copies
 
 

@@ -60,10 +60,17 @@ class DistillationConfig:
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha={self.alpha!r}: the teachers' share is a number in [0, 1].")
         if not 0 < self.temperature < math.inf:
-            raise ValueError(f"temperature={self.temperature!r}: a positive number is expected; 1 leaves the distributions as they are.")
-        for field, known in (("mixture", ("probabilities", "logits")), ("divergence", ("forward", "reverse"))):
+            raise ValueError(
+                f"temperature={self.temperature!r}: a positive number is expected; 1 leaves the distributions as they are."
+            )
+        for field, known in (
+            ("mixture", ("probabilities", "logits")),
+            ("divergence", ("forward", "reverse")),
+        ):
             if getattr(self, field) not in known:
-                raise ValueError(f"{field}={getattr(self, field)!r}: {known[0]!r} or {known[1]!r} is expected.")
+                raise ValueError(
+                    f"{field}={getattr(self, field)!r}: {known[0]!r} or {known[1]!r} is expected."
+                )
 
 
 class DistillationLoss(NamedTuple):
@@ -99,14 +106,18 @@ def distillation_loss(
         ValueError: logits or labels of other shapes, weights that don't fit, no teacher.
     """
     if labels.shape != student_logits.shape[:2]:
-        raise ValueError(f"labels are {list(labels.shape)}, the student's logits {list(student_logits.shape)}: [B, T] and [B, T, V] are expected.")
+        raise ValueError(
+            f"labels are {list(labels.shape)}, the student's logits {list(student_logits.shape)}: [B, T] and [B, T, V] are expected."
+        )
     for k, logits in enumerate(teacher_logits):
         if logits.shape != student_logits.shape:
             raise ValueError(
                 f"Teacher {k}'s logits are {list(logits.shape)}, the student's {list(student_logits.shape)}: distillation "
                 "compares them token by token, so both need the same text and the same vocabulary."
             )
-    target = mixture_log_probs([_counted(logits, labels) for logits in teacher_logits], weights, config)
+    target = mixture_log_probs(
+        [_counted(logits, labels) for logits in teacher_logits], weights, config
+    )
     return _loss(student_logits, target, labels, config)
 
 
@@ -123,7 +134,9 @@ def mixture_log_probs(
     """
     weights = _normalised([1.0] * len(teacher_logits) if weights is None else weights)
     if weights.shape != (len(teacher_logits),):
-        raise ValueError(f"{len(teacher_logits)} teachers and weights {list(weights.shape)}: one weight for each teacher is expected.")
+        raise ValueError(
+            f"{len(teacher_logits)} teachers and weights {list(weights.shape)}: one weight for each teacher is expected."
+        )
     total = None
     for logits, weight in zip(teacher_logits, weights, strict=True):
         total = _start(logits, logits.shape, config) if total is None else total
@@ -134,7 +147,12 @@ def mixture_log_probs(
 def _start(logits: Tensor, shape: Sequence[int], config: DistillationConfig) -> Tensor:
     """An empty mixture: Σ w z / T, or log Σ w p, over no teacher."""
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    return torch.full(tuple(shape), 0.0 if config.mixture == "logits" else -math.inf, dtype=dtype, device=logits.device)
+    return torch.full(
+        tuple(shape),
+        0.0 if config.mixture == "logits" else -math.inf,
+        dtype=dtype,
+        device=logits.device,
+    )
 
 
 def _add(
@@ -157,7 +175,10 @@ def _loss(
 ) -> DistillationLoss:
     """The loss from log p̄ `[N, V]` of the N tokens that count; its sums are divided by N, or by `num_items`."""
     logits = _counted(student_logits, labels).to(target.dtype)
-    student, target_first = F.log_softmax(logits / config.temperature, -1), config.divergence == "forward"
+    student, target_first = (
+        F.log_softmax(logits / config.temperature, -1),
+        config.divergence == "forward",
+    )
     first, second = (target, student) if target_first else (student, target)
     divisor = max(1, len(target)) if num_items is None else num_items
     divergence = (first.exp() * (first - second)).sum() / divisor
@@ -178,7 +199,9 @@ def _normalised(weights: Tensor | Sequence[float]) -> Tensor:
     weights = torch.as_tensor(weights).detach().to("cpu", torch.float64)
     proper = weights.numel() > 0 and torch.isfinite(weights).all() and (weights >= 0).all()
     if not proper or (weights.sum(-1) == 0).any():
-        raise ValueError(f"weights={weights.tolist()}: numbers of 0 or more are expected, one for each teacher, of which not all are 0.")
+        raise ValueError(
+            f"weights={weights.tolist()}: numbers of 0 or more are expected, one for each teacher, of which not all are 0."
+        )
     return weights / weights.sum(-1, keepdim=True)
 
 
@@ -212,12 +235,20 @@ class Teachers:
         states: Mapping[str, AdapterState],
         weights: Tensor | Sequence[float] | Sequence[Sequence[float]] | None = None,
     ) -> None:
-        if not isinstance(states, Mapping) or not states or any(torch.is_tensor(state) for state in states.values()):
-            raise ValueError("Teachers are given by name: {'law': factor_state(model), 'code': …}, one or more.")
+        if (
+            not isinstance(states, Mapping)
+            or not states
+            or any(torch.is_tensor(state) for state in states.values())
+        ):
+            raise ValueError(
+                "Teachers are given by name: {'law': factor_state(model), 'code': …}, one or more."
+            )
         self.model, self.names = model, list(states)
         self.weights = _normalised([1.0] * len(states) if weights is None else weights)
         if self.weights.ndim > 2 or self.weights.shape[-1] != len(states):
-            raise ValueError(f"weights are {list(self.weights.shape)} for {len(states)} teachers {self.names}: [K] or [domains, K] is expected.")
+            raise ValueError(
+                f"weights are {list(self.weights.shape)} for {len(states)} teachers {self.names}: [K] or [domains, K] is expected."
+            )
         self.layers = [self._build(name, state) for name, state in states.items()]
 
     def __len__(self) -> int:
@@ -234,7 +265,9 @@ class Teachers:
         modes = [(module, module.training) for module in self.model.modules()]
         for layer in layers.values():
             device = layer.base_layer.weight.device
-            if layer.A.device != device and device.type != "meta":  # meta: the base layer is offloaded
+            if (
+                layer.A.device != device and device.type != "meta"
+            ):  # meta: the base layer is offloaded
                 layer.to(device)
         # disabled: a student's hooks on the model, such as a router's, have nothing to do for a teacher
         with disabled(self.model), _standing_in(self.model, layers), torch.no_grad():
@@ -263,7 +296,11 @@ class Teachers:
             part = {key: _rows(value, rows) for key, value in inputs.items()}
             with self.switched(k) as model:
                 logits = _counted(model(**part, use_cache=False).logits, _rows(labels, rows))
-                total = _start(logits, (len(row_of_token), logits.shape[-1]), config) if total is None else total
+                total = (
+                    _start(logits, (len(row_of_token), logits.shape[-1]), config)
+                    if total is None
+                    else total
+                )
                 tokens = rows[row_of_token]
                 where = slice(None) if tokens.all() else tokens.to(total.device)
                 _add(total, where, logits, weights[row_of_token[tokens], k, None], config)
@@ -274,18 +311,28 @@ class Teachers:
         if self.weights.ndim == 1:
             return self.weights.expand(rows, -1)
         if domain is None:
-            raise ValueError(f"The weights are by domain, {list(self.weights.shape)}, but the batch has no column {DOMAIN!r}: add it to the dataset.")
+            raise ValueError(
+                f"The weights are by domain, {list(self.weights.shape)}, but the batch has no column {DOMAIN!r}: add it to the dataset."
+            )
         domain = domain.cpu()
-        if domain.shape != (rows,) or not 0 <= int(domain.min()) <= int(domain.max()) < len(self.weights):
-            raise ValueError(f"{DOMAIN}={domain.tolist()}: one number in 0…{len(self.weights) - 1} for each of {rows} rows is expected.")
+        if domain.shape != (rows,) or not 0 <= int(domain.min()) <= int(domain.max()) < len(
+            self.weights
+        ):
+            raise ValueError(
+                f"{DOMAIN}={domain.tolist()}: one number in 0…{len(self.weights) - 1} for each of {rows} rows is expected."
+            )
         return self.weights[domain]
 
     def _build(self, teacher: str, state: AdapterState) -> dict[str, LoRALinear]:
         student, modules, layers = adapter_layers(self.model), dict(self.model.named_modules()), {}
         for name, tensors in split_state(state).items():
             if name not in modules:
-                raise ValueError(f"The teacher {teacher!r} adapts {name!r}, which the model does not have: it was made for another base model.")
-            layer = LoRALinear(student[name].base_layer if name in student else modules[name], r=1, lora_alpha=1)
+                raise ValueError(
+                    f"The teacher {teacher!r} adapts {name!r}, which the model does not have: it was made for another base model."
+                )
+            layer = LoRALinear(
+                student[name].base_layer if name in student else modules[name], r=1, lora_alpha=1
+            )
             layer.check_tensors(name, tensors)
             layer.load_tensors(tensors)
             layers[name] = layer.requires_grad_(False)
@@ -309,14 +356,20 @@ def _standing_in(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[
 def _split(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor, Tensor | None]:
     """What the model takes, the labels, the domains."""
     if "labels" not in inputs:
-        raise ValueError(f"The batch holds {sorted(inputs)}: 'labels' is expected too, −100 where a token does not count.")
+        raise ValueError(
+            f"The batch holds {sorted(inputs)}: 'labels' is expected too, −100 where a token does not count."
+        )
     rest = {key: value for key, value in inputs.items() if key not in ("labels", DOMAIN)}
     return rest, inputs["labels"], inputs.get(DOMAIN)
 
 
 def _rows(value: Any, rows: Tensor) -> Any:
     """What a batch holds for the chosen rows alone, if it holds something for each."""
-    return value[rows.to(value.device)] if torch.is_tensor(value) and value.shape[:1] == rows.shape else value
+    return (
+        value[rows.to(value.device)]
+        if torch.is_tensor(value) and value.shape[:1] == rows.shape
+        else value
+    )
 
 
 # ------------------------------------------------------------------------------------------------- loop and Trainer
@@ -377,9 +430,17 @@ class DistillationTrainer(AdapterTrainer):
         **arguments: Any,
     ) -> None:
         if teachers.model is not model:
-            raise ValueError("The teachers were made for another model: call Teachers(model, states) with the model that is trained.")
-        if arguments.get("compute_loss_func") or args.label_smoothing_factor or args.use_liger_kernel:
-            raise ValueError("compute_loss_func, label_smoothing_factor and use_liger_kernel set another loss than the distillation's: leave them out.")
+            raise ValueError(
+                "The teachers were made for another model: call Teachers(model, states) with the model that is trained."
+            )
+        if (
+            arguments.get("compute_loss_func")
+            or args.label_smoothing_factor
+            or args.use_liger_kernel
+        ):
+            raise ValueError(
+                "compute_loss_func, label_smoothing_factor and use_liger_kernel set another loss than the distillation's: leave them out."
+            )
         super().__init__(model, args, compute_loss_func=self._student_loss, **arguments)
         self.teachers, self.distillation = teachers, config
         self._target: Tensor | None = None
@@ -389,7 +450,9 @@ class DistillationTrainer(AdapterTrainer):
     def history(self) -> list[dict[str, float]]:
         """`step`, `loss` (auxiliary part included), `divergence` and `task` at each logged step; whole after resuming."""
         keys = ("step", "loss", "divergence", "task")
-        return [{key: entry[key] for key in keys} for entry in self.state.log_history if "loss" in entry]
+        return [
+            {key: entry[key] for key in keys} for entry in self.state.log_history if "loss" in entry
+        ]
 
     def compute_loss(
         self,

@@ -87,7 +87,9 @@ class ExpertsLinear(LoRALinear):
         plain = (base_layer, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights)
         super().__init__(*plain)
         # Each expert starts as a LoRA layer starts.
-        self.A = nn.Parameter(torch.cat([self.A, *(LoRALinear(*plain).A for _ in range(num_experts - 1))]).detach())
+        self.A = nn.Parameter(
+            torch.cat([self.A, *(LoRALinear(*plain).A for _ in range(num_experts - 1))]).detach()
+        )
         self.B = nn.Parameter(self.B.detach().repeat(1, num_experts))
         self.register_buffer("ranks", torch.full((num_experts,), r, device=self.A.device))
         self.register_load_state_dict_post_hook(_take_largest_rank)
@@ -115,7 +117,9 @@ class ExpertsLinear(LoRALinear):
                 "model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})."
             )
         equal = h.shape[-1] == self.r * self.num_experts  # r is the largest rank
-        return Weigh.apply(h, gates.to(h.device).reshape(*h.shape[:-1], -1), self.r if equal else self.ranks)
+        return Weigh.apply(
+            h, gates.to(h.device).reshape(*h.shape[:-1], -1), self.r if equal else self.ranks
+        )
 
     @classmethod
     def connect(cls, model: nn.Module, layers: dict[str, LoRALinear]) -> None:
@@ -139,11 +143,15 @@ class ExpertsLinear(LoRALinear):
             shared = layer.routing == "shared"
             place = f"{places[name][0]}"[:-1] if not shared else stack
             if place not in routers:
-                layer.router = nn.Parameter(torch.randn(layer.num_experts, width, device=layer.A.device) * 0.02)
+                layer.router = nn.Parameter(
+                    torch.randn(layer.num_experts, width, device=layer.A.device) * 0.02
+                )
                 layer.router.requires_grad_(layer.A.requires_grad)
                 routers[place] = Router(place, layer, current)
                 block = blocks[0 if shared else int(places[name][3])]
-                current.handles.append(block.register_forward_pre_hook(routers[place].enter, with_kwargs=True))
+                current.handles.append(
+                    block.register_forward_pre_hook(routers[place].enter, with_kwargs=True)
+                )
             layer.gating = routers[place]
             if not layer.train_experts:
                 layer.A.requires_grad_(False)
@@ -184,7 +192,9 @@ class ExpertsLinear(LoRALinear):
             )
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, experts={self.num_experts}, {self.routing}, by {self.gate_by}"
+        return (
+            f"{super().extra_repr()}, experts={self.num_experts}, {self.routing}, by {self.gate_by}"
+        )
 
 
 class Weigh(torch.autograd.Function):
@@ -207,8 +217,14 @@ class Weigh(torch.autograd.Function):
                 "Gradient checkpointing computed this block again with the gates of a later forward pass: call backward() before the "
                 "next forward pass with experts, or switch checkpointing off."
             )
-        own = spread(torch.eye(gates.shape[-1], dtype=h.dtype, device=h.device), ctx.ranks, h.shape[-1])  # [E, Σ r_e]: whose part is whose
-        return grad * spread(gates.to(h.dtype), ctx.ranks, h.shape[-1]), ((grad * h) @ own.t()).to(gates.dtype), None
+        own = spread(
+            torch.eye(gates.shape[-1], dtype=h.dtype, device=h.device), ctx.ranks, h.shape[-1]
+        )  # [E, Σ r_e]: whose part is whose
+        return (
+            grad * spread(gates.to(h.dtype), ctx.ranks, h.shape[-1]),
+            ((grad * h) @ own.t()).to(gates.dtype),
+            None,
+        )
 
 
 def _take_largest_rank(layer: ExpertsLinear, *_: object) -> None:
@@ -236,11 +252,15 @@ class Pass:
         if not self.layer.enabled:
             return
         given = inspect.signature(decoder.forward).bind_partial(*args, **kwargs).arguments
-        tokens = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
+        tokens = (
+            given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
+        )
         mask, cache = given.get("attention_mask"), given.get("past_key_values")
         rows, length = tokens.shape[:2]
         past = int(cache.get_seq_length()) if cache is not None else 0
-        if mask is not None and (not isinstance(mask, Tensor) or mask.shape != (rows, past + length)):
+        if mask is not None and (
+            not isinstance(mask, Tensor) or mask.shape != (rows, past + length)
+        ):
             if self.layer.gate_by == "sequence":
                 raise ValueError(
                     f"A sequence gate counts real tokens in an attention_mask [{rows}, {past + length}] (batch, tokens with those "
@@ -284,13 +304,22 @@ class Router:
             if layer.gate_by == "token":
                 logits = F.linear(h, W) * inverse
             else:
-                logits = F.linear(F.normalize(self._prefix_sum(h, inverse, kwargs.get("past_key_values")), dim=-1), W)
+                logits = F.linear(
+                    F.normalize(
+                        self._prefix_sum(h, inverse, kwargs.get("past_key_values")), dim=-1
+                    ),
+                    W,
+                )
             self.probabilities = gates = logits.softmax(-1)
             if layer.top_k is not None:
                 values, chosen = gates.topk(layer.top_k)
-                gates = torch.zeros_like(gates).scatter(-1, chosen, values / values.sum(-1, keepdim=True))
+                gates = torch.zeros_like(gates).scatter(
+                    -1, chosen, values / values.sum(-1, keepdim=True)
+                )
             if layer.gate_by == "sequence":
-                gates = torch.where(self.current.inside.to(h.device)[..., None], 1 / layer.num_experts, gates)
+                gates = torch.where(
+                    self.current.inside.to(h.device)[..., None], 1 / layer.num_experts, gates
+                )
             if self.fixed is not None:
                 gates = self.fixed.to(h.device).expand_as(gates)
             self.gates = gates
@@ -315,7 +344,9 @@ class PrefixSums:
     def __init__(self, cache: Any) -> None:
         self.sums: dict[str, tuple[Tensor, Tensor]] = {}
         self.reorder_cache = cache.reorder_cache
-        cache.reorder_cache = self.reorder  # beam search moves rows of the cache: these sums must move with them
+        cache.reorder_cache = (
+            self.reorder
+        )  # beam search moves rows of the cache: these sums must move with them
 
     def add(self, name: str, total: Tensor, count: Tensor, expected: Tensor) -> Tensor:
         """The sum with `total` `[B, width]` over `count` `[B]` new tokens added, where `expected` `[B]` are in it already."""
@@ -332,11 +363,16 @@ class PrefixSums:
         """Instead of the cache's own `reorder_cache`."""
         self.reorder_cache(beam_idx)
         for name, pair in self.sums.items():
-            self.sums[name] = tuple(tensor.index_select(0, beam_idx.to(tensor.device)) for tensor in pair)
+            self.sums[name] = tuple(
+                tensor.index_select(0, beam_idx.to(tensor.device)) for tensor in pair
+            )
 
 
 def mix_experts(
-    model: nn.Module, experts: Sequence[AdapterState | str | Path], train_experts: bool = False, **arguments: object
+    model: nn.Module,
+    experts: Sequence[AdapterState | str | Path],
+    train_experts: bool = False,
+    **arguments: object,
 ) -> nn.Module:
     """Put existing adapters into the plain `model` as its experts, frozen, with routers that are ready to train.
 
@@ -355,16 +391,27 @@ def mix_experts(
     """
     if not experts:
         raise ValueError("experts is empty: give one or more adapter states or folders.")
-    given = [expert if isinstance(expert, dict) else _read(model, Path(expert)) for expert in experts]
+    given = [
+        expert if isinstance(expert, dict) else _read(model, Path(expert)) for expert in experts
+    ]
     together, states = split_state(concatenate(given)), [split_state(state) for state in given]
     r = max(tensors["A"].shape[0] for state in states for tensors in state.values())
     config = LoraConfig(r=r, lora_alpha=r, target_modules=list(together), task_type="CAUSAL_LM")
-    inject(model, config, ExpertsLinear, num_experts=len(states), train_experts=train_experts, **arguments)
+    inject(
+        model,
+        config,
+        ExpertsLinear,
+        num_experts=len(states),
+        train_experts=train_experts,
+        **arguments,
+    )
     mixed = adapter_state(model)
     for name, tensors in together.items():
         # The first expert's scale is kept, for training that goes on.
         scaling = next(state[name]["scaling"] for state in states if name in state)
-        ranks = torch.tensor([state[name]["A"].shape[0] if name in state else 0 for state in states])
+        ranks = torch.tensor(
+            [state[name]["A"].shape[0] if name in state else 0 for state in states]
+        )
         new = {"A": tensors["A"], "B": tensors["B"] / scaling, "ranks": ranks, "scaling": scaling}
         mixed |= {f"{name}.{key}": tensor for key, tensor in new.items()}
     try:
@@ -382,7 +429,9 @@ def expert_state(model: nn.Module, index: int) -> AdapterState:
     state: AdapterState = {}
     for name, layer in _layers(model).items():
         if not 0 <= index < layer.num_experts:
-            raise ValueError(f"index={index}: this model has the experts 0 to {layer.num_experts - 1}.")
+            raise ValueError(
+                f"index={index}: this model has the experts 0 to {layer.num_experts - 1}."
+            )
         ranks = layer.ranks.tolist()
         rows = slice(sum(ranks[:index]), sum(ranks[: index + 1]))
         if ranks[index]:
@@ -417,8 +466,14 @@ def balance_loss(model: nn.Module, weight: float = 1.0) -> Tensor:
     for router in _routers(model):
         p = router.probabilities
         if p is None:
-            raise RuntimeError("There are no gates yet: balance_loss follows a forward pass of the model.")
-        real = torch.ones_like(p[..., 0]) if router.owner.gate_by == "sequence" else router.current.real.to(p)
+            raise RuntimeError(
+                "There are no gates yet: balance_loss follows a forward pass of the model."
+            )
+        real = (
+            torch.ones_like(p[..., 0])
+            if router.owner.gate_by == "sequence"
+            else router.current.real.to(p)
+        )
         share = (real / real.sum())[..., None]
         chosen = p.topk(router.owner.top_k or 1).indices
         f = (share * torch.zeros_like(p).scatter(-1, chosen, 1 / chosen.shape[-1])).sum((0, 1))
@@ -428,7 +483,9 @@ def balance_loss(model: nn.Module, weight: float = 1.0) -> Tensor:
 
 def latest_gates(model: nn.Module) -> dict[str, Tensor]:
     """The gates of the latest forward pass, `[B, T, E]`, by the name of the block, or of the stack for a shared router."""
-    return {router.name: router.gates.detach() for router in _routers(model) if router.gates is not None}
+    return {
+        router.name: router.gates.detach() for router in _routers(model) if router.gates is not None
+    }
 
 
 @contextmanager
@@ -440,7 +497,9 @@ def fixed_gates(model: nn.Module, gates: Tensor | Sequence[float]) -> Iterator[n
     gates = torch.as_tensor(gates, dtype=torch.float32)
     routers = _routers(model)
     if not gates.ndim or gates.shape[-1] != routers[0].owner.num_experts:
-        raise ValueError(f"gates has the shape {list(gates.shape)}; [E], [B, 1, E] or [B, T, E] with E = {routers[0].owner.num_experts} is expected.")
+        raise ValueError(
+            f"gates has the shape {list(gates.shape)}; [E], [B, 1, E] or [B, T, E] with E = {routers[0].owner.num_experts} is expected."
+        )
     for router in routers:
         router.fixed = gates
     try:
@@ -458,8 +517,12 @@ def mask_prefix(labels: Tensor, prefix: int, attention_mask: Tensor | None = Non
 
 def _layers(model: nn.Module) -> dict[str, ExpertsLinear]:
     layers = adapter_layers(model)
-    if other := sorted({type(layer).__name__ for layer in layers.values() if not isinstance(layer, ExpertsLinear)}):
-        raise ValueError(f"This model carries {', '.join(other)}, no experts: use mix_experts, or inject with layer=ExpertsLinear.")
+    if other := sorted(
+        {type(layer).__name__ for layer in layers.values() if not isinstance(layer, ExpertsLinear)}
+    ):
+        raise ValueError(
+            f"This model carries {', '.join(other)}, no experts: use mix_experts, or inject with layer=ExpertsLinear."
+        )
     return layers
 
 
@@ -476,11 +539,15 @@ def _read(model: nn.Module, folder: Path) -> AdapterState:
         unload(model)
 
 
-def _check_arguments(num_experts: int, routing: str, gate_by: str, top_k: int | None, prefix: int) -> None:
+def _check_arguments(
+    num_experts: int, routing: str, gate_by: str, top_k: int | None, prefix: int
+) -> None:
     if not isinstance(num_experts, int) or num_experts < 1:
         raise ValueError(f"num_experts={num_experts!r}: a whole number of 1 or more is expected.")
     if routing not in ("layer", "shared"):
-        raise ValueError(f"routing={routing!r}: 'layer' (a router for each block) or 'shared' (one for the model) is expected.")
+        raise ValueError(
+            f"routing={routing!r}: 'layer' (a router for each block) or 'shared' (one for the model) is expected."
+        )
     if gate_by not in ("token", "sequence"):
         raise ValueError(f"gate_by={gate_by!r}: 'token' or 'sequence' is expected.")
     if not isinstance(prefix, int) or prefix < 1:

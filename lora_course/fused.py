@@ -63,7 +63,9 @@ class FusedLoRA(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, A: Tensor, B: Tensor, base: nn.Linear, scaling: float, p: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, A: Tensor, B: Tensor, base: nn.Linear, scaling: float, p: float
+    ) -> Tensor:
         y = base(x)  # gradients are off in here, so this keeps nothing
         dropped, mask = torch.native_dropout(x, p, True) if p else (x, None)
         ctx.dtype = update_dtype(y)
@@ -84,7 +86,9 @@ class FusedLoRA(torch.autograd.Function):
             a, bt, g = A.to(ctx.dtype), B.to(ctx.dtype).t().contiguous(), _rows(grad).to(ctx.dtype)
             # What is left of x is divided by 1 − p: here it is the scale that is, as it multiplies thin matrices.
             scaling = ctx.scaling / (1 - ctx.p)
-            mask = None if mask is None else mask.view(torch.uint8)  # the same bytes; products with bool are slower
+            mask = (
+                None if mask is None else mask.view(torch.uint8)
+            )  # the same bytes; products with bool are slower
             h = scaling * (g @ bt.t())  # s · g B, [rows, r]
             if need_A or need_B:
                 dropped = _rows(x if mask is None else x * mask).to(ctx.dtype)
@@ -119,7 +123,11 @@ class FusedLoRALinear(LoRALinear):
     """
 
     def __init__(self, base_layer: nn.Linear, *arguments: Any, **keywords: Any) -> None:
-        if isinstance(base_layer, nn.Linear) and not is_4bit(base_layer) and type(base_layer).forward is not nn.Linear.forward:
+        if (
+            isinstance(base_layer, nn.Linear)
+            and not is_4bit(base_layer)
+            and type(base_layer).forward is not nn.Linear.forward
+        ):
             raise TypeError(
                 f"{type(base_layer).__name__} has a forward pass of its own, and the gradient written here is that of nn.Linear "
                 "and of bitsandbytes' Linear4bit: use LoRALinear for it."
@@ -134,7 +142,11 @@ class FusedLoRALinear(LoRALinear):
             raise RuntimeError(
                 "The base's weight is offloaded, and the fused backward pass would not find it: load the base without offloading, or use LoRALinear."
             )
-        p = self.lora_dropout.p if isinstance(self.lora_dropout, nn.Dropout) and self.lora_dropout.training else 0.0
+        p = (
+            self.lora_dropout.p
+            if isinstance(self.lora_dropout, nn.Dropout) and self.lora_dropout.training
+            else 0.0
+        )
         return FusedLoRA.apply(x, *self.factors()[:2], self.base_layer, self.scaling, p)
 
 
@@ -177,9 +189,28 @@ class AdapterBatchLinear(LoRALinear):
         NotImplementedError: `factors`, `merge`, `adapter_state` and what needs them.
     """
 
-    honoured = frozenset({"r", "lora_alpha", "target_modules", "task_type", "peft_type", "auto_mapping", "peft_version", "inference_mode"})
+    honoured = frozenset(
+        {
+            "r",
+            "lora_alpha",
+            "target_modules",
+            "task_type",
+            "peft_type",
+            "auto_mapping",
+            "peft_version",
+            "inference_mode",
+        }
+    )
 
-    def __init__(self, base_layer: nn.Linear, r: int, lora_alpha: float, *_: Any, names: Sequence[str], **__: Any) -> None:
+    def __init__(
+        self,
+        base_layer: nn.Linear,
+        r: int,
+        lora_alpha: float,
+        *_: Any,
+        names: Sequence[str],
+        **__: Any,
+    ) -> None:
         super().__init__(base_layer, r, lora_alpha)
         self.names, self.index = tuple(names), None
         self._gathered: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
@@ -218,7 +249,11 @@ class AdapterBatchLinear(LoRALinear):
         y = self.base_layer(x)
         A, B = self._of_rows(update_dtype(y))
         h = x.reshape(batch, -1, self.in_features).to(A.dtype) @ A.mT
-        return torch.baddbmm(y.view(batch, -1, self.out_features).to(A.dtype), h, B.mT).view(y.shape).to(y.dtype)
+        return (
+            torch.baddbmm(y.view(batch, -1, self.out_features).to(A.dtype), h, B.mT)
+            .view(y.shape)
+            .to(y.dtype)
+        )
 
     def _of_rows(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         # Copied once for all tokens that are generated within `rows`, not once a token.
@@ -273,7 +308,9 @@ def load_adapters(model: nn.Module, states: Mapping[str, AdapterState]) -> nn.Mo
     config = LoraConfig(r=1, lora_alpha=1, target_modules=exactly, inference_mode=True)
     inject(model, config, layer=AdapterBatchLinear, names=tuple(states))
     for module, layer in adapter_layers(model).items():
-        layer.stack([(a[module]["A"], a[module]["B"]) if module in a else None for a in plain.values()])
+        layer.stack(
+            [(a[module]["A"], a[module]["B"]) if module in a else None for a in plain.values()]
+        )
     return model
 
 
@@ -287,12 +324,18 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
         TypeError: the model was not made by `load_adapters`, or `names` is one string.    ValueError: an unknown name.
     """
     if injection(model).layer is not AdapterBatchLinear:
-        raise TypeError(f"This model's layers are {injection(model).layer.__name__}, with one adapter: take its state and call load_adapters on the base.")
+        raise TypeError(
+            f"This model's layers are {injection(model).layer.__name__}, with one adapter: take its state and call load_adapters on the base."
+        )
     if isinstance(names, str):
-        raise TypeError(f"names={names!r}: a list with one name for each row of the batch is expected.")
+        raise TypeError(
+            f"names={names!r}: a list with one name for each row of the batch is expected."
+        )
     known: tuple[str, ...] = injection(model).arguments["names"]
     if unknown := [name for name in names if name is not None and name not in known]:
-        raise ValueError(f"There is no adapter {unknown[0]!r}; there are {', '.join(known)}, and None for the base alone.")
+        raise ValueError(
+            f"There is no adapter {unknown[0]!r}; there are {', '.join(known)}, and None for the base alone."
+        )
     index = torch.tensor([len(known) if name is None else known.index(name) for name in names])
     layers = adapter_layers(model).values()
     before = {layer: layer.index for layer in layers}

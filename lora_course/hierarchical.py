@@ -30,7 +30,14 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lora_course.lora import AdapterState, LoRALinear, adapter_layers, factor_state, injection, register
+from lora_course.lora import (
+    AdapterState,
+    LoRALinear,
+    adapter_layers,
+    factor_state,
+    injection,
+    register,
+)
 
 
 @register
@@ -69,9 +76,19 @@ class NestedLoRALinear(LoRALinear):
         weighting: str = "equal",
     ) -> None:
         super().__init__(base_layer, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights)
-        ranks = [2**k for k in range(r.bit_length()) if 2**k < r] + [r] if ranks is None else list(ranks)
-        if not all(isinstance(b, int) and b >= 1 for b in ranks) or sorted(set(ranks)) != ranks or ranks[-1:] != [r]:
-            raise ValueError(f"ranks={tuple(ranks)}, r={r}: rising whole numbers from 1 on are expected, of which the last is r.")
+        ranks = (
+            [2**k for k in range(r.bit_length()) if 2**k < r] + [r]
+            if ranks is None
+            else list(ranks)
+        )
+        if (
+            not all(isinstance(b, int) and b >= 1 for b in ranks)
+            or sorted(set(ranks)) != ranks
+            or ranks[-1:] != [r]
+        ):
+            raise ValueError(
+                f"ranks={tuple(ranks)}, r={r}: rising whole numbers from 1 on are expected, of which the last is r."
+            )
         if weighting not in ("equal", "matryoshka"):
             raise ValueError(f"weighting={weighting!r}: 'equal' or 'matryoshka' is expected.")
         self.ranks, self.weighting = tuple(ranks), weighting
@@ -88,7 +105,10 @@ class NestedLoRALinear(LoRALinear):
         """`(diag(P[:b]) A[:b], B[:, :b], scaling)` of the cut: the plain LoRA layer of rank b that computes the same."""
         A, B = self.A[: self.rank], self.B[:, : self.rank]
         if kept := self.kept:
-            A, B = torch.cat([A[:kept].detach(), A[kept:]]), torch.cat([B[:, :kept].detach(), B[:, kept:]], 1)
+            A, B = (
+                torch.cat([A[:kept].detach(), A[kept:]]),
+                torch.cat([B[:, :kept].detach(), B[:, kept:]], 1),
+            )
         return A * self.P[: self.rank, None] if self.weighted else A, B, self.scaling
 
     def check_tensors(self, name: str, tensors: AdapterState) -> None:
@@ -114,7 +134,9 @@ def matryoshka_weights(ranks: Sequence[int]) -> Tensor:
 
 
 @contextmanager
-def at_rank(model: nn.Module, b: int, *, weighted: bool = True, only_last: bool = False) -> Iterator[nn.Module]:
+def at_rank(
+    model: nn.Module, b: int, *, weighted: bool = True, only_last: bool = False
+) -> Iterator[nn.Module]:
     """Within the block the adapter of `model` is its first b rows and columns: to run, to train, to merge, to export.
 
     Args:
@@ -166,11 +188,21 @@ class RankSampler(TrainerCallback):
         ValueError: another layer, or Matryoshka weighting.
     """
 
-    def __init__(self, model: nn.Module, seed: int = 0, *, only_last: bool = False, hold: bool = True) -> None:
-        self.model, self.layers, self.seed, self.only_last, self.hold = model, _layers(model), seed, only_last, hold
+    def __init__(
+        self, model: nn.Module, seed: int = 0, *, only_last: bool = False, hold: bool = True
+    ) -> None:
+        self.model, self.layers, self.seed, self.only_last, self.hold = (
+            model,
+            _layers(model),
+            seed,
+            only_last,
+            hold,
+        )
         self.ranks, self.held = self.layers[0].ranks, []
         if self.layers[0].weighting != "equal":
-            raise ValueError("These layers have Matryoshka weighting, which trains all cuts in each step: leave the sampler out, or inject with weighting='equal'.")
+            raise ValueError(
+                "These layers have Matryoshka weighting, which trains all cuts in each step: leave the sampler out, or inject with weighting='equal'."
+            )
 
     def rank(self, t: int) -> int:
         """The rank of step t."""
@@ -185,7 +217,12 @@ class RankSampler(TrainerCallback):
             self.held = [
                 (part, part.clone())
                 for layer in self.layers
-                for part in (layer.A.detach()[b:], layer.B.detach()[:, b:], layer.A.detach()[:kept], layer.B.detach()[:, :kept])
+                for part in (
+                    layer.A.detach()[b:],
+                    layer.B.detach()[:, b:],
+                    layer.A.detach()[:kept],
+                    layer.B.detach()[:, :kept],
+                )
             ]
         return b
 
@@ -198,17 +235,28 @@ class RankSampler(TrainerCallback):
         _set(self.layers, self.layers[0].r, True, False)
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: object
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module,
+        **_: object,
     ) -> None:
         """Raises ValueError for another model than the sampler's."""
         if model is not self.model:
-            raise ValueError("This sampler was made for another model than the one that is trained: RankSampler(model).")
+            raise ValueError(
+                "This sampler was made for another model than the one that is trained: RankSampler(model)."
+            )
 
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
         """`begin`, once a step."""
         self.begin(state.global_step + 1)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
         """`end`, before the step is evaluated or saved."""
         self.end()
 
@@ -224,8 +272,12 @@ def _layers(model: nn.Module) -> list[NestedLoRALinear]:
 def _set(layers: list[NestedLoRALinear], b: int, weighted: bool, only_last: bool) -> None:
     r = layers[0].r
     if not isinstance(b, int) or not 1 <= b <= r:
-        raise ValueError(f"rank {b!r}: this adapter can be cut at a whole number from 1 to its rank, {r}.")
+        raise ValueError(
+            f"rank {b!r}: this adapter can be cut at a whole number from 1 to its rank, {r}."
+        )
     if any(layer.merged for layer in layers):
-        raise RuntimeError("The adapter is merged at another cut: call unmerge(model) first, then cut it.")
+        raise RuntimeError(
+            "The adapter is merged at another cut: call unmerge(model) first, then cut it."
+        )
     for layer in layers:
         layer.rank, layer.weighted, layer.only_last = b, weighted, only_last

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 AdapterState = dict[str, Tensor]
 """`"<module>.A"`, `"<module>.B"`, `"<module>.scaling"` (0-dimensional) and whatever else a variant's layer keeps."""
 
-LAYERS: dict[str, type["LoRALinear"]] = {}
+LAYERS: dict[str, type[LoRALinear]] = {}
 """Layer classes by name: what a checkpoint may ask for."""
 
 
@@ -36,7 +36,7 @@ THIN = 10
 factors, and with thin ones the order matters. Above it there is nothing to gain (measured in chapter 4.4)."""
 
 
-def register(layer: type["LoRALinear"]) -> type["LoRALinear"]:
+def register(layer: type[LoRALinear]) -> type[LoRALinear]:
     """Make a layer class known to checkpoints under its class name."""
     LAYERS[layer.__name__] = layer
     return layer
@@ -101,9 +101,13 @@ class LoRALinear(nn.Module):
         super().__init__()
         _check_linear(base_layer, "base_layer")
         if not isinstance(r, int) or r < 1:
-            raise ValueError(f"r={r!r}: the rank must be a whole number of 1 or more; leave a layer out with exclude_modules.")
+            raise ValueError(
+                f"r={r!r}: the rank must be a whole number of 1 or more; leave a layer out with exclude_modules."
+            )
         if not lora_alpha > 0:
-            raise ValueError(f"lora_alpha={lora_alpha!r}: the scale must be positive; lora_alpha = r gives scaling 1.")
+            raise ValueError(
+                f"lora_alpha={lora_alpha!r}: the scale must be positive; lora_alpha = r gives scaling 1."
+            )
         if not 0 <= lora_dropout < 1:
             raise ValueError(f"lora_dropout={lora_dropout!r}: a probability in [0, 1) is expected.")
         if init_lora_weights is not True and init_lora_weights != "gaussian":
@@ -146,7 +150,9 @@ class LoRALinear(nn.Module):
             return torch.add(y, h @ Bt, alpha=scaling)
         # A product and a sum in one call: no scaled copy of the update is stored. B A is never formed.
         rows = y.numel() // self.out_features
-        flat = torch.addmm(y.reshape(rows, self.out_features), h.reshape(rows, B.shape[1]), Bt, alpha=scaling)
+        flat = torch.addmm(
+            y.reshape(rows, self.out_features), h.reshape(rows, B.shape[1]), Bt, alpha=scaling
+        )
         return flat.view(y.shape)
 
     def between(self, h: Tensor) -> Tensor:
@@ -187,21 +193,27 @@ class LoRALinear(nn.Module):
     def unmerge(self) -> None:
         """Subtract ΔW from the base weight again: exact to rounding, so in bf16 only nearly the weight that was."""
         if not self.merged:
-            raise RuntimeError("This layer is not merged: there is nothing to take back. Call merge() first.")
+            raise RuntimeError(
+                "This layer is not merged: there is nothing to take back. Call merge() first."
+            )
         self._add_to_base(-self.delta_weight())
         self.merged = False
 
     def check_merge(self, name: str) -> None:
         """Raise, with the layer's `name`, if `merge` would do something else than add ΔW once."""
         if self.merged:
-            raise RuntimeError(f"{name!r} is merged already: a second merge would add ΔW twice. Call unmerge first.")
+            raise RuntimeError(
+                f"{name!r} is merged already: a second merge would add ΔW twice. Call unmerge first."
+            )
         if is_4bit(self.base_layer):
             raise TypeError(
                 f"The base of {name!r} is 4-bit: adding ΔW would round the sum to 16 values a block. Call "
                 "lora_course.qlora.dequantize_model(model) and merge then, or merge_requantized(model) to accept the loss."
             )
         if self.base_layer.weight.is_meta:
-            raise RuntimeError(f"The weight of {name!r} is offloaded to disk: load the base without offloading to merge.")
+            raise RuntimeError(
+                f"The weight of {name!r} is offloaded to disk: load the base without offloading to merge."
+            )
 
     def _add_to_base(self, delta: Tensor) -> None:
         weight = self.base_layer.weight
@@ -244,7 +256,11 @@ class LoRALinear(nn.Module):
                 "it was made with another kind of layer. Inject that layer, or use factor_state() of its model."
             )
         A, B = tensors["A"], tensors["B"]
-        if A.shape[1:] != (self.in_features,) or B.shape[:1] != (self.out_features,) or B.shape[1:] != A.shape[:1]:
+        if (
+            A.shape[1:] != (self.in_features,)
+            or B.shape[:1] != (self.out_features,)
+            or B.shape[1:] != A.shape[:1]
+        ):
             raise ValueError(
                 f"The adapter's factors for {name!r} are A {list(A.shape)} and B {list(B.shape)}; this layer needs "
                 f"A [r, {self.in_features}] and B [{self.out_features}, r]: it was made for another base model."
@@ -265,7 +281,9 @@ class Injection:
     """Names of the base's parameters that were trainable before; `unload` gives them back."""
 
 
-def inject(model: nn.Module, config: LoraConfig, layer: type[LoRALinear] = LoRALinear, **arguments: object) -> nn.Module:
+def inject(
+    model: nn.Module, config: LoraConfig, layer: type[LoRALinear] = LoRALinear, **arguments: object
+) -> nn.Module:
     """Freeze `model` and wrap each linear layer that `config` targets in `layer`, in place.
 
     Args:
@@ -283,9 +301,13 @@ def inject(model: nn.Module, config: LoraConfig, layer: type[LoRALinear] = LoRAL
         TypeError: a target that is no linear layer. Nothing has been changed then.
     """
     if isinstance(getattr(model, "lora_course", None), Injection):
-        raise ValueError("This model carries an adapter already. Take it out with adapter_state(model) if you need it, then call unload(model).")
+        raise ValueError(
+            "This model carries an adapter already. Take it out with adapter_state(model) if you need it, then call unload(model)."
+        )
     if any(hasattr(module, "lora_A") for module in model.modules()):
-        raise ValueError("This model carries a PEFT adapter already. Merge or unload it there first: model = model.unload().")
+        raise ValueError(
+            "This model carries a PEFT adapter already. Merge or unload it there first: model = model.unload()."
+        )
     _check_fields(config, layer)
     r = layer.initial_rank(config)
     config = copy.deepcopy(config)
@@ -293,9 +315,15 @@ def inject(model: nn.Module, config: LoraConfig, layer: type[LoRALinear] = LoRAL
     patterns = {}
     for field in ("rank_pattern", "alpha_pattern"):
         pattern = getattr(config, field) or {}
-        patterns[field] = {name: pattern[key] for name in targets if (key := get_pattern_key(pattern, name)) in pattern}
+        patterns[field] = {
+            name: pattern[key]
+            for name in targets
+            if (key := get_pattern_key(pattern, name)) in pattern
+        }
         if unused := set(pattern) - {get_pattern_key(pattern, name) for name in targets}:
-            raise ValueError(f"{field}: {sorted(unused)} matches none of the targets {_endings(targets)}.")
+            raise ValueError(
+                f"{field}: {sorted(unused)} matches none of the targets {_endings(targets)}."
+            )
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     try:
         wrapped = {
@@ -316,7 +344,9 @@ def inject(model: nn.Module, config: LoraConfig, layer: type[LoRALinear] = LoRAL
     model.requires_grad_(False)
     for name, module in wrapped.items():
         model.set_submodule(name, module)
-        for parameter in (p for n, p in module.named_parameters() if not n.startswith("base_layer.")):
+        for parameter in (
+            p for n, p in module.named_parameters() if not n.startswith("base_layer.")
+        ):
             parameter.requires_grad_(not config.inference_mode)
     model.lora_course = Injection(config, layer, arguments, trainable)
     try:
@@ -338,7 +368,9 @@ def injection(model: nn.Module) -> Injection:
 def adapter_layers(model: nn.Module) -> dict[str, LoRALinear]:
     """The adapter's layers by module name, in the model's order."""
     injection(model)
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    return {
+        name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)
+    }
 
 
 def trainable_parameters(model: nn.Module) -> int:
@@ -385,14 +417,19 @@ def use_adapter(model: nn.Module, state: AdapterState) -> nn.Module:
     """
     layers, modules = adapter_layers(model), split_state(state)
     if layers.keys() != modules.keys():
-        missing, unknown = sorted(layers.keys() - modules.keys()), sorted(modules.keys() - layers.keys())
+        missing, unknown = (
+            sorted(layers.keys() - modules.keys()),
+            sorted(modules.keys() - layers.keys()),
+        )
         raise ValueError(
             f"The adapter and the model do not have the same layers: the adapter lacks {missing[:3]} ({len(missing)} in all), "
             f"the model lacks {unknown[:3]} ({len(unknown)} in all). Inject with the adapter's own target_modules."
         )
     for name, layer in layers.items():
         if layer.merged:
-            raise RuntimeError(f"{name!r} is merged: its ΔW would stay in the base. Call unmerge(model) first.")
+            raise RuntimeError(
+                f"{name!r} is merged: its ΔW would stay in the base. Call unmerge(model) first."
+            )
         layer.check_tensors(name, modules[name])
     for name, layer in layers.items():
         layer.load_tensors(modules[name])
@@ -404,7 +441,9 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """Within the block the model is its base. Raises RuntimeError if it is merged."""
     layers = adapter_layers(model)
     if merged := [name for name, layer in layers.items() if layer.merged]:
-        raise RuntimeError(f"{merged[0]!r} is merged: switching the adapter off would not remove it. Call unmerge(model) first.")
+        raise RuntimeError(
+            f"{merged[0]!r} is merged: switching the adapter off would not remove it. Call unmerge(model) first."
+        )
     before = {name: layer.enabled for name, layer in layers.items()}
     for layer in layers.values():
         layer.enabled = False
@@ -449,7 +488,9 @@ def unload(model: nn.Module) -> nn.Module:
     return model
 
 
-def concatenate(states: Sequence[AdapterState], weights: Sequence[float] | None = None) -> AdapterState:
+def concatenate(
+    states: Sequence[AdapterState], weights: Sequence[float] | None = None
+) -> AdapterState:
     """The adapter whose update is Σ wₖ ΔWₖ, exactly: rank Σ rₖ, scaling 1 (wₖ sₖ goes into Bₖ).
 
     Averaging the `A`s and the `B`s apart is something else: it mixes Bᵢ Aⱼ of different adapters.
@@ -457,7 +498,9 @@ def concatenate(states: Sequence[AdapterState], weights: Sequence[float] | None 
     """
     weights = [1.0] * len(states) if weights is None else list(weights)
     if not states or len(states) != len(weights):
-        raise ValueError(f"{len(states)} states and {len(weights)} weights: give one or more states and a weight for each.")
+        raise ValueError(
+            f"{len(states)} states and {len(weights)} weights: give one or more states and a weight for each."
+        )
     parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for state, weight in zip(states, weights, strict=True):
         for module, tensors in split_state(state).items():
@@ -466,8 +509,15 @@ def concatenate(states: Sequence[AdapterState], weights: Sequence[float] | None 
     for module, pairs in parts.items():
         shapes = {(A.shape[1], B.shape[0]) for A, B in pairs}
         if len(shapes) > 1:
-            raise ValueError(f"{module!r} is {sorted(shapes)} (in, out) in different states: they are for different base models.")
-    return _state({module: (torch.cat([A for A, _ in p]), torch.cat([B for _, B in p], 1)) for module, p in parts.items()})
+            raise ValueError(
+                f"{module!r} is {sorted(shapes)} (in, out) in different states: they are for different base models."
+            )
+    return _state(
+        {
+            module: (torch.cat([A for A, _ in p]), torch.cat([B for _, B in p], 1))
+            for module, p in parts.items()
+        }
+    )
 
 
 def truncate(state: AdapterState, r: int) -> AdapterState:
@@ -485,7 +535,10 @@ def truncate(state: AdapterState, r: int) -> AdapterState:
         right, core_right = torch.linalg.qr(A.double().t())
         U, S, Vh = torch.linalg.svd(core_left @ core_right.t(), full_matrices=False)
         root = S[:r].sqrt()
-        cut[module] = ((root[:, None] * Vh[:r] @ right.t()).to(A.dtype), (left @ U[:, :r] * root).to(B.dtype))
+        cut[module] = (
+            (root[:, None] * Vh[:r] @ right.t()).to(A.dtype),
+            (left @ U[:, :r] * root).to(B.dtype),
+        )
     return _state(cut)
 
 
@@ -496,36 +549,63 @@ def _make_trainable(model: nn.Module, names: Sequence[str]) -> None:
 
 def _state(factors: dict[str, tuple[Tensor, Tensor]]) -> AdapterState:
     one = torch.ones((), dtype=torch.float64)
-    return {f"{m}.{key}": t for m, (A, B) in factors.items() for key, t in (("A", A), ("B", B), ("scaling", one.clone()))}
+    return {
+        f"{m}.{key}": t
+        for m, (A, B) in factors.items()
+        for key, t in (("A", A), ("B", B), ("scaling", one.clone()))
+    }
 
 
 def _plain(module: str, tensors: AdapterState) -> tuple[Tensor, Tensor, float]:
     if set(tensors) != {"A", "B", "scaling"}:
-        raise ValueError(f"{module!r} holds {sorted(tensors)}, plain LoRA holds A, B and scaling: take the state with factor_state(model).")
+        raise ValueError(
+            f"{module!r} holds {sorted(tensors)}, plain LoRA holds A, B and scaling: take the state with factor_state(model)."
+        )
     return tensors["A"], tensors["B"], float(tensors["scaling"])
 
 
 def _check_linear(module: nn.Module, name: str) -> None:
-    quantised_otherwise = isinstance(module, nn.Linear) and not is_4bit(module) and not module.weight.is_floating_point()
+    quantised_otherwise = (
+        isinstance(module, nn.Linear)
+        and not is_4bit(module)
+        and not module.weight.is_floating_point()
+    )
     inside_attention = isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
-    if not (isinstance(module, nn.Linear) or is_4bit(module)) or quantised_otherwise or inside_attention:
+    if (
+        not (isinstance(module, nn.Linear) or is_4bit(module))
+        or quantised_otherwise
+        or inside_attention
+    ):
         hint = {
             "Conv1D": "GPT-2's Conv1D stores its weight transposed: replace it by an nn.Linear of weight.T",
             "NonDynamicallyQuantizableLinear": "nn.MultiheadAttention reads its weight and never calls it",
-        }.get(type(module).__name__, "leave it out of target_modules, or name the linear layers inside it")
-        raise TypeError(f"{name!r} is a {type(module).__name__}; nn.Linear or bitsandbytes' Linear4bit is expected: {hint}.")
+        }.get(
+            type(module).__name__,
+            "leave it out of target_modules, or name the linear layers inside it",
+        )
+        raise TypeError(
+            f"{name!r} is a {type(module).__name__}; nn.Linear or bitsandbytes' Linear4bit is expected: {hint}."
+        )
 
 
 def _check_fields(config: LoraConfig, layer: type[LoRALinear]) -> None:
     if not isinstance(config, LoraConfig):
-        raise TypeError(f"config is a {type(config).__name__}; peft.LoraConfig(r=…, lora_alpha=…, target_modules=…) is expected.")
+        raise TypeError(
+            f"config is a {type(config).__name__}; peft.LoraConfig(r=…, lora_alpha=…, target_modules=…) is expected."
+        )
     ignored = []
     for field in dataclasses.fields(config):
-        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        default = (
+            field.default
+            if field.default_factory is dataclasses.MISSING
+            else field.default_factory()
+        )
         if field.name not in layer.honoured and getattr(config, field.name) != default:
             ignored.append(f"{field.name}={getattr(config, field.name)!r}")
     if ignored:
-        raise ValueError(f"{layer.__name__} does not support {', '.join(ignored)}: leave it at its default, or use PEFT itself.")
+        raise ValueError(
+            f"{layer.__name__} does not support {', '.join(ignored)}: leave it at its default, or use PEFT itself."
+        )
 
 
 def _find_targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Linear]:
@@ -534,31 +614,47 @@ def _find_targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Linear]:
     linears = {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if config.target_modules is None:
-        raise ValueError(f"target_modules is not set: give 'all-linear' or some of {_endings(linears)}.")
+        raise ValueError(
+            f"target_modules is not set: give 'all-linear' or some of {_endings(linears)}."
+        )
     if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
         _refuse_fused_experts(model)
         # Conv1D is a target of PEFT's "all-linear": here it is refused by name below, not passed over.
         conv1d = {name for name, module in modules.items() if type(module).__name__ == "Conv1D"}
-        config.target_modules = conv1d | {name for name, module in linears.items() if module is not head}
-    targets = {name: module for name, module in modules.items() if check_target_module_exists(config, name)}
+        config.target_modules = conv1d | {
+            name for name, module in linears.items() if module is not head
+        }
+    targets = {
+        name: module for name, module in modules.items() if check_target_module_exists(config, name)
+    }
     listed = [] if isinstance(config.target_modules, str) else config.target_modules
     unknown = _unmatched(listed, modules)
     if unknown or not targets:
-        given = unknown or (config.target_modules if isinstance(config.target_modules, str) else sorted(listed))
-        raise ValueError(f"target_modules={given!r} matches no linear layer; this model has {_endings(linears)}.{_fused(model, unknown)}")
+        given = unknown or (
+            config.target_modules if isinstance(config.target_modules, str) else sorted(listed)
+        )
+        raise ValueError(
+            f"target_modules={given!r} matches no linear layer; this model has {_endings(linears)}.{_fused(model, unknown)}"
+        )
     excluded = [] if isinstance(config.exclude_modules, str) else config.exclude_modules or []
     if unknown := _unmatched(excluded, modules):
-        raise ValueError(f"exclude_modules={unknown!r} matches no module; the linear layers are {_endings(linears)}.")
+        raise ValueError(
+            f"exclude_modules={unknown!r} matches no module; the linear layers are {_endings(linears)}."
+        )
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     for name, module in targets.items():
         _check_linear(module, name)
         if embedding is not None and module.weight is getattr(embedding, "weight", None):
-            raise TypeError(f"{name!r} shares its weight with the input embedding: a merged update would change both. Leave it out of target_modules.")
+            raise TypeError(
+                f"{name!r} shares its weight with the input embedding: a merged update would change both. Leave it out of target_modules."
+            )
     return targets
 
 
 def _unmatched(keys: Iterable[str], names: Iterable[str]) -> list[str]:
-    return sorted(key for key in keys if not any(name == key or name.endswith(f".{key}") for name in names))
+    return sorted(
+        key for key in keys if not any(name == key or name.endswith(f".{key}") for name in names)
+    )
 
 
 def _refuse_fused_experts(model: nn.Module) -> None:
@@ -572,18 +668,30 @@ def _refuse_fused_experts(model: nn.Module) -> None:
 
 
 def _fused(model: nn.Module, unknown: Sequence[str]) -> str:
-    found = [n for n, p in model.named_parameters() if p.ndim == 3 and n.rpartition(".")[2] in unknown]
-    return f" {found[0]!r} is a fused weight of several experts, which is not supported." if found else ""
+    found = [
+        n for n, p in model.named_parameters() if p.ndim == 3 and n.rpartition(".")[2] in unknown
+    ]
+    return (
+        f" {found[0]!r} is a fused weight of several experts, which is not supported."
+        if found
+        else ""
+    )
 
 
 def _endings(names: Iterable[str]) -> str:
-    return ", ".join(sorted({name.rpartition(".")[2] for name in names})) or "no linear layer at all"
+    return (
+        ", ".join(sorted({name.rpartition(".")[2] for name in names})) or "no linear layer at all"
+    )
 
 
 def update_dtype(y: Tensor) -> torch.dtype:
     """The type in which the update of the base's output `y` is computed: autocast's where it is on, else y's."""
     kind = y.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and y.dtype != torch.float64 else y.dtype
+    return (
+        torch.get_autocast_dtype(kind)
+        if torch.is_autocast_enabled(kind) and y.dtype != torch.float64
+        else y.dtype
+    )
 
 
 def _execution_device(linear: nn.Module) -> torch.device | str | int:

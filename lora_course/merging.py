@@ -34,7 +34,9 @@ class Merged(NamedTuple):
     truncation_error: float
 
 
-def average_factors(states: Sequence[AdapterState], weights: Sequence[float] | None = None) -> AdapterState:
+def average_factors(
+    states: Sequence[AdapterState], weights: Sequence[float] | None = None
+) -> AdapterState:
     """Σ wₖ Aₖ and Σ wₖ Bₖ, 1/n each by default, with the first adapter's scaling: what the notes do, and **not** an average of updates.
 
     Its update is s Σᵢⱼ wᵢ wⱼ Bᵢ Aⱼ. Even a single adapter comes out wrong unless its weight is 1. Here to be
@@ -60,7 +62,9 @@ def average_factors(states: Sequence[AdapterState], weights: Sequence[float] | N
     return merged
 
 
-def cross_term_error(states: Sequence[AdapterState], weights: Sequence[float] | None = None) -> float:
+def cross_term_error(
+    states: Sequence[AdapterState], weights: Sequence[float] | None = None
+) -> float:
     """How far `average_factors` is from the weighted sum of the updates, relative to that sum.
 
     √(1 − 1/n) is expected of n independent adapters of equal size and weight: of the n² terms Bᵢ Aⱼ/n² that
@@ -72,12 +76,18 @@ def cross_term_error(states: Sequence[AdapterState], weights: Sequence[float] | 
 
 def relative_error(state: AdapterState, reference: AdapterState) -> float:
     """‖ΔW − ΔW_ref‖ / ‖ΔW_ref‖, Frobenius over all modules. In float64 from the factors: no `[out, in]` matrix is formed."""
-    difference, size = _norm(concatenate([state, reference], [1.0, -1.0])), _norm(concatenate([reference]))
+    difference, size = (
+        _norm(concatenate([state, reference], [1.0, -1.0])),
+        _norm(concatenate([reference])),
+    )
     return difference / size if size else math.inf if difference else 0.0
 
 
 def ties(
-    states: Sequence[AdapterState], r: int | None, density: float = 0.2, weights: Sequence[float] | None = None
+    states: Sequence[AdapterState],
+    r: int | None,
+    density: float = 0.2,
+    weights: Sequence[float] | None = None,
 ) -> Merged:
     """TIES: trim each update, elect a sign for each entry, average the entries that have it.
 
@@ -102,7 +112,10 @@ def ties(
         trimmed = [_largest(delta, density) for delta in deltas]
         elected = torch.where(sum(trimmed) >= 0, 1.0, -1.0)
         agreeing = [tensor.sign() == elected for tensor in trimmed]
-        total = sum(w * tensor * agrees for w, tensor, agrees in zip(weights, trimmed, agreeing, strict=True))
+        total = sum(
+            w * tensor * agrees
+            for w, tensor, agrees in zip(weights, trimmed, agreeing, strict=True)
+        )
         return total / sum(agrees.to(total.dtype) for agrees in agreeing).clamp(min=1)
 
     return _merge(states, weights, merge, r)
@@ -130,7 +143,10 @@ def dare(
     generator = torch.Generator().manual_seed(seed)
 
     def merge(deltas: list[Tensor], weights: list[float]) -> Tensor:
-        kept = [torch.bernoulli(torch.full(d.shape, density), generator=generator).to(d) * d for d in deltas]
+        kept = [
+            torch.bernoulli(torch.full(d.shape, density), generator=generator).to(d) * d
+            for d in deltas
+        ]
         return sum(weight / density * delta for weight, delta in zip(weights, kept, strict=True))
 
     return _merge(states, weights, merge, r)
@@ -149,8 +165,14 @@ def _merge(
     merged: AdapterState = {}
     lost, whole = 0.0, 0.0
     for module in split_state(concatenate(states)):  # refuses states of different bases
-        here = [(part[module], weight) for part, weight in zip(parts, weights, strict=True) if module in part]
-        delta = merge([factors["B"] @ factors["A"] for factors, _ in here], [weight for _, weight in here])
+        here = [
+            (part[module], weight)
+            for part, weight in zip(parts, weights, strict=True)
+            if module in part
+        ]
+        delta = merge(
+            [factors["B"] @ factors["A"] for factors, _ in here], [weight for _, weight in here]
+        )
         U, S, Vh = torch.linalg.svd(delta, full_matrices=False)
         root = S[:r].sqrt()
         A, B = root[:, None] * Vh[:r], U[:, :r] * root
@@ -179,11 +201,18 @@ def _norm(state: AdapterState) -> float:
 
 
 def _check(
-    states: Sequence[AdapterState], weights: Sequence[float] | None, default: float, density: float = 1.0
+    states: Sequence[AdapterState],
+    weights: Sequence[float] | None,
+    default: float,
+    density: float = 1.0,
 ) -> list[float]:
     weights = [default] * len(states) if weights is None else list(weights)
     if not states or len(states) != len(weights):
-        raise ValueError(f"{len(states)} states and {len(weights)} weights: give one or more states and a weight for each.")
+        raise ValueError(
+            f"{len(states)} states and {len(weights)} weights: give one or more states and a weight for each."
+        )
     if not 0 < density <= 1:
-        raise ValueError(f"density={density}: the share of entries kept is expected, more than 0 and at most 1.")
+        raise ValueError(
+            f"density={density}: the share of entries kept is expected, more than 0 and at most 1."
+        )
     return weights

@@ -79,11 +79,17 @@ class Stage:
     def __post_init__(self) -> None:
         for name in ("r", "steps"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)!r}: a stage needs a whole number of 1 or more; leave an empty stage out.")
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r}: a stage needs a whole number of 1 or more; leave an empty stage out."
+                )
         if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate={self.learning_rate!r}: a stage needs a positive rate; it starts from 0 by its warm-up anyway.")
+            raise ValueError(
+                f"learning_rate={self.learning_rate!r}: a stage needs a positive rate; it starts from 0 by its warm-up anyway."
+            )
         if not 0 <= self.warmup <= self.steps:
-            raise ValueError(f"warmup={self.warmup!r}: a number of steps from 0 to {self.steps} is expected, or a share of them below 1.")
+            raise ValueError(
+                f"warmup={self.warmup!r}: a number of steps from 0 to {self.steps} is expected, or a share of them below 1."
+            )
         if not isinstance(self.target_modules, str):
             object.__setattr__(self, "target_modules", tuple(sorted(self.target_modules)))
 
@@ -114,7 +120,15 @@ class StackedLoRALinear(LoRALinear):
 
     honoured = LoRALinear.honoured - {"use_rslora", "init_lora_weights"}
 
-    def __init__(self, base_layer: nn.Linear, r: int, lora_alpha: float, *, keep_original: bool = False, **fields: Any) -> None:
+    def __init__(
+        self,
+        base_layer: nn.Linear,
+        r: int,
+        lora_alpha: float,
+        *,
+        keep_original: bool = False,
+        **fields: Any,
+    ) -> None:
         super().__init__(base_layer, r, lora_alpha, **fields)
         self.register_buffer("frozen_A", self.A.new_empty(0, self.in_features))
         self.register_buffer("frozen_B", self.B.new_empty(self.out_features, 0))
@@ -134,12 +148,18 @@ class StackedLoRALinear(LoRALinear):
             return y
         if not self.enabled:
             if self.folded:
-                raise RuntimeError("The base holds earlier stages: switching the adapter off would not remove them. Call merge(model) and unmerge(model) first.")
+                raise RuntimeError(
+                    "The base holds earlier stages: switching the adapter off would not remove them. Call merge(model) and unmerge(model) first."
+                )
             return y
         A, B = self.A, self.B
         if len(self.frozen_A) and not self.folded:
-            if isinstance(self.lora_dropout, nn.Dropout) and self.lora_dropout.training:  # what is frozen is not dropped
-                frozen = F.linear(F.linear(x.to(y.dtype), self.frozen_A.to(y.dtype)), self.frozen_B.to(y.dtype))
+            if (
+                isinstance(self.lora_dropout, nn.Dropout) and self.lora_dropout.training
+            ):  # what is frozen is not dropped
+                frozen = F.linear(
+                    F.linear(x.to(y.dtype), self.frozen_A.to(y.dtype)), self.frozen_B.to(y.dtype)
+                )
                 y = torch.add(y, frozen.to(y.dtype), alpha=self.scaling)
             else:
                 A, B, _ = self.factors()
@@ -147,12 +167,19 @@ class StackedLoRALinear(LoRALinear):
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
         """`([A_0; …; A_k], [B_0 … B_k], s)`: the one LoRA layer of the summed rank that computes the same update."""
-        return torch.cat([self.frozen_A, self.A]), torch.cat([self.frozen_B, self.B], 1), self.scaling
+        return (
+            torch.cat([self.frozen_A, self.A]),
+            torch.cat([self.frozen_B, self.B], 1),
+            self.scaling,
+        )
 
     def stages(self) -> list[tuple[Tensor, Tensor]]:
         """`(A_j, B_j)` of every stage in order, the one that trains last."""
         ranks = self.ranks.tolist()
-        return [*zip(self.frozen_A.split(ranks), self.frozen_B.split(ranks, 1), strict=True), (self.A, self.B)]
+        return [
+            *zip(self.frozen_A.split(ranks), self.frozen_B.split(ranks, 1), strict=True),
+            (self.A, self.B),
+        ]
 
     @torch.no_grad()
     def freeze(self) -> None:
@@ -162,8 +189,12 @@ class StackedLoRALinear(LoRALinear):
             RuntimeError: earlier stages are in the base and this one is not: merge it first.
         """
         if self.folded and not self.merged and self.r:
-            raise RuntimeError("The earlier stages are merged into the base and this one is not: call merge(model), then freeze.")
-        self.frozen_A, self.frozen_B, _ = (t.clone() if torch.is_tensor(t) else t for t in self.factors())
+            raise RuntimeError(
+                "The earlier stages are merged into the base and this one is not: call merge(model), then freeze."
+            )
+        self.frozen_A, self.frozen_B, _ = (
+            t.clone() if torch.is_tensor(t) else t for t in self.factors()
+        )
         self.ranks = torch.cat([self.ranks, self.ranks.new_tensor([self.r])])
         self.merged = False  # nothing trains: what the base holds are frozen stages
         self.start(0)
@@ -178,12 +209,16 @@ class StackedLoRALinear(LoRALinear):
             RuntimeError: the layer is merged.
         """
         if self.merged:
-            raise RuntimeError("This layer is merged: fresh factors would make the base's share of the old ones untraceable. Call freeze() first.")
+            raise RuntimeError(
+                "This layer is merged: fresh factors would make the base's share of the old ones untraceable. Call freeze() first."
+            )
         A = torch.empty(r, self.in_features)
         if r:
             nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
         self.A = nn.Parameter(A.to(self.A.device), self.A.requires_grad)
-        self.B = nn.Parameter(torch.zeros(self.out_features, r, device=self.B.device), self.B.requires_grad)
+        self.B = nn.Parameter(
+            torch.zeros(self.out_features, r, device=self.B.device), self.B.requires_grad
+        )
         self.r, self.lora_alpha = r, self.scaling * r
 
     @torch.no_grad()
@@ -201,7 +236,9 @@ class StackedLoRALinear(LoRALinear):
     def unmerge(self) -> None:
         """Take all stages out of the base weight: to the bit with `keep_original`, else to rounding."""
         if not self.merged:
-            raise RuntimeError("This layer is not merged: there is nothing to take back. Call merge() first.")
+            raise RuntimeError(
+                "This layer is not merged: there is nothing to take back. Call merge() first."
+            )
         if self.original is not None:
             self.base_layer.weight.copy_(self.original)
         else:
@@ -212,14 +249,23 @@ class StackedLoRALinear(LoRALinear):
         """As `LoRALinear`; and frozen stages that fit, and are those in the base where it holds some."""
         super().check_tensors(name, tensors)
         A, B, ranks = tensors["frozen_A"], tensors["frozen_B"], tensors["ranks"]
-        if A.shape != (int(ranks.sum()), self.in_features) or B.shape != (self.out_features, A.shape[0]):
+        if A.shape != (int(ranks.sum()), self.in_features) or B.shape != (
+            self.out_features,
+            A.shape[0],
+        ):
             raise ValueError(
                 f"The frozen stages for {name!r} are A {list(A.shape)}, B {list(B.shape)} of ranks {ranks.tolist()}; A [Σ ranks, "
                 f"{self.in_features}] and B [{self.out_features}, Σ ranks] are expected: it was made for another base model."
             )
-        same = A.shape == self.frozen_A.shape and torch.equal(A.to(self.frozen_A), self.frozen_A) and torch.equal(B.to(self.frozen_B), self.frozen_B)
+        same = (
+            A.shape == self.frozen_A.shape
+            and torch.equal(A.to(self.frozen_A), self.frozen_A)
+            and torch.equal(B.to(self.frozen_B), self.frozen_B)
+        )
         if self.folded and not same:
-            raise ValueError(f"The base weight of {name!r} holds other stages than this adapter's: load the base again.")
+            raise ValueError(
+                f"The base weight of {name!r} holds other stages than this adapter's: load the base again."
+            )
 
     def extra_repr(self) -> str:
         return f"frozen={self.ranks.tolist()}, {super().extra_repr()}, folded={self.folded}"
@@ -239,9 +285,17 @@ def inject_stages(
     """
     targets: set[str] = set()
     for stage in stages:
-        targets |= set(adapter_layers(inject(model, LoraConfig(r=1, target_modules=_modules(stage)))))
+        targets |= set(
+            adapter_layers(inject(model, LoraConfig(r=1, target_modules=_modules(stage))))
+        )
         unload(model)
-    config = LoraConfig(r=1, lora_alpha=scaling, lora_dropout=lora_dropout, target_modules=sorted(targets), task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=1,
+        lora_alpha=scaling,
+        lora_dropout=lora_dropout,
+        target_modules=sorted(targets),
+        task_type="CAUSAL_LM",
+    )
     inject(model, config, StackedLoRALinear, keep_original=keep_original)
     for layer in adapter_layers(model).values():
         layer.start(0)
@@ -259,14 +313,18 @@ def begin_stage(model: nn.Module, stage: Stage, seed: int = 0) -> nn.Module:
     """
     layers = adapter_layers(model)
     if injection(model).layer is not StackedLoRALinear:
-        raise ValueError(f"The model carries {injection(model).layer.__name__} layers, stages need StackedLoRALinear: inject_stages(model, stages).")
+        raise ValueError(
+            f"The model carries {injection(model).layer.__name__} layers, stages need StackedLoRALinear: inject_stages(model, stages)."
+        )
     probe = LoraConfig(target_modules=_modules(stage))
     targets = {name for name in layers if check_target_module_exists(probe, name)}
     if str(stage.target_modules).lower() == "all-linear":
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         targets = {name for name, layer in layers.items() if layer is not head}
     if not targets:
-        raise ValueError(f"target_modules={stage.target_modules!r} matches no layer that inject_stages has prepared: give it all stages at once.")
+        raise ValueError(
+            f"target_modules={stage.target_modules!r} matches no layer that inject_stages has prepared: give it all stages at once."
+        )
     if any(layer.r for layer in layers.values()):
         for layer in layers.values():
             layer.freeze()
@@ -285,7 +343,11 @@ def multiplier(stages: Sequence[Stage], index: int, step: int, schedule: Schedul
     With one stage both are transformers' linear schedule.
     """
     stage = stages[index]
-    first, before, total = stages[0], sum(s.steps for s in stages[:index]), sum(s.steps for s in stages)
+    first, before, total = (
+        stages[0],
+        sum(s.steps for s in stages[:index]),
+        sum(s.steps for s in stages),
+    )
     if schedule == "stage":
         first, before, total = stage, 0, stage.steps
     warm = min(1.0, step / stage.warmup_steps) if stage.warmup_steps else 1.0
@@ -295,12 +357,25 @@ def multiplier(stages: Sequence[Stage], index: int, step: int, schedule: Schedul
 class StageTrainer(AdapterTrainer):
     """`AdapterTrainer` with the learning rate of one stage of several; all else, resuming included, is as there."""
 
-    def __init__(self, model: nn.Module, args: Any, stages: Sequence[Stage], index: int, schedule: Schedule, **arguments: Any) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        args: Any,
+        stages: Sequence[Stage],
+        index: int,
+        schedule: Schedule,
+        **arguments: Any,
+    ) -> None:
         super().__init__(model, args, **arguments)
         self.stages, self.index, self.schedule = stages, index, schedule
 
-    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
-        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, lambda step: multiplier(self.stages, self.index, step, self.schedule))
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> LambdaLR:
+        self.lr_scheduler = LambdaLR(
+            optimizer or self.optimizer,
+            lambda step: multiplier(self.stages, self.index, step, self.schedule),
+        )
         return self.lr_scheduler
 
 
@@ -375,18 +450,30 @@ def train_stages(
     if finished:
         restore_adapter(model, finished[-1])
         if mode == "merge":
-            merge(model)  # stage by stage, and so the very weights that an uninterrupted run has here
+            merge(
+                model
+            )  # stage by stage, and so the very weights that an uninterrupted run has here
     for index in range(len(finished), len(stages)):
         stage, stage_seed = stages[index], seed + 1000 * index
         begin_stage(model, stage, stage_seed)
         args = training_arguments(
-            folder / f"stage-{index}" / "checkpoints", learning_rate=stage.learning_rate, max_steps=stage.steps, seed=stage_seed, **arguments
+            folder / f"stage-{index}" / "checkpoints",
+            learning_rate=stage.learning_rate,
+            max_steps=stage.steps,
+            seed=stage_seed,
+            **arguments,
         )
-        running = StageTrainer(model, args, stages, index, schedule, train_dataset=rows[index], **(trainer or {}))
+        running = StageTrainer(
+            model, args, stages, index, schedule, train_dataset=rows[index], **(trainer or {})
+        )
         running.train(resume_from_checkpoint=True)
         if mode == "merge":
             merge(model)
-        save_adapter(model, folder / f"stage-{index}", {"stage": index, "mode": mode, "history": running.history})
+        save_adapter(
+            model,
+            folder / f"stage-{index}",
+            {"stage": index, "mode": mode, "history": running.history},
+        )
         shutil.rmtree(args.output_dir)
     return [read_extra(path) for path in _finished(folder)]
 
@@ -400,7 +487,9 @@ def load_stage(model: nn.Module, output_dir: str | Path, stage: int | None = Non
     finished = _finished(Path(output_dir))
     index = len(finished) - 1 if stage is None else stage
     if not 0 <= index < len(finished):
-        raise FileNotFoundError(f"{output_dir} has no finished stage {stage}; finished are {list(range(len(finished)))}. Run train_stages again to go on.")
+        raise FileNotFoundError(
+            f"{output_dir} has no finished stage {stage}; finished are {list(range(len(finished)))}. Run train_stages again to go on."
+        )
     return load_adapter(model, finished[index])
 
 
@@ -413,7 +502,11 @@ def stage_states(model: nn.Module) -> list[AdapterState]:
                 states.append({})
             if A.shape[0]:
                 scaling = torch.tensor(layer.scaling, dtype=torch.float64)
-                states[index] |= {f"{name}.A": A.detach().clone(), f"{name}.B": B.detach().clone(), f"{name}.scaling": scaling}
+                states[index] |= {
+                    f"{name}.A": A.detach().clone(),
+                    f"{name}.B": B.detach().clone(),
+                    f"{name}.scaling": scaling,
+                }
     return states
 
 
@@ -439,7 +532,11 @@ def effective_rank(values: Tensor) -> float:
 
 
 def _modules(stage: Stage) -> str | list[str]:
-    return stage.target_modules if isinstance(stage.target_modules, str) else list(stage.target_modules)
+    return (
+        stage.target_modules
+        if isinstance(stage.target_modules, str)
+        else list(stage.target_modules)
+    )
 
 
 def _finished(folder: Path) -> list[Path]:
@@ -451,19 +548,33 @@ def _finished(folder: Path) -> list[Path]:
 
 
 def _check(
-    stages: list[Stage], dataset: datasets.Dataset | Sequence[datasets.Dataset], mode: str, schedule: str, arguments: dict[str, Any]
+    stages: list[Stage],
+    dataset: datasets.Dataset | Sequence[datasets.Dataset],
+    mode: str,
+    schedule: str,
+    arguments: dict[str, Any],
 ) -> list[datasets.Dataset]:
     if mode not in ("stack", "merge"):
-        raise ValueError(f"mode={mode!r}: 'stack' (earlier stages frozen beside the base) or 'merge' (added to the base) is expected.")
+        raise ValueError(
+            f"mode={mode!r}: 'stack' (earlier stages frozen beside the base) or 'merge' (added to the base) is expected."
+        )
     if schedule not in ("run", "stage"):
-        raise ValueError(f"schedule={schedule!r}: 'run' (one decay over all stages) or 'stage' (one in each) is expected.")
+        raise ValueError(
+            f"schedule={schedule!r}: 'run' (one decay over all stages) or 'stage' (one in each) is expected."
+        )
     if not stages:
-        raise ValueError("No stage is given: stages=[Stage(r=8, learning_rate=2e-4, steps=100), …] is expected.")
+        raise ValueError(
+            "No stage is given: stages=[Stage(r=8, learning_rate=2e-4, steps=100), …] is expected."
+        )
     if taken := sorted(set(arguments) & set(SET_BY_STAGES)):
-        raise ValueError(f"{', '.join(taken)}: decided by the stages, seed, schedule and output_dir of train_stages; set it there.")
+        raise ValueError(
+            f"{', '.join(taken)}: decided by the stages, seed, schedule and output_dir of train_stages; set it there."
+        )
     rows = list(dataset) if isinstance(dataset, list | tuple) else [dataset] * len(stages)
     if len(rows) != len(stages):
-        raise ValueError(f"{len(rows)} datasets for {len(stages)} stages: give one for all stages, or one for each.")
+        raise ValueError(
+            f"{len(rows)} datasets for {len(stages)} stages: give one for all stages, or one for each."
+        )
     return rows
 
 
@@ -476,7 +587,10 @@ def _check_mergeable(model: nn.Module) -> None:
                 "which computes the same and leaves the base alone, or load the base in fp32."
             )
         layer.check_merge(name)
-    halves = {layer.base_layer.weight.dtype for layer in layers.values()} & {torch.bfloat16, torch.float16}
+    halves = {layer.base_layer.weight.dtype for layer in layers.values()} & {
+        torch.bfloat16,
+        torch.float16,
+    }
     if halves:
         warnings.warn(
             f"The base is in {', '.join(map(str, halves))}: each merge rounds the sum to it, and what is smaller than half a "

@@ -88,7 +88,11 @@ class NF4Weight:
     @property
     def nbytes(self) -> int:
         """Bytes of everything that is kept a weight; the two codebooks are shared by all weights and not counted."""
-        return sum(t.nbytes for t in (self.codes, self.absmax, self.nested_absmax, self.offset) if t is not None)
+        return sum(
+            t.nbytes
+            for t in (self.codes, self.absmax, self.nested_absmax, self.offset)
+            if t is not None
+        )
 
 
 def quantize_nf4(weight: Tensor, block_size: int = 64, double_quant: bool = True) -> NF4Weight:
@@ -103,9 +107,13 @@ def quantize_nf4(weight: Tensor, block_size: int = 64, double_quant: bool = True
     if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise TypeError(f"weight is {weight.dtype}: float32, float16 or bfloat16 is expected.")
     if weight.numel() == 0 or not torch.isfinite(weight).all():
-        raise ValueError(f"weight {list(weight.shape)} is empty or holds inf or nan: its blocks would have no finite constant.")
+        raise ValueError(
+            f"weight {list(weight.shape)} is empty or holds inf or nan: its blocks would have no finite constant."
+        )
     if block_size < 1:
-        raise ValueError(f"block_size={block_size}: a whole number of 1 or more is expected; bitsandbytes uses 64.")
+        raise ValueError(
+            f"block_size={block_size}: a whole number of 1 or more is expected; bitsandbytes uses 64."
+        )
     values, codebook = weight.detach().cpu().flatten().float(), nf4_codebook()
     whole = values.numel() // block_size * block_size
     blocks, rest = values[:whole].view(-1, block_size), values[whole:]
@@ -117,7 +125,9 @@ def quantize_nf4(weight: Tensor, block_size: int = 64, double_quant: bool = True
         absmax, scaled = torch.cat([absmax, last[None]]), torch.cat([scaled, rest / last])
     codes = torch.bucketize(scaled.clamp(-1, 1), (codebook[:-1] + codebook[1:]) / 2).to(torch.uint8)
     if len(codes) % 2:
-        codes = torch.cat([codes, torch.tensor([7], dtype=torch.uint8)])  # the code of zero fills the last byte
+        codes = torch.cat(
+            [codes, torch.tensor([7], dtype=torch.uint8)]
+        )  # the code of zero fills the last byte
     packed = (codes[::2] << 4 | codes[1::2])[:, None]
     nested = _quantize_constants(absmax) if double_quant else (absmax, None, None)
     return NF4Weight(packed, *nested, weight.shape, weight.dtype, block_size)
@@ -137,7 +147,9 @@ def _quantize_constants(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     centred = absmax - offset
     blocks = nn.functional.pad(centred, (0, -len(centred) % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
     nested = blocks.abs().amax(1)
-    scaled = (blocks * (1 / nested)[:, None]).nan_to_num(-1.0).clamp(-1, 1)  # 0 · 1/0: such a block gets code 0
+    scaled = (
+        (blocks * (1 / nested)[:, None]).nan_to_num(-1.0).clamp(-1, 1)
+    )  # 0 · 1/0: such a block gets code 0
     codes = table[((scaled + 1) * 0.5 * 65535 + 0.5).long()]
     return codes.flatten()[: len(absmax)], nested, offset
 
@@ -150,7 +162,11 @@ def dequantize_nf4(q: NF4Weight) -> Tensor:
         absmax = dynamic_codebook()[absmax.long()] * constants + q.offset
     n = q.shape.numel()
     codes = torch.stack([q.codes >> 4, q.codes & 15], dim=-1).flatten()[:n]
-    return (nf4_codebook()[codes.long()] * absmax.repeat_interleave(q.block_size)[:n]).to(q.dtype).view(q.shape)
+    return (
+        (nf4_codebook()[codes.long()] * absmax.repeat_interleave(q.block_size)[:n])
+        .to(q.dtype)
+        .view(q.shape)
+    )
 
 
 def storage_bits(n: int, block_size: int = 64, double_quant: bool = True) -> float:
@@ -195,7 +211,9 @@ def load_4bit(
         ValueError: an unknown `quant_type`; `trust_remote_code`; a model in which no layer became 4-bit.
     """
     if arguments.pop("trust_remote_code", False):
-        raise ValueError("trust_remote_code=True runs code from the hub on your machine; a model that transformers knows needs none.")
+        raise ValueError(
+            "trust_remote_code=True runs code from the hub on your machine; a model that transformers knows needs none."
+        )
     _check_quant_type(quant_type)
     dtype = compute_dtype or fastest_dtype()
     on_gpu = torch.cuda.is_available()
@@ -213,7 +231,9 @@ def load_4bit(
         **arguments,
     )
     if not _layers_4bit(model):
-        raise ValueError(f"{str(path_or_name)!r}: no linear layer became 4-bit. Is its config known to this version of transformers?")
+        raise ValueError(
+            f"{str(path_or_name)!r}: no linear layer became 4-bit. Is its config known to this version of transformers?"
+        )
     protect(model)
     return prepare_model_for_kbit_training(
         model,
@@ -241,17 +261,29 @@ def quantize_model(
         ValueError: an unknown `quant_type`, or a model without a linear layer to quantise.
     """
     _check_quant_type(quant_type)
-    embedding = model.get_input_embeddings().weight if hasattr(model, "get_input_embeddings") else None
+    embedding = (
+        model.get_input_embeddings().weight if hasattr(model, "get_input_embeddings") else None
+    )
     linears = {
         name: module
         for name, module in model.named_modules()
-        if type(module) is nn.Linear and name.rpartition(".")[2] not in skip and module.weight is not embedding
+        if type(module) is nn.Linear
+        and name.rpartition(".")[2] not in skip
+        and module.weight is not embedding
     }
     if not linears:
-        raise ValueError(f"{type(model).__name__} has no nn.Linear to quantise outside skip={skip}: is it quantised already?")
+        raise ValueError(
+            f"{type(model).__name__} has no nn.Linear to quantise outside skip={skip}: is it quantised already?"
+        )
     for name, linear in linears.items():
         bias = linear.bias is not None
-        new = Linear4bit(linear.in_features, linear.out_features, bias, compute_dtype or linear.weight.dtype, device="meta")
+        new = Linear4bit(
+            linear.in_features,
+            linear.out_features,
+            bias,
+            compute_dtype or linear.weight.dtype,
+            device="meta",
+        )
         new.bias = linear.bias.requires_grad_(False) if bias else None
         _set_weight(new, linear.weight.detach(), quant_type, double_quant)
         model.set_submodule(name, new.train(linear.training))
@@ -267,7 +299,9 @@ def stored_bytes(model: nn.Module) -> int:
     total = 0
     for layer in _layers_4bit(model).values():
         state = layer.weight.quant_state
-        constants = [state.absmax, state.state2.absmax, state.offset] if state.nested else [state.absmax]
+        constants = (
+            [state.absmax, state.state2.absmax, state.offset] if state.nested else [state.absmax]
+        )
         total += layer.weight.nbytes + sum(tensor.nbytes for tensor in constants)
     return total
 
@@ -324,13 +358,17 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn
     if not layers:
         raise ValueError(f"{type(model).__name__} has no 4-bit layer: nothing to dequantise.")
     for name, layer in layers.items():
-        linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        linear = nn.Linear(
+            layer.in_features, layer.out_features, layer.bias is not None, device="meta"
+        )
         linear.weight = nn.Parameter(_dequantized(layer).to(dtype), requires_grad=False)
         if layer.bias is not None:
             linear.bias = nn.Parameter(layer.bias.to(dtype), requires_grad=False)
         model.set_submodule(name, linear.train(layer.training))
     if getattr(model, "hf_quantizer", None) is not None:
-        model.hf_quantizer.remove_quantization_config(model)  # or saving it would say that it is 4-bit
+        model.hf_quantizer.remove_quantization_config(
+            model
+        )  # or saving it would say that it is 4-bit
     return model
 
 
@@ -347,7 +385,9 @@ def merge_requantized(model: nn.Module) -> nn.Module:
     layers = adapter_layers(protect(model))
     for name, layer in layers.items():
         if not is_4bit(layer.base_layer):
-            raise TypeError(f"{name!r} has a {type(layer.base_layer).__name__} for a base, not a Linear4bit: call merge(model).")
+            raise TypeError(
+                f"{name!r} has a {type(layer.base_layer).__name__} for a base, not a Linear4bit: call merge(model)."
+            )
     for layer in layers.values():
         base, state = layer.base_layer, layer.base_layer.weight.quant_state
         merged = _dequantized(base).float() + layer.delta_weight()
@@ -381,7 +421,9 @@ def merge_into(original: nn.Module, model: nn.Module) -> nn.Module:
 
 
 def _layers_4bit(model: nn.Module) -> dict[str, Linear4bit]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, Linear4bit)}
+    return {
+        name: module for name, module in model.named_modules() if isinstance(module, Linear4bit)
+    }
 
 
 def _dequantized(layer: Linear4bit) -> Tensor:
@@ -390,7 +432,13 @@ def _dequantized(layer: Linear4bit) -> Tensor:
 
 def _set_weight(layer: Linear4bit, weight: Tensor, quant_type: str, double_quant: bool) -> None:
     # Params4bit quantises when it is sent to a device, even if it is there already.
-    new = Params4bit(weight, requires_grad=False, quant_type=quant_type, compress_statistics=double_quant, module=layer)
+    new = Params4bit(
+        weight,
+        requires_grad=False,
+        quant_type=quant_type,
+        compress_statistics=double_quant,
+        module=layer,
+    )
     layer.weight = new.to(weight.device)
 
 

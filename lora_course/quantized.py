@@ -31,7 +31,17 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from lora_course.checkpoint import base_fingerprint, make_folder, replace_file
-from lora_course.lora import AdapterState, LoRALinear, adapter_layers, factor_state, inject, injection, register, unload, use_adapter
+from lora_course.lora import (
+    AdapterState,
+    LoRALinear,
+    adapter_layers,
+    factor_state,
+    inject,
+    injection,
+    register,
+    unload,
+    use_adapter,
+)
 
 FORMAT_VERSION = 1
 GRANULARITIES = ("tensor", "channel", "group")
@@ -64,7 +74,9 @@ def quantize(
     return _ungroup(codes.clamp(-_top(bits), _top(bits)), x.shape).to(torch.int16), scale.flatten()
 
 
-def dequantize(codes: Tensor, scale: Tensor, granularity: str = "group", group_size: int = 64) -> Tensor:
+def dequantize(
+    codes: Tensor, scale: Tensor, granularity: str = "group", group_size: int = 64
+) -> Tensor:
     """codes · scale, fp32, of the codes' shape: the values that `fake_quantize` gives with the same arguments."""
     return _ungroup(_group(codes.float(), granularity, group_size) * scale[:, None], codes.shape)
 
@@ -85,7 +97,9 @@ class _FakeQuantize(torch.autograd.Function):
     """One function, not x + (Q(x) − x).detach(): the gradient of that sum is 1 for what was cut, too."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, bits: int, granularity: str, group_size: int, clip: float) -> Tensor:
+    def forward(
+        ctx, x: Tensor, bits: int, granularity: str, group_size: int, clip: float
+    ) -> Tensor:
         codes, scale = _round(x, bits, granularity, group_size, clip)
         if clip < 1:
             ctx.save_for_backward(_ungroup(codes.abs() <= _top(bits), x.shape))
@@ -94,7 +108,13 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return gradient * ctx.saved_tensors[0] if ctx.saved_tensors else gradient, None, None, None, None
+        return (
+            gradient * ctx.saved_tensors[0] if ctx.saved_tensors else gradient,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -109,9 +129,14 @@ def unpack(packed: Tensor, bits: int, shape: tuple[int, ...] | torch.Size) -> Te
     """The integers that `pack` was given, int16, in `shape`. Raises ValueError if there are too few or too many bytes."""
     numbers = torch.Size(shape).numel()
     if packed.numel() != -(-numbers * bits // 8):
-        raise ValueError(f"{packed.numel()} bytes are no {numbers} numbers of {bits} bits: {-(-numbers * bits // 8)} are expected.")
+        raise ValueError(
+            f"{packed.numel()} bytes are no {numbers} numbers of {bits} bits: {-(-numbers * bits // 8)} are expected."
+        )
     stream = (packed[:, None].int() >> torch.arange(8, device=packed.device)) & 1
-    unsigned = (stream.flatten()[: numbers * bits].reshape(numbers, bits) << torch.arange(bits, device=packed.device)).sum(1)
+    unsigned = (
+        stream.flatten()[: numbers * bits].reshape(numbers, bits)
+        << torch.arange(bits, device=packed.device)
+    ).sum(1)
     return (unsigned - _top(bits)).to(torch.int16).reshape(shape)
 
 
@@ -157,7 +182,11 @@ class QuantizedLoRALinear(LoRALinear):
     def factors(self) -> tuple[Tensor, Tensor, float]:
         """`(Q(A), Q(B), scaling)`: the plain LoRA layer that computes the same update."""
         grid = (self.granularity, self.group_size, self.clip)
-        return fake_quantize(self.A, self.bits_A, *grid), fake_quantize(self.B.T, self.bits_B, *grid).T, self.scaling
+        return (
+            fake_quantize(self.A, self.bits_A, *grid),
+            fake_quantize(self.B.T, self.bits_B, *grid).T,
+            self.scaling,
+        )
 
     def extra_repr(self) -> str:
         grid = f"group of {self.group_size}" if self.granularity == "group" else self.granularity
@@ -176,9 +205,13 @@ def quantize_after_training(model: nn.Module, **arguments: object) -> nn.Module:
     """
     info, layers = injection(model), adapter_layers(model)
     if info.layer is not LoRALinear:
-        raise ValueError(f"This model was injected with {info.layer.__name__}: a plain LoRALinear adapter is expected (export_peft and load_peft make one).")
+        raise ValueError(
+            f"This model was injected with {info.layer.__name__}: a plain LoRALinear adapter is expected (export_peft and load_peft make one)."
+        )
     if merged := [name for name, layer in layers.items() if layer.merged]:
-        raise RuntimeError(f"{merged[0]!r} is merged: its ΔW would stay in the base. Call unmerge(model) first.")
+        raise RuntimeError(
+            f"{merged[0]!r} is merged: its ΔW would stay in the base. Call unmerge(model) first."
+        )
     QuantizedLoRALinear(nn.Linear(1, 1), 1, 1, **arguments)  # raises before anything has changed
     state, training = factor_state(model), model.training
     inject(unload(model), info.config, layer=QuantizedLoRALinear, **arguments)
@@ -200,13 +233,17 @@ def save_quantized(model: nn.Module, folder: str | Path) -> Path:
     """
     info, layers = injection(model), adapter_layers(model)
     if info.layer is not QuantizedLoRALinear:
-        raise ValueError(f"This model was injected with {info.layer.__name__}: call quantize_after_training(model, bits=…) first, or use save_adapter.")
+        raise ValueError(
+            f"This model was injected with {info.layer.__name__}: call quantize_after_training(model, bits=…) first, or use save_adapter."
+        )
     tensors: AdapterState = {}
     for name, layer in layers.items():
         for key, rows, bits in (("A", layer.A, layer.bits_A), ("B", layer.B.T, layer.bits_B)):
             rows = rows.detach().float().cpu()
             if not rows.isfinite().all():
-                raise ValueError(f"{name}.{key} is not finite, so it has no scale: the training has diverged. Nothing was written.")
+                raise ValueError(
+                    f"{name}.{key} is not finite, so it has no scale: the training has diverged. Nothing was written."
+                )
             if bits == 32:
                 tensors[f"{name}.{key}"] = rows.contiguous()
                 continue
@@ -215,10 +252,18 @@ def save_quantized(model: nn.Module, folder: str | Path) -> Path:
     first = next(iter(layers.values()))
     description = {
         "format_version": FORMAT_VERSION,
-        "grid": {key: getattr(first, key) for key in ("bits_A", "bits_B", "granularity", "group_size")},
+        "grid": {
+            key: getattr(first, key) for key in ("bits_A", "bits_B", "granularity", "group_size")
+        },
         "use_rslora": first.use_rslora,
-        "layers": {name: {key: getattr(layer, key) for key in LAYER_FIELDS} for name, layer in layers.items()},
-        "base": {"name": getattr(model, "name_or_path", ""), "fingerprint": base_fingerprint(layers)},
+        "layers": {
+            name: {key: getattr(layer, key) for key in LAYER_FIELDS}
+            for name, layer in layers.items()
+        },
+        "base": {
+            "name": getattr(model, "name_or_path", ""),
+            "fingerprint": base_fingerprint(layers),
+        },
         "tensors_sha256": _hash(tensors),
     }
     path = make_folder(folder) / FILE
@@ -243,12 +288,17 @@ def load_quantized(model: nn.Module, folder: str | Path) -> nn.Module:
     state: AdapterState = {}
     for name, layer in layers.items():
         state[f"{name}.scaling"] = torch.tensor(layer["scaling"], dtype=torch.float64)
-        for key, length, bits in (("A", layer["in_features"], grid["bits_A"]), ("B", layer["out_features"], grid["bits_B"])):
+        for key, length, bits in (
+            ("A", layer["in_features"], grid["bits_A"]),
+            ("B", layer["out_features"], grid["bits_B"]),
+        ):
             if bits == 32:
                 rows = tensors[f"{name}.{key}"]
             else:
                 codes = unpack(tensors[f"{name}.{key}.codes"], bits, (layer["r"], length))
-                rows = dequantize(codes, tensors[f"{name}.{key}.scale"], grid["granularity"], grid["group_size"])
+                rows = dequantize(
+                    codes, tensors[f"{name}.{key}.scale"], grid["granularity"], grid["group_size"]
+                )
             state[f"{name}.{key}"] = rows if key == "A" else rows.T.contiguous()
     first = next(iter(layers.values()))
     config = LoraConfig(
@@ -256,8 +306,14 @@ def load_quantized(model: nn.Module, folder: str | Path) -> nn.Module:
         lora_alpha=first["lora_alpha"],
         use_rslora=description["use_rslora"],
         target_modules=sorted(layers),
-        rank_pattern={name: layer["r"] for name, layer in layers.items() if layer["r"] != first["r"]},
-        alpha_pattern={name: layer["lora_alpha"] for name, layer in layers.items() if layer["lora_alpha"] != first["lora_alpha"]},
+        rank_pattern={
+            name: layer["r"] for name, layer in layers.items() if layer["r"] != first["r"]
+        },
+        alpha_pattern={
+            name: layer["lora_alpha"]
+            for name, layer in layers.items()
+            if layer["lora_alpha"] != first["lora_alpha"]
+        },
     )
     inject(model, config)
     try:
@@ -268,7 +324,10 @@ def load_quantized(model: nn.Module, folder: str | Path) -> nn.Module:
     base, expected = base_fingerprint(adapter_layers(model)), description["base"]["fingerprint"]
     if base and expected and base != expected:
         warn = f"The base's weights are not those that the adapter in {folder} was trained on ({description['base']['name']!r})."
-        warnings.warn(f"{warn} That is expected when a 4-bit base is replaced by its 16-bit original.", stacklevel=2)
+        warnings.warn(
+            f"{warn} That is expected when a 4-bit base is replaced by its 16-bit original.",
+            stacklevel=2,
+        )
     return model
 
 
@@ -276,13 +335,21 @@ def check_grid(bits: int, granularity: str, group_size: int, clip: float) -> Non
     """Raise ValueError, in one sentence, unless the arguments of `fake_quantize` make a grid."""
     if not isinstance(bits, int) or bits not in (*range(2, 17), 32):
         hint = " (a symmetric range of 1 bit holds nothing but 0)" if bits == 1 else ""
-        raise ValueError(f"bits={bits!r}{hint}: a whole number from 2 to 16 is expected, or 32 for a factor that is not quantised.")
+        raise ValueError(
+            f"bits={bits!r}{hint}: a whole number from 2 to 16 is expected, or 32 for a factor that is not quantised."
+        )
     if granularity not in GRANULARITIES:
-        raise ValueError(f"granularity={granularity!r}: one of {', '.join(GRANULARITIES)} is expected.")
+        raise ValueError(
+            f"granularity={granularity!r}: one of {', '.join(GRANULARITIES)} is expected."
+        )
     if not isinstance(group_size, int) or group_size < 1:
-        raise ValueError(f"group_size={group_size!r}: how many numbers share a scale, 1 or more, is expected; 64 is usual.")
+        raise ValueError(
+            f"group_size={group_size!r}: how many numbers share a scale, 1 or more, is expected; 64 is usual."
+        )
     if not 0 < clip <= 1:
-        raise ValueError(f"clip={clip!r}: the part of the largest number at which the grid ends, in (0, 1], is expected; 1 cuts nothing.")
+        raise ValueError(
+            f"clip={clip!r}: the part of the largest number at which the grid ends, in (0, 1], is expected; 1 cuts nothing."
+        )
 
 
 def _top(bits: int) -> int:
@@ -290,11 +357,17 @@ def _top(bits: int) -> int:
     return 2 ** (bits - 1) - 1
 
 
-def _round(x: Tensor, bits: int, granularity: str, group_size: int, clip: float) -> tuple[Tensor, Tensor]:
+def _round(
+    x: Tensor, bits: int, granularity: str, group_size: int, clip: float
+) -> tuple[Tensor, Tensor]:
     """round(x / Δ) `[scales, numbers]`, not yet cut to the range, and Δ `[scales, 1]`; both fp32, NaN where x is not finite."""
     groups = _group(x.float(), granularity, group_size)
-    scale = (groups.abs().amax(1, keepdim=True) * clip / _top(bits)).clamp_(min=torch.finfo(torch.float32).tiny)
-    scale = (scale.view(torch.int32) + 0xFF & ~0xFF).view(torch.float32)  # 16 bits, rounded up: with clip 1 no number is outside
+    scale = (groups.abs().amax(1, keepdim=True) * clip / _top(bits)).clamp_(
+        min=torch.finfo(torch.float32).tiny
+    )
+    scale = (scale.view(torch.int32) + 0xFF & ~0xFF).view(
+        torch.float32
+    )  # 16 bits, rounded up: with clip 1 no number is outside
     return (groups / scale).round_(), scale
 
 
@@ -321,17 +394,28 @@ def _hash(tensors: AdapterState) -> str:
 def _read(path: Path) -> tuple[dict, AdapterState]:
     """The description and tensors of a file, checked."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: a folder written by save_quantized is expected.")
+        raise FileNotFoundError(
+            f"{path} does not exist: a folder written by save_quantized is expected."
+        )
     try:
         with safe_open(path, "pt") as file:
-            metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata, tensors = (
+                file.metadata() or {},
+                {name: file.get_tensor(name) for name in file.keys()},  # noqa: SIM118
+            )
     except SafetensorError as error:
-        raise ValueError(f"{path} can't be read ({error}): it is cut short or no safetensors file. Copy it again.") from None
+        raise ValueError(
+            f"{path} can't be read ({error}): it is cut short or no safetensors file. Copy it again."
+        ) from None
     if "lora_course" not in metadata:
         raise ValueError(f"{path} was not written by save_quantized: it describes no adapter.")
     description = json.loads(metadata["lora_course"])
     if description["format_version"] != FORMAT_VERSION:
-        raise ValueError(f"{path} has format version {description['format_version']}, this package reads {FORMAT_VERSION}: update lora-course.")
+        raise ValueError(
+            f"{path} has format version {description['format_version']}, this package reads {FORMAT_VERSION}: update lora-course."
+        )
     if _hash(tensors) != description["tensors_sha256"]:
-        raise ValueError(f"{path} is damaged: its tensors are not those that it describes. Copy it again.")
+        raise ValueError(
+            f"{path} is damaged: its tensors are not those that it describes. Copy it again."
+        )
     return description, tensors

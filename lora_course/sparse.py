@@ -28,7 +28,15 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lora_course.lora import AdapterState, LoRALinear, adapter_layers, injection, is_4bit, register, update_dtype
+from lora_course.lora import (
+    AdapterState,
+    LoRALinear,
+    adapter_layers,
+    injection,
+    is_4bit,
+    register,
+    update_dtype,
+)
 
 # --------------------------------------------------------------------------------------------------- gates
 
@@ -75,7 +83,9 @@ class GatedLoRALinear(LoRALinear):
         super().check_tensors(name, tensors)
         r = tensors["A"].shape[0]
         if tensors["gate"].shape != (r,):
-            raise ValueError(f"The adapter's gate for {name!r} is {list(tensors['gate'].shape)}; [{r}] is expected beside its A.")
+            raise ValueError(
+                f"The adapter's gate for {name!r} is {list(tensors['gate'].shape)}; [{r}] is expected beside its A."
+            )
 
 
 class GateSparsity(TrainerCallback):
@@ -106,7 +116,9 @@ class GateSparsity(TrainerCallback):
         """λ at step t."""
         value = self.penalty(t) if callable(self.penalty) else self.penalty
         if not (value >= 0 and math.isfinite(value)):
-            raise ValueError(f"penalty={value!r} at step {t}: λ must be a finite number of 0 or more.")
+            raise ValueError(
+                f"penalty={value!r} at step {t}: λ must be a finite number of 0 or more."
+            )
         return value
 
     @torch.no_grad()
@@ -119,7 +131,11 @@ class GateSparsity(TrainerCallback):
             ValueError: the gates are not among the optimiser's parameters.
         """
         layers = _gated(self.model)
-        rates = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+        rates = {
+            id(parameter): group["lr"]
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
         if missing := [name for name, layer in layers.items() if id(layer.gate) not in rates]:
             raise ValueError(
                 f"The optimiser does not train the gate of {missing[0]!r} ({len(missing)} in all): make it from the parameters of "
@@ -127,18 +143,32 @@ class GateSparsity(TrainerCallback):
             )
         if not getattr(optimizer, "step_was_skipped", False):
             for layer in layers.values():
-                layer.gate.copy_(soft_threshold(layer.gate, float(rates[id(layer.gate)]) * self.penalty_at(t)))
+                layer.gate.copy_(
+                    soft_threshold(layer.gate, float(rates[id(layer.gate)]) * self.penalty_at(t))
+                )
         return sum(ranks(self.model).values())
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: object
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module,
+        **_: object,
     ) -> None:
         """Raises ValueError for another model than this callback's."""
         if model is not self.model:
-            raise ValueError("This callback was made for another model than the one that is trained: GateSparsity(model, penalty).")
+            raise ValueError(
+                "This callback was made for another model than the one that is trained: GateSparsity(model, penalty)."
+            )
 
     def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: torch.optim.Optimizer, **_: object
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: torch.optim.Optimizer,
+        **_: object,
     ) -> None:
         """`step`, right after the optimiser's and before the scheduler changes the rate."""
         self.step(optimizer, state.global_step + 1)
@@ -165,7 +195,9 @@ def prune(model: nn.Module) -> nn.Module:
     """
     for layer in _gated(model).values():
         keep = layer.gate != 0
-        layer.load_tensors(layer.tensors() | {"A": layer.A[keep], "gate": layer.gate[keep], "B": layer.B[:, keep]})
+        layer.load_tensors(
+            layer.tensors() | {"A": layer.A[keep], "gate": layer.gate[keep], "B": layer.B[:, keep]}
+        )
     return model
 
 
@@ -199,7 +231,9 @@ class MaskedLinear(LoRALinear):
 
     def matrix(self, name: str) -> Tensor:
         """The whole matrix, zero where it is masked."""
-        return scatter(getattr(self, f"values_{name}"), getattr(self, f"indices_{name}"), self.shapes()[name])
+        return scatter(
+            getattr(self, f"values_{name}"), getattr(self, f"indices_{name}"), self.shapes()[name]
+        )
 
     def mask(self, name: str) -> Tensor:
         """The mask as a bool matrix: True where a number is trained."""
@@ -231,8 +265,12 @@ class MaskedLinear(LoRALinear):
                     f"keeps {list(expected)}: inject with the adapter's own r and sparsity, into its own base model."
                 )
             whole = not indices.is_floating_point() and bool((indices.diff() > 0).all())
-            if not whole or (len(indices) and not 0 <= int(indices[0]) <= int(indices[-1]) < rows * columns):
-                raise ValueError(f"The places of {key!r} in {name!r} are not ascending whole numbers below {rows} · {columns}: the mask is damaged.")
+            if not whole or (
+                len(indices) and not 0 <= int(indices[0]) <= int(indices[-1]) < rows * columns
+            ):
+                raise ValueError(
+                    f"The places of {key!r} in {name!r} are not ascending whole numbers below {rows} · {columns}: the mask is damaged."
+                )
 
 
 @register
@@ -264,7 +302,9 @@ class SparseLoRALinear(MaskedLinear):
         sparsity: float = 0.5,
     ) -> None:
         if not 0 <= sparsity < 1:
-            raise ValueError(f"sparsity={sparsity!r}: the share of masked entries, in [0, 1), is expected.")
+            raise ValueError(
+                f"sparsity={sparsity!r}: the share of masked entries, in [0, 1), is expected."
+            )
         super().__init__(base_layer, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights)
         self.sparsity = sparsity
         for name in "AB":
@@ -317,13 +357,23 @@ class SparseDeltaLinear(MaskedLinear):
         if mask not in ("random", "magnitude"):
             raise ValueError(f"mask={mask!r}: 'random' or 'magnitude' is expected.")
         if init_lora_weights is not True:
-            raise ValueError(f"init_lora_weights={init_lora_weights!r}: there are no factors here, and ΔW starts at zero. Leave it at True.")
+            raise ValueError(
+                f"init_lora_weights={init_lora_weights!r}: there are no factors here, and ΔW starts at zero. Leave it at True."
+            )
         if mask == "magnitude" and is_4bit(base_layer):
-            raise TypeError("mask='magnitude' reads the weight, and a 4-bit base holds codes: use mask='random'.")
+            raise TypeError(
+                "mask='magnitude' reads the weight, and a 4-bit base holds codes: use mask='random'."
+            )
         super().__init__(base_layer, r, lora_alpha, lora_dropout, use_rslora)
-        device, total, count = self.A.device, self.out_features * self.in_features, r * (self.out_features + self.in_features)
+        device, total, count = (
+            self.A.device,
+            self.out_features * self.in_features,
+            r * (self.out_features + self.in_features),
+        )
         if count > total:
-            raise ValueError(f"r={r} asks for {count} trained weights of the {total} that there are: take r up to {total // (count // r)} here.")
+            raise ValueError(
+                f"r={r} asks for {count} trained weights of the {total} that there are: take r up to {total // (count // r)} here."
+            )
         del self.A, self.B
         if mask == "magnitude":
             places = base_layer.weight.detach().abs().flatten().topk(count).indices.to(device)
@@ -347,10 +397,16 @@ class SparseDeltaLinear(MaskedLinear):
     def places(self) -> Places:
         """`indices_delta` in the order of rows and of columns; computed once for a mask."""
         indices, known = self.indices_delta, self._places
-        version = None if indices.is_inference() else indices._version  # a mask that is loaded or moved is another one
+        version = (
+            None if indices.is_inference() else indices._version
+        )  # a mask that is loaded or moved is another one
         if known is None or known[0] is not indices or known[1] != version:
             with torch.inference_mode(False):  # what is computed in evaluation serves training too
-                self._places = known = indices, version, Places.of(indices.long(), *self.shapes()["delta"])
+                self._places = known = (
+                    indices,
+                    version,
+                    Places.of(indices.long(), *self.shapes()["delta"]),
+                )
         return known[2]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -382,8 +438,16 @@ class Places(NamedTuple):
         """`indices` `[nnz]` int64, flat and ascending, of a matrix of this shape."""
         row, column = indices // columns, indices % columns
         sorted_columns, by_column = column.sort(stable=True)
-        starts = (torch.searchsorted(line, torch.arange(count, device=line.device)) for line, count in ((row, rows), (sorted_columns, columns)))
-        return cls(*(found.int() for found in (column, next(starts), row[by_column], next(starts), by_column)))
+        starts = (
+            torch.searchsorted(line, torch.arange(count, device=line.device))
+            for line, count in ((row, rows), (sorted_columns, columns))
+        )
+        return cls(
+            *(
+                found.int()
+                for found in (column, next(starts), row[by_column], next(starts), by_column)
+            )
+        )
 
 
 class SparseProduct(torch.autograd.Function):
@@ -397,7 +461,9 @@ class SparseProduct(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, values: Tensor, places: Places) -> Tensor:
         ctx.save_for_backward(x, values)
         ctx.places = places
-        y = F.embedding_bag(places.columns, _transposed(x), places.row_starts, mode="sum", per_sample_weights=values)
+        y = F.embedding_bag(
+            places.columns, _transposed(x), places.row_starts, mode="sum", per_sample_weights=values
+        )
         return _transposed(y).view(*x.shape[:-1], len(places.row_starts))
 
     @staticmethod
@@ -405,10 +471,18 @@ class SparseProduct(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, values = ctx.saved_tensors
         places, of_values = ctx.places, None
-        dtype = torch.promote_types(x.dtype, torch.float32)  # a bag's gradient in bf16 is missing in some versions of torch on GPUs
+        dtype = torch.promote_types(
+            x.dtype, torch.float32
+        )  # a bag's gradient in bf16 is missing in some versions of torch on GPUs
         with torch.enable_grad():
             weights = values.detach()[places.by_column].to(dtype).requires_grad_()
-            bags = F.embedding_bag(places.rows, _transposed(gradient).to(dtype), places.column_starts, mode="sum", per_sample_weights=weights)
+            bags = F.embedding_bag(
+                places.rows,
+                _transposed(gradient).to(dtype),
+                places.column_starts,
+                mode="sum",
+                per_sample_weights=weights,
+            )
         if ctx.needs_input_grad[1]:
             (found,) = torch.autograd.grad(bags, weights, _transposed(x).to(dtype))
             of_values = torch.empty_like(values)

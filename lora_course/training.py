@@ -13,8 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers import set_seed, trainer
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+    trainer,
+)
 from transformers.trainer_utils import TrainOutput
 
 from lora_course.checkpoint import restore_adapter, save_adapter
@@ -22,7 +30,11 @@ from lora_course.lora import adapter_layers
 
 COMPLETE = "complete.json"  # written into a checkpoint's folder when all else is in it
 TRAINER_STATE = "trainer_state.json"
-PREPARED = ("forward", "_original_forward", "_is_accelerate_prepared")  # what accelerate sets on a model it wraps
+PREPARED = (
+    "forward",
+    "_original_forward",
+    "_is_accelerate_prepared",
+)  # what accelerate sets on a model it wraps
 
 
 def compute_dtype(device: str | torch.device | None = None) -> torch.dtype:
@@ -33,7 +45,9 @@ def compute_dtype(device: str | torch.device | None = None) -> torch.dtype:
     """
     kind = _device_type(device)
     if kind == "cuda":
-        native = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+        native = torch.cuda.is_available() and torch.cuda.is_bf16_supported(
+            including_emulation=False
+        )
         return torch.bfloat16 if native else torch.float16
     fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if kind == "cpu" and fast else torch.float32
@@ -94,7 +108,9 @@ class AdapterTrainer(Trainer):
     ) -> None:
         merged = [name for name, layer in adapter_layers(model).items() if layer.merged]
         if merged:
-            raise ValueError(f"{merged[0]!r} is merged, so its factors would get no gradient: call unmerge(model) before training")
+            raise ValueError(
+                f"{merged[0]!r} is merged, so its factors would get no gradient: call unmerge(model) before training"
+            )
         if args.parallel_mode.value == "not_distributed":
             args._n_gpu = 1  # several GPUs in one process mean DataParallel, which copies the model at every step
         use_cache = model.config.use_cache
@@ -106,16 +122,24 @@ class AdapterTrainer(Trainer):
             del model._hf_peft_config_loaded
         model.config.use_cache = use_cache
         self.auxiliary_loss = auxiliary_loss
-        self.remove_callback(PrinterCallback if args.disable_tqdm else trainer.DEFAULT_PROGRESS_CALLBACK)
+        self.remove_callback(
+            PrinterCallback if args.disable_tqdm else trainer.DEFAULT_PROGRESS_CALLBACK
+        )
         if not args.disable_tqdm:
             self.add_callback(Progress())
 
     @property
     def history(self) -> list[dict[str, float]]:
         """The training loss, auxiliary part included, at each logged step: `{"step": …, "loss": …}`; whole after resuming."""
-        return [{"step": entry["step"], "loss": entry["loss"]} for entry in self.state.log_history if "loss" in entry]
+        return [
+            {"step": entry["step"], "loss": entry["loss"]}
+            for entry in self.state.log_history
+            if "loss" in entry
+        ]
 
-    def train(self, resume_from_checkpoint: str | Path | bool | None = None, **arguments: Any) -> TrainOutput:
+    def train(
+        self, resume_from_checkpoint: str | Path | bool | None = None, **arguments: Any
+    ) -> TrainOutput:
         """Trains, from the seed in the arguments on. resume_from_checkpoint: True (the last complete checkpoint in
         `output_dir`, if there is one), or a checkpoint's folder. A run that was finished is not trained further.
 
@@ -128,14 +152,18 @@ class AdapterTrainer(Trainer):
         elif resume_from_checkpoint:
             folder = Path(resume_from_checkpoint)
             if not (folder / COMPLETE).is_file():
-                raise FileNotFoundError(f"{folder} holds no complete checkpoint of AdapterTrainer ({COMPLETE} is missing)")
+                raise FileNotFoundError(
+                    f"{folder} holds no complete checkpoint of AdapterTrainer ({COMPLETE} is missing)"
+                )
         if folder is not None and (finished := self._finished(folder)):
             return finished
         before = {name: vars(self.model)[name] for name in PREPARED if name in vars(self.model)}
         use_cache = self.model.config.use_cache
         self.model.config.use_cache = self.args.use_cache
         try:
-            return super().train(resume_from_checkpoint=str(folder) if folder else None, **arguments)
+            return super().train(
+                resume_from_checkpoint=str(folder) if folder else None, **arguments
+            )
         finally:
             for name in PREPARED:
                 vars(self.model).pop(name, None)
@@ -145,7 +173,10 @@ class AdapterTrainer(Trainer):
     def _finished(self, folder: Path) -> TrainOutput | None:
         """Takes over a checkpoint that is at its last step; from there Trainer would train one step too many."""
         state = TrainerState.load_from_json(str(folder / TRAINER_STATE))
-        if state.global_step < self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]:
+        if (
+            state.global_step
+            < self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
+        ):
             return None
         self._load_from_checkpoint(str(folder))
         self.state = state
@@ -153,10 +184,16 @@ class AdapterTrainer(Trainer):
         return TrainOutput(state.global_step, sum(losses) / max(1, len(losses)), {})
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
     ) -> Tensor | tuple[Tensor, Any]:
         """Trainer's loss of a micro-batch, with this micro-batch's share of the auxiliary loss in training."""
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        loss, outputs = super().compute_loss(
+            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+        )
         if self.auxiliary_loss is not None and model.training:
             # A loss per token of the whole step is summed over the micro-batches; any other Trainer divides itself.
             summed = self.compute_loss_func is not None or (
@@ -166,7 +203,9 @@ class AdapterTrainer(Trainer):
             loss = loss + self.auxiliary_loss(self.model).to(loss.device) / share
         return (loss, outputs) if return_outputs else loss
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None
+    ) -> None:
         if self.args.should_save:
             save_adapter(self.model, output_dir or self.args.output_dir)
 
@@ -196,7 +235,9 @@ class AdapterTrainer(Trainer):
                 mark.unlink()  # first, as a kill may cut the deletion short
                 shutil.rmtree(mark.parent)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
         restore_adapter(self.model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
@@ -206,22 +247,38 @@ class AdapterTrainer(Trainer):
 class Progress(TrainerCallback):
     """A bar on the error stream with the loss behind it, in terminals and notebooks alike."""
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         shown = state.is_world_process_zero
         self.bar = tqdm(
-            total=state.max_steps, initial=state.global_step, unit="step", file=sys.stderr, mininterval=0.5, disable=not shown
+            total=state.max_steps,
+            initial=state.global_step,
+            unit="step",
+            file=sys.stderr,
+            mininterval=0.5,
+            disable=not shown,
         )
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float], **_: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float],
+        **_: Any,
     ) -> None:
         if "loss" in logs:
             self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         self.bar.update()
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         self.bar.close()
 
 

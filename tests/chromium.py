@@ -12,11 +12,26 @@ from typing import Any
 import websocket
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--hide-scrollbars", "--no-proxy-server",
-         "--remote-debugging-port=0")
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+    "--hide-scrollbars",
+    "--no-proxy-server",
+    "--remote-debugging-port=0",
+)
 PATIENCE = 30.0  # seconds
-GONE = ("Inspected target navigated or closed", "Execution context was destroyed", "Cannot find context")
+GONE = (
+    "Inspected target navigated or closed",
+    "Execution context was destroyed",
+    "Cannot find context",
+)
 
 
 def executable() -> str | None:
@@ -32,15 +47,24 @@ class Browser:
         self._loaded: set[str] = set()
         self._number = 0
         self._process = subprocess.Popen(
-            [program, *FLAGS, f"--user-data-dir={profile}", "about:blank"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            [program, *FLAGS, f"--user-data-dir={profile}", "about:blank"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         port_file = profile / "DevToolsActivePort"
-        _wait(lambda: port_file.exists() and "\n" in port_file.read_text(), "Chromium opens its debugging port")
+        _wait(
+            lambda: port_file.exists() and "\n" in port_file.read_text(),
+            "Chromium opens its debugging port",
+        )
         port, path = port_file.read_text().split("\n")[:2]
-        self._socket = websocket.create_connection(f"ws://127.0.0.1:{port}{path}", suppress_origin=True, timeout=PATIENCE)
+        self._socket = websocket.create_connection(
+            f"ws://127.0.0.1:{port}{path}", suppress_origin=True, timeout=PATIENCE
+        )
         self._session: str | None = None
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)[
+            "sessionId"
+        ]
         for domain in ("Page", "Network", "Runtime", "Log"):
             self.call(f"{domain}.enable")
         self.call("Page.setLifecycleEventsEnabled", enabled=True)
@@ -49,7 +73,9 @@ class Browser:
         """Send one command and return its result; events that arrive meanwhile are noted."""
         self._number += 1
         message = {"id": self._number, "method": method, "params": parameters}
-        self._socket.send(json.dumps(message | ({"sessionId": self._session} if self._session else {})))
+        self._socket.send(
+            json.dumps(message | ({"sessionId": self._session} if self._session else {}))
+        )
         while True:
             answer = json.loads(self._socket.recv())
             if answer.get("id") == self._number:
@@ -68,7 +94,9 @@ class Browser:
             details = told["exceptionDetails"]
             self.errors.append(details.get("exception", {}).get("description", details["text"]))
         elif name == "Runtime.consoleAPICalled" and told["type"] in ("error", "assert"):
-            self.errors.append(" ".join(str(part.get("value", part.get("description"))) for part in told["args"]))
+            self.errors.append(
+                " ".join(str(part.get("value", part.get("description"))) for part in told["args"])
+            )
         elif name == "Log.entryAdded" and told["entry"]["level"] == "error":
             self.errors.append(f"{told['entry']['text']} {told['entry'].get('url', '')}")
 
@@ -85,9 +113,13 @@ class Browser:
 
     def evaluate(self, script: str) -> Any:
         """The value of a JavaScript expression; a promise is awaited."""
-        answer = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
+        answer = self.call(
+            "Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True
+        )
         if "exceptionDetails" in answer:
-            raise RuntimeError(f"{script}: {answer['exceptionDetails'].get('exception', {}).get('description')}")
+            raise RuntimeError(
+                f"{script}: {answer['exceptionDetails'].get('exception', {}).get('description')}"
+            )
         return answer["result"].get("value")
 
     def wait(self, script: str) -> None:
@@ -104,16 +136,44 @@ class Browser:
         _wait(holds, script)
 
     def size(self, width: int, height: int, mobile: bool = False) -> None:
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=mobile)
+        self.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=mobile,
+        )
 
     def prefer(self, scheme: str) -> None:
         """What the system says it prefers: `light` or `dark`."""
-        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        self.call(
+            "Emulation.setEmulatedMedia",
+            features=[{"name": "prefers-color-scheme", "value": scheme}],
+        )
 
     def screenshot(self, path: Path, whole: bool = False) -> None:
-        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", captureBeyondViewport=whole, **(
-            {"clip": {"x": 0, "y": 0, **self.evaluate("({width: innerWidth, height: document.documentElement.scrollHeight})"), "scale": 1}}
-            if whole else {}))["data"]))
+        path.write_bytes(
+            base64.b64decode(
+                self.call(
+                    "Page.captureScreenshot",
+                    captureBeyondViewport=whole,
+                    **(
+                        {
+                            "clip": {
+                                "x": 0,
+                                "y": 0,
+                                **self.evaluate(
+                                    "({width: innerWidth, height: document.documentElement.scrollHeight})"
+                                ),
+                                "scale": 1,
+                            }
+                        }
+                        if whole
+                        else {}
+                    ),
+                )["data"]
+            )
+        )
 
     def close(self) -> None:
         self._socket.close()

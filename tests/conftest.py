@@ -15,9 +15,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.get_closest_marker("gpu") and not has_gpu():
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU: nvidia-smi lists none"))
         if item.get_closest_marker("browser") and not browser:
-            item.add_marker(pytest.mark.skip(reason=f"needs one of {', '.join(chromium.NAMES)} on the PATH"))
+            item.add_marker(
+                pytest.mark.skip(reason=f"needs one of {', '.join(chromium.NAMES)} on the PATH")
+            )
 
 
 def has_gpu() -> bool:
     program = shutil.which("nvidia-smi")
-    return bool(program) and subprocess.run([program, "-L"], capture_output=True, check=False).stdout.startswith(b"GPU")
+    return bool(program) and subprocess.run(
+        [program, "-L"], capture_output=True, check=False
+    ).stdout.startswith(b"GPU")

@@ -7,7 +7,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     for name in ("wrong", "right"):
         if name in metafunc.fixturenames:
             answers = getattr(metafunc.module, name.upper())
-            metafunc.parametrize(("check", name), answers.items(), ids=[check.__name__ for check in answers])
+            metafunc.parametrize(
+                ("check", name), answers.items(), ids=[check.__name__ for check in answers]
+            )
 
 
 def test_wrong_answers_are_rejected_with_messages_of_their_own(check, wrong) -> None:

@@ -19,12 +19,29 @@ from lora_course.qlora import quantize_model
 from lora_course.training import AdapterTrainer, training_arguments
 from tests.test_lora import batch, qwen, relative
 
-SCHEDULE = {"init_r": 4, "target_r": 2, "tinit": 2, "tfinal": 3, "deltaT": 2, "total_step": 11, "beta1": 0.8, "beta2": 0.7}
+SCHEDULE = {
+    "init_r": 4,
+    "target_r": 2,
+    "tinit": 2,
+    "tfinal": 3,
+    "deltaT": 2,
+    "total_step": 11,
+    "beta1": 0.8,
+    "beta2": 0.7,
+}
 LAYERS = 14  # two blocks of seven linear layers
 
 
 def config(**fields: object) -> AdaLoraConfig:
-    return AdaLoraConfig(**{**SCHEDULE, "lora_alpha": 12, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **fields})
+    return AdaLoraConfig(
+        **{
+            **SCHEDULE,
+            "lora_alpha": 12,
+            "target_modules": "all-linear",
+            "task_type": "CAUSAL_LM",
+            **fields,
+        }
+    )
 
 
 def randomize(model: nn.Module, seed: int = 1) -> nn.Module:
@@ -62,7 +79,12 @@ def rows(t: int) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": ids}
 
 
-def train(model: nn.Module, allocator: RankAllocator, steps: range, optimizer: torch.optim.Optimizer | None = None) -> list:
+def train(
+    model: nn.Module,
+    allocator: RankAllocator,
+    steps: range,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> list:
     """The loop by hand; what `step` returned at each step."""
     optimizer, chosen = optimizer or optimizer_of(model), []
     for t in steps:
@@ -81,7 +103,11 @@ def trained(**fields: object) -> tuple[nn.Module, list]:
 # ------------------------------------------------------------------------------------------------- the layer
 
 
-@pytest.mark.parametrize("fields", [{}, {"target_modules": ["q_proj", "down_proj"]}, {"exclude_modules": ["v_proj"]}], ids=str)
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"target_modules": ["q_proj", "down_proj"]}, {"exclude_modules": ["v_proj"]}],
+    ids=str,
+)
 def test_forward_gradients_and_merged_weights_equal_pefts(fields: dict) -> None:
     ours = adapted(**fields).double()
     theirs = peft_of(ours, qwen().double(), **fields)
@@ -92,12 +118,17 @@ def test_forward_gradients_and_merged_weights_equal_pefts(fields: dict) -> None:
     for name, layer in adapter_layers(ours).items():
         peft = theirs.base_model.model.get_submodule(name)
         for key in "AEB":
-            assert relative(getattr(layer, key).grad, getattr(peft, f"lora_{key}")["default"].grad) < 1e-8
+            assert (
+                relative(getattr(layer, key).grad, getattr(peft, f"lora_{key}")["default"].grad)
+                < 1e-8
+            )
     lora.merge(ours)
     theirs.merge_adapter()
     for name, layer in adapter_layers(ours).items():
         merged = theirs.base_model.model.get_submodule(name).base_layer.weight
-        torch.testing.assert_close(layer.base_layer.weight, merged, atol=1e-6, rtol=1e-6)  # delta_weight() is fp32
+        torch.testing.assert_close(
+            layer.base_layer.weight, merged, atol=1e-6, rtol=1e-6
+        )  # delta_weight() is fp32
 
 
 def test_layer_computes_its_equation_merges_and_gives_plain_factors() -> None:
@@ -127,7 +158,10 @@ def test_it_starts_as_the_base_with_pefts_deviations_and_lambda_learns_first() -
     assert A.std().item() == pytest.approx(0.02, rel=0.03)  # 29,000 draws: 0.4% standard error
     model(**batch()).loss.backward()
     for layer in adapter_layers(model).values():
-        assert layer.E.grad.abs().max() > 0 and layer.A.grad.abs().max() == layer.B.grad.abs().max() == 0
+        assert (
+            layer.E.grad.abs().max() > 0
+            and layer.A.grad.abs().max() == layer.B.grad.abs().max() == 0
+        )
 
 
 def test_checkpointing_accumulation_autocast_and_cache_change_nothing() -> None:
@@ -137,7 +171,9 @@ def test_checkpointing_accumulation_autocast_and_cache_change_nothing() -> None:
     model.zero_grad()
     model.gradient_checkpointing_enable({"use_reentrant": False})
     for i in range(2):
-        (model(**{k: v[i : i + 1] for k, v in batch().items()}, use_cache=False).loss / 2).backward()
+        (
+            model(**{k: v[i : i + 1] for k, v in batch().items()}, use_cache=False).loss / 2
+        ).backward()
     for layer, gradient in zip(adapter_layers(model).values(), expected, strict=True):
         torch.testing.assert_close(layer.E.grad, gradient, atol=1e-6, rtol=1e-4)
     model.gradient_checkpointing_disable()
@@ -151,7 +187,10 @@ def test_checkpointing_accumulation_autocast_and_cache_change_nothing() -> None:
     kwargs = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     with sdpa_kernel(SDPBackend.MATH):
         ids = batch(1, 6)["input_ids"]
-        assert torch.equal(model.generate(ids, use_cache=True, **kwargs), model.generate(ids, use_cache=False, **kwargs))
+        assert torch.equal(
+            model.generate(ids, use_cache=True, **kwargs),
+            model.generate(ids, use_cache=False, **kwargs),
+        )
 
 
 # ------------------------------------------------------------------------------------------------- the regulariser
@@ -167,7 +206,10 @@ def test_regularizer_equals_pefts_and_is_zero_iff_the_factors_are_orthonormal() 
         nn.init.orthogonal_(layer.A), nn.init.orthogonal_(layer.B)
     assert regularizer(ours) < 1e-6  # rounding of products of 80 numbers
     last = layer.B.data.clone()
-    for spoilt in (2 * last, last[:, [0, 0, 2, 3]]):  # no longer of length 1; no longer perpendicular
+    for spoilt in (
+        2 * last,
+        last[:, [0, 0, 2, 3]],
+    ):  # no longer of length 1; no longer perpendicular
         layer.B.data.copy_(spoilt)
         assert regularizer(ours) > 0.01
 
@@ -195,11 +237,21 @@ def test_each_step_gives_pefts_averages_scores_budget_masks_and_weights() -> Non
     """In fp64: scores are products of differences of products, in which fp32 keeps three digits."""
     ours = adapted().double()
     theirs = peft_of(ours, qwen().double())
-    allocator, peft, peft_config = RankAllocator(ours), theirs.base_model.rankallocator, theirs.peft_config["default"]
-    layers, optimizers, allocated = adapter_layers(ours), [optimizer_of(ours), optimizer_of(theirs)], []
+    allocator, peft, peft_config = (
+        RankAllocator(ours),
+        theirs.base_model.rankallocator,
+        theirs.peft_config["default"],
+    )
+    layers, optimizers, allocated = (
+        adapter_layers(ours),
+        [optimizer_of(ours), optimizer_of(theirs)],
+        [],
+    )
     for t in range(1, 12):
         mine, other = ours(**rows(t)).loss + regularizer(ours), theirs(**rows(t)).loss
-        torch.testing.assert_close(mine.float(), other)  # PEFT adds its penalty to a loss that transformers made fp32
+        torch.testing.assert_close(
+            mine.float(), other
+        )  # PEFT adds its penalty to a loss that transformers made fp32
         mine.backward(), other.backward()
         optimizers[0].step(), optimizers[1].step()
         assert allocator.budget(t) == peft.budget_schedule(t)[0]
@@ -217,7 +269,12 @@ def test_each_step_gives_pefts_averages_scores_budget_masks_and_weights() -> Non
                 assert layer.mask.tolist() == peft_config.rank_pattern[f"{name}.lora_E.default"]
                 assert chosen[name] == sum(layer.mask.tolist())
             for key in "AEB":
-                torch.testing.assert_close(getattr(layer, key), getattr(module, f"lora_{key}")["default"], atol=1e-9, rtol=1e-9)
+                torch.testing.assert_close(
+                    getattr(layer, key),
+                    getattr(module, f"lora_{key}")["default"],
+                    atol=1e-9,
+                    rtol=1e-9,
+                )
             assert torch.equal(layer.E == 0, module.lora_E["default"] == 0)
         optimizers[0].zero_grad(), optimizers[1].zero_grad()
     assert allocated == [4, 6, 8]
@@ -247,7 +304,9 @@ def test_the_budget_falls_cubically_and_is_met_exactly_at_every_allocation() -> 
     for t in (4, 6, 8):
         assert sum(chosen[t - 1].values()) == allocator.budget(t)
     kept = [int((layer.E != 0).sum()) for layer in adapter_layers(model).values()]
-    assert kept == list(ranks(model).values()) == list(chosen[7].values()) and sum(kept) == 2 * LAYERS
+    assert (
+        kept == list(ranks(model).values()) == list(chosen[7].values()) and sum(kept) == 2 * LAYERS
+    )
 
 
 def test_masked_triplets_may_come_back_until_the_last_allocation_and_not_after() -> None:
@@ -264,7 +323,9 @@ def test_masked_triplets_may_come_back_until_the_last_allocation_and_not_after()
         train(model, allocator, range(t, t + 1), optimizer)
         for name, layer in adapter_layers(model).items():
             assert torch.equal(layer.mask, last[name]) and (layer.E[~layer.mask] == 0).all()
-            assert layer.sensitivity_A.numel() == layer.uncertainty_E.numel() == 0  # no score update in the final phase
+            assert (
+                layer.sensitivity_A.numel() == layer.uncertainty_E.numel() == 0
+            )  # no score update in the final phase
 
 
 def test_exactly_the_budget_is_kept_where_scores_are_equal() -> None:
@@ -272,7 +333,10 @@ def test_exactly_the_budget_is_kept_where_scores_are_equal() -> None:
     allocator = RankAllocator(model)
     for layer in adapter_layers(model).values():
         for name in "AEB":
-            getattr(layer, f"sensitivity_{name}").fill_(1.0), getattr(layer, f"uncertainty_{name}").fill_(1.0)
+            (
+                getattr(layer, f"sensitivity_{name}").fill_(1.0),
+                getattr(layer, f"uncertainty_{name}").fill_(1.0),
+            )
     for budget in (56, 41, 28, 1):
         with torch.no_grad():
             allocator._allocate(budget)
@@ -300,7 +364,9 @@ def test_without_the_allocator_nothing_is_pruned_and_prune_says_so() -> None:
         optimizer.step()
         optimizer.zero_grad()
     assert set(ranks(model).values()) == {4}
-    with pytest.raises(ValueError, match=r"56 triplets are kept and the target is 28.*callbacks=\[RankAllocator"):
+    with pytest.raises(
+        ValueError, match=r"56 triplets are kept and the target is 28.*callbacks=\[RankAllocator"
+    ):
         prune(model)
 
 
@@ -312,7 +378,9 @@ def test_a_step_that_overflowed_is_not_scored() -> None:
     model(**rows(2)).loss.backward()
     next(iter(adapter_layers(model).values())).B.grad[0, 0] = float("inf")
     allocator.step(2)
-    assert all(torch.equal(layer.scores(), before[name]) for name, layer in adapter_layers(model).items())
+    assert all(
+        torch.equal(layer.scores(), before[name]) for name, layer in adapter_layers(model).items()
+    )
 
 
 # ------------------------------------------------------------------------------------------------- Trainer, saving
@@ -320,14 +388,22 @@ def test_a_step_that_overflowed_is_not_scored() -> None:
 
 def trainer(model: nn.Module, folder: Path, **fields: object) -> AdapterTrainer:
     ids = torch.randint(97, (64, 12), generator=torch.Generator().manual_seed(7))
-    data = Dataset.from_dict({"input_ids": ids.tolist(), "labels": ids.tolist()}).with_format("torch")
+    data = Dataset.from_dict({"input_ids": ids.tolist(), "labels": ids.tolist()}).with_format(
+        "torch"
+    )
     defaults = {
         "max_steps": 11, "per_device_train_batch_size": 2, "learning_rate": 0.1, "optim": "sgd", "save_strategy": "no", "bf16": False,
         "lr_scheduler_type": "constant", "warmup_steps": 0, "disable_tqdm": True, "max_grad_norm": 0.0, "weight_decay": 0.0,
         "use_cpu": True,
     }  # fmt: skip
     args = training_arguments(folder, device="cpu", **{**defaults, **fields})
-    return AdapterTrainer(model, args, train_dataset=data, callbacks=[RankAllocator(model)], auxiliary_loss=regularizer)
+    return AdapterTrainer(
+        model,
+        args,
+        train_dataset=data,
+        callbacks=[RankAllocator(model)],
+        auxiliary_loss=regularizer,
+    )
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -349,11 +425,15 @@ def test_the_callback_does_what_the_loop_does(tmp_path: Path, accumulation: int)
         optimizer.zero_grad()
     assert logged == chosen and list(logged) == [4, 6, 8] and sum(logged[8].values()) == 2 * LAYERS
     for name, tensor in lora.adapter_state(model).items():
-        torch.testing.assert_close(tensor, lora.adapter_state(reference)[name], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            tensor, lora.adapter_state(reference)[name], atol=1e-5, rtol=1e-4
+        )
 
 
 @pytest.mark.parametrize("stop", [5, 10])
-def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_weights_and_ranks(tmp_path: Path, stop: int) -> None:
+def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_weights_and_ranks(
+    tmp_path: Path, stop: int
+) -> None:
     class Stop(TrainerCallback):
         def on_step_end(self, args, state, control, **_) -> None:
             control.should_training_stop = state.global_step == stop
@@ -370,15 +450,21 @@ def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_weights_and_ranks(
     assert expected.keys() == found.keys()
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], atol=0, rtol=0)
-    assert [e for e in second.state.log_history if "ranks" in e] == [e for e in whole.state.log_history if "ranks" in e]
+    assert [e for e in second.state.log_history if "ranks" in e] == [
+        e for e in whole.state.log_history if "ranks" in e
+    ]
 
 
 def test_an_adapter_saved_in_the_middle_reloads_with_averages_and_mask(tmp_path: Path) -> None:
     model = adapted()
     train(model, RankAllocator(model), range(1, 6))
     again = load_adapter(qwen(), save_adapter(model, tmp_path))
-    assert torch.equal(again(**batch()).logits, model(**batch()).logits) and ranks(again) == ranks(model)
-    for layer, other in zip(adapter_layers(model).values(), adapter_layers(again).values(), strict=True):
+    assert torch.equal(again(**batch()).logits, model(**batch()).logits) and ranks(again) == ranks(
+        model
+    )
+    for layer, other in zip(
+        adapter_layers(model).values(), adapter_layers(again).values(), strict=True
+    ):
         assert torch.equal(layer.scores(), other.scores())
     assert lora.injection(again).config.target_r == 2
 
@@ -425,7 +511,10 @@ def test_peft_loads_a_pruned_and_an_unpruned_adapter_with_equal_logits(tmp_path:
         assert theirs.peft_config["default"].peft_type == "LORA"
         torch.testing.assert_close(theirs(**batch()).logits, expected, atol=1e-5, rtol=1e-5)
         prune(model)
-    size = {folder: (tmp_path / folder / "adapter_model.safetensors").stat().st_size for folder in ("unpruned", "pruned")}
+    size = {
+        folder: (tmp_path / folder / "adapter_model.safetensors").stat().st_size
+        for folder in ("unpruned", "pruned")
+    }
     assert size["pruned"] < 0.8 * size["unpruned"]
 
 
@@ -434,12 +523,17 @@ def test_it_works_on_a_4bit_base(tmp_path: Path) -> None:
         return quantize_model(qwen())
 
     model = randomize(inject(base(), config(), layer=AdaLoRALinear))
-    weights = {name: layer.base_layer.weight.data.clone() for name, layer in adapter_layers(model).items()}
+    weights = {
+        name: layer.base_layer.weight.data.clone() for name, layer in adapter_layers(model).items()
+    }
     train(model, RankAllocator(model), range(1, 12))
     assert all(is_4bit(layer.base_layer) for layer in adapter_layers(model).values())
     assert sum(ranks(model).values()) == 2 * LAYERS
     for name, layer in adapter_layers(model).items():
-        assert torch.equal(layer.base_layer.weight.data, weights[name]) and layer.base_layer.weight.grad is None
+        assert (
+            torch.equal(layer.base_layer.weight.data, weights[name])
+            and layer.base_layer.weight.grad is None
+        )
     model.eval()
     expected = prune(model)(**batch()).logits
     theirs = PeftModel.from_pretrained(base(), export_peft(model, tmp_path))
@@ -463,7 +557,9 @@ def test_it_works_on_a_4bit_base(tmp_path: Path) -> None:
     ({"rank_pattern": {"q_proj": 3}}, "rank_pattern"),
     ({"init_lora_weights": "gaussian"}, "leave it at True"),
 ])  # fmt: skip
-def test_impossible_budgets_and_schedules_are_refused_and_nothing_is_changed(fields: dict, words: str) -> None:
+def test_impossible_budgets_and_schedules_are_refused_and_nothing_is_changed(
+    fields: dict, words: str
+) -> None:
     model = qwen()
     names = [name for name, _ in model.named_parameters()]
     with pytest.raises(ValueError, match=words):

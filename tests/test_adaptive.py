@@ -24,7 +24,9 @@ from lora_course.qlora import quantize_model
 from lora_course.training import AdapterTrainer, last_checkpoint, training_arguments
 from tests.test_lora import batch, config, qwen, relative
 
-SCHEDULE = GrowthSchedule(budget=40, start=3, every=2, top=3, add=2, max_r=6)  # 14 layers of rank 2: 28, then 34, then 40
+SCHEDULE = GrowthSchedule(
+    budget=40, start=3, every=2, top=3, add=2, max_r=6
+)  # 14 layers of rank 2: 28, then 34, then 40
 
 
 def growing(model: nn.Module | None = None, **fields: object) -> nn.Module:
@@ -49,11 +51,21 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 
 def snapshot(optimizer: torch.optim.Optimizer) -> dict[int, tuple[Tensor, dict]]:
     """Each tensor of an optimiser and its state, by identity, as copies."""
-    state = {p: optimizer.state[p] for group in optimizer.param_groups for p in group["params"] if p in optimizer.state}
+    state = {
+        p: optimizer.state[p]
+        for group in optimizer.param_groups
+        for p in group["params"]
+        if p in optimizer.state
+    }
     return {id(p): (p.detach().clone(), copy.deepcopy(dict(s))) for p, s in state.items()}
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range, grower: RankGrower | None = None) -> list[float]:
+def train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    steps: range,
+    grower: RankGrower | None = None,
+) -> list[float]:
     losses = []
     for step in steps:
         loss = model(**batch()).loss
@@ -84,7 +96,10 @@ def test_before_growth_it_is_plain_lora_to_the_bit() -> None:
     plain = inject(copy.deepcopy(base), config())
     ours = inject(base, config(), GrowingLoRALinear)
     for name, layer in adapter_layers(randomized(plain)).items():
-        adapter_layers(ours)[name].A.data.copy_(layer.A), adapter_layers(ours)[name].B.data.copy_(layer.B)
+        (
+            adapter_layers(ours)[name].A.data.copy_(layer.A),
+            adapter_layers(ours)[name].B.data.copy_(layer.B),
+        )
     results = [model(**batch()) for model in (plain, ours)]
     assert torch.equal(results[0].logits, results[1].logits)
     for result in results:
@@ -94,20 +109,29 @@ def test_before_growth_it_is_plain_lora_to_the_bit() -> None:
         assert torch.equal(adapter_layers(ours)[name].B.grad, layer.B.grad)
 
 
-@pytest.mark.parametrize("fields", [{}, {"use_rslora": True}, {"init_lora_weights": "gaussian"}], ids=str)
+@pytest.mark.parametrize(
+    "fields", [{}, {"use_rslora": True}, {"init_lora_weights": "gaussian"}], ids=str
+)
 def test_growth_keeps_the_function_and_the_scale_and_the_new_pair_learns(fields: dict) -> None:
     model = growing(**fields)
-    before, scales = model(**batch()).logits, [layer.scaling for layer in adapter_layers(model).values()]
+    before, scales = (
+        model(**batch()).logits,
+        [layer.scaling for layer in adapter_layers(model).values()],
+    )
     for k, layer in enumerate(adapter_layers(model).values()):
         layer.grow(1 + k % 3, step=5)
-    torch.testing.assert_close(model(**batch()).logits, before, atol=1e-6, rtol=1e-6)  # another order of summation, no more
+    torch.testing.assert_close(
+        model(**batch()).logits, before, atol=1e-6, rtol=1e-6
+    )  # another order of summation, no more
     assert [layer.scaling for layer in adapter_layers(model).values()] == scales
     model(**batch()).loss.backward()
     for k, layer in enumerate(adapter_layers(model).values()):
         assert layer.r == 2 + 1 + k % 3 and layer.grown_at.tolist() == [5]
         alpha = layer.lora_alpha / (layer.r**0.5 if fields.get("use_rslora") else layer.r)
         assert alpha == pytest.approx(layer.scaling)
-        assert layer.B1.grad.abs().max() > 0 and layer.A1.grad.abs().max() == 0  # as at the start: A1's passes through B1 = 0
+        assert (
+            layer.B1.grad.abs().max() > 0 and layer.A1.grad.abs().max() == 0
+        )  # as at the start: A1's passes through B1 = 0
         assert not layer.B1.any() and (layer.A1 != 0).all()
 
 
@@ -132,10 +156,15 @@ def test_a_grown_layer_computes_what_the_plain_layer_of_its_factors_computes() -
     for shape in ((7,), (4, 7), (2, 3, 7), (0, 7)):
         x = torch.randn(shape)
         assert torch.equal(layer(x), plain(x))
-        torch.testing.assert_close(layer(x), layer.base_layer(x) + x @ layer.delta_weight().t(), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            layer(x), layer.base_layer(x) + x @ layer.delta_weight().t(), atol=1e-5, rtol=1e-5
+        )
     x = torch.randn(6, 7)
     layer(x).square().sum().backward(), plain(x).square().sum().backward()
-    gradients = torch.cat([A.grad for A, _ in layer.pairs]), torch.cat([B.grad for _, B in layer.pairs], 1)
+    gradients = (
+        torch.cat([A.grad for A, _ in layer.pairs]),
+        torch.cat([B.grad for _, B in layer.pairs], 1),
+    )
     torch.testing.assert_close(gradients, (plain.A.grad, plain.B.grad), atol=1e-4, rtol=1e-5)
 
 
@@ -147,7 +176,9 @@ def test_one_dropout_mask_serves_all_pairs() -> None:
     found = layer(x)
     torch.manual_seed(4)
     dropped = layer.lora_dropout(x)
-    torch.testing.assert_close(found, layer.base_layer(x) + dropped @ layer.delta_weight().t(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        found, layer.base_layer(x) + dropped @ layer.delta_weight().t(), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_merge_unmerge_and_switching_off_count_all_pairs() -> None:
@@ -159,7 +190,9 @@ def test_merge_unmerge_and_switching_off_count_all_pairs() -> None:
     with lora.disabled(model):
         torch.testing.assert_close(model(**batch()).logits, base(**batch()).logits, atol=0, rtol=0)
     torch.testing.assert_close(lora.merge(model)(**batch()).logits, expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(lora.unmerge(model)(**batch()).logits, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        lora.unmerge(model)(**batch()).logits, expected, atol=1e-5, rtol=1e-5
+    )
 
 
 def test_autocast_checkpointing_and_cached_generation() -> None:
@@ -168,7 +201,10 @@ def test_autocast_checkpointing_and_cached_generation() -> None:
         layer.grow(2, 1)
     randomized(model)
     ids = batch()["input_ids"]
-    cached = [model.generate(ids, max_new_tokens=5, do_sample=False, use_cache=cache, pad_token_id=0) for cache in (True, False)]
+    cached = [
+        model.generate(ids, max_new_tokens=5, do_sample=False, use_cache=cache, pad_token_id=0)
+        for cache in (True, False)
+    ]
     assert torch.equal(*cached)
     full = model(**batch()).logits
     with torch.autocast("cpu", torch.bfloat16):
@@ -199,7 +235,9 @@ def test_a_4bit_base_grows_and_trains_and_its_bytes_stay() -> None:
 def test_growth_of_a_layer_is_refused_with_a_reason() -> None:
     layer = small()
     for k in (0, -1, 4):
-        with pytest.raises(ValueError, match=f"k={k}: a layer of rank 2 and shape \\[5, 7\\] can gain 1 to 3"):
+        with pytest.raises(
+            ValueError, match=f"k={k}: a layer of rank 2 and shape \\[5, 7\\] can gain 1 to 3"
+        ):
             layer.grow(k, 1)
     layer.merge()
     with pytest.raises(RuntimeError, match="merged.*unmerge"):
@@ -226,7 +264,9 @@ def test_sensitivity_is_that_of_the_materialised_update_under_autograd() -> None
     torch.testing.assert_close(layer.sensitivity(), through_A.detach(), atol=1e-5, rtol=1e-5)
 
 
-def test_sensitivity_is_the_first_order_change_of_the_loss_when_a_layer_of_rank_one_is_dropped() -> None:
+def test_sensitivity_is_the_first_order_change_of_the_loss_when_a_layer_of_rank_one_is_dropped() -> (
+    None
+):
     layer, x = small(r=1), torch.randn(6, 7)
     layer.B.data *= 1e-3  # so that the second order is small against the first
     loss = layer(x).sin().sum()
@@ -249,13 +289,17 @@ def test_layers_of_different_size_and_equal_noise_have_equal_sensitivity() -> No
         return total / draws
 
     # |bᵀ G a| / √(in · out) is nearly |N(0, 1)|: 2 · √(2/π), to 4% with 600 draws; √numel more would be 12 times as much
-    assert mean((200, 300)) == pytest.approx(mean((20, 20)), rel=0.15) == pytest.approx(2 * (2 / 3.14159) ** 0.5, rel=0.15)
+    assert (
+        mean((200, 300))
+        == pytest.approx(mean((20, 20)), rel=0.15)
+        == pytest.approx(2 * (2 / 3.14159) ** 0.5, rel=0.15)
+    )
 
 
 def test_importance_and_uncertainty_are_the_two_moving_averages() -> None:
     layer, beta = small(), 0.85
     mean = deviation = 0.0
-    for k in range(4):
+    for _ in range(4):
         layer.zero_grad()
         layer(torch.randn(3, 7)).square().sum().backward()
         value = layer.sensitivity().item()
@@ -281,8 +325,12 @@ def test_the_layer_that_the_loss_depends_on_grows() -> None:
     scores = grower.scores()
     assert max(scores, key=scores.get) == favourite
     for name, layer in adapter_layers(model).items():
-        assert scores[name] == pytest.approx(layer.importance.item() * layer.uncertainty.item(), rel=1e-5)
-    assert list(grower.plan())[0] == favourite and set(grower.plan()) == set(sorted(scores, key=scores.get)[-3:])
+        assert scores[name] == pytest.approx(
+            layer.importance.item() * layer.uncertainty.item(), rel=1e-5
+        )
+    assert list(grower.plan())[0] == favourite and set(grower.plan()) == set(
+        sorted(scores, key=scores.get)[-3:]
+    )
 
 
 # --- growth -------------------------------------------------------------------------------------------------------------
@@ -319,24 +367,38 @@ def test_growth_touches_no_old_tensor_and_no_state_and_new_ones_start_afresh(kin
     for key, (tensor, state) in before.items():
         assert torch.equal(after[key][0], tensor)
         for name, value in state.items():
-            same = torch.equal(after[key][1][name], value) if isinstance(value, Tensor) else after[key][1][name] == value
+            same = (
+                torch.equal(after[key][1][name], value)
+                if isinstance(value, Tensor)
+                else after[key][1][name] == value
+            )
             assert same, f"{name} changed"
     assert len(optimizer.param_groups) == len(groups)
     for old, new in zip(groups, optimizer.param_groups, strict=True):
-        assert {k: v for k, v in old.items() if k not in ("params", "param_names")} == {k: v for k, v in new.items() if k not in ("params", "param_names")}
+        assert {k: v for k, v in old.items() if k not in ("params", "param_names")} == {
+            k: v for k, v in new.items() if k not in ("params", "param_names")
+        }
     for name, layer in adapter_layers(model).items():
         for group in optimizer.param_groups:
             ids = [id(p) for p in group["params"]]
-            assert all((id(first) in ids) == (id(later) in ids) for first, later in zip(layer.pairs[0], layer.pairs[-1], strict=True)), name
+            assert all(
+                (id(first) in ids) == (id(later) in ids)
+                for first, later in zip(layer.pairs[0], layer.pairs[-1], strict=True)
+            ), name
     optimizer.zero_grad()
     losses = train(model, optimizer, range(101, 104))
     assert losses[-1] < losses[0]
     for name in gained:
         state = optimizer.state[adapter_layers(model)[name].B1]
-        assert int(state["step"]) == 3 and int(optimizer.state[adapter_layers(model)[name].B]["step"]) == 7
+        assert (
+            int(state["step"]) == 3
+            and int(optimizer.state[adapter_layers(model)[name].B]["step"]) == 7
+        )
     if "named" in kind:
         names = {id(p): name for name, p in model.named_parameters()}
-        assert [names[id(p)] for p in optimizer.param_groups[0]["params"]] == optimizer.param_groups[0]["param_names"]
+        assert [
+            names[id(p)] for p in optimizer.param_groups[0]["params"]
+        ] == optimizer.param_groups[0]["param_names"]
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
@@ -348,10 +410,19 @@ def test_the_optimisers_order_is_that_of_one_made_from_the_grown_model(kind: str
     train(model, optimizer, range(1, 7), grower)
     assert grower.finished and max(len(layer.pairs) for layer in adapter_layers(model).values()) > 2
     if kind == "A and B apart":
-        fresh = [[p for n, p in model.named_parameters() if p.requires_grad and n.rpartition(".")[2][0] == x] for x in "AB"]
+        fresh = [
+            [
+                p
+                for n, p in model.named_parameters()
+                if p.requires_grad and n.rpartition(".")[2][0] == x
+            ]
+            for x in "AB"
+        ]
     else:
         fresh = [group["params"] for group in OPTIMIZERS[kind](model).param_groups]
-    assert [[id(p) for p in group["params"]] for group in optimizer.param_groups] == [[id(p) for p in group] for group in fresh]
+    assert [[id(p) for p in group["params"]] for group in optimizer.param_groups] == [
+        [id(p) for p in group] for group in fresh
+    ]
 
 
 def test_the_next_step_moves_old_tensors_as_if_nothing_had_grown() -> None:
@@ -385,7 +456,10 @@ def test_a_learning_rate_schedule_goes_on_and_new_tensors_follow_it() -> None:
         optimizer.step()
         scheduler.step()
         gained = grower.grow(optimizer, step)
-        assert optimizer.param_groups[0]["lr"] == pytest.approx(1 / (1 + step)) and len(optimizer.param_groups) == 1
+        assert (
+            optimizer.param_groups[0]["lr"] == pytest.approx(1 / (1 + step))
+            and len(optimizer.param_groups) == 1
+        )
         assert bool(gained) == (step in (3, 5))
         optimizer.zero_grad()
     layer = next(layer for layer in adapter_layers(model).values() if len(layer.pairs) > 1)
@@ -400,14 +474,22 @@ def test_a_learning_rate_schedule_goes_on_and_new_tensors_follow_it() -> None:
     [
         SCHEDULE,
         GrowthSchedule(budget=29, start=2, every=3, top=5, add=4),  # less than one growth's worth
-        GrowthSchedule(budget=41, start=1, every=1, top=3, add=2),  # the last growth hands out the odd rest
-        GrowthSchedule(budget=14 * 3, start=2, every=1, top=4, add=5, max_r=3),  # every layer ends at the maximum
-        GrowthSchedule(budget=14 * 3 - 1, start=2, every=1, top=20, add=1, max_r=3),  # more than there are layers
+        GrowthSchedule(
+            budget=41, start=1, every=1, top=3, add=2
+        ),  # the last growth hands out the odd rest
+        GrowthSchedule(
+            budget=14 * 3, start=2, every=1, top=4, add=5, max_r=3
+        ),  # every layer ends at the maximum
+        GrowthSchedule(
+            budget=14 * 3 - 1, start=2, every=1, top=20, add=1, max_r=3
+        ),  # more than there are layers
         GrowthSchedule(budget=28, start=2, every=1, top=1),  # nothing to hand out
     ],
     ids=lambda s: f"{s.budget}-{s.top}x{s.add}",
 )
-def test_the_budget_is_met_exactly_when_it_was_foretold_and_ranks_only_rise(schedule: GrowthSchedule) -> None:
+def test_the_budget_is_met_exactly_when_it_was_foretold_and_ranks_only_rise(
+    schedule: GrowthSchedule,
+) -> None:
     model = growing()
     grower = RankGrower(model, schedule)
     optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
@@ -422,12 +504,16 @@ def test_the_budget_is_met_exactly_when_it_was_foretold_and_ranks_only_rise(sche
         assert schedule.steps(grower.total, after=step) == [s for s in foretold if s > step]
         totals.append(grower.total)
     assert totals[-1] == schedule.budget and max(totals) == schedule.budget
-    assert grower.ranks == {name: layer.factors()[0].shape[0] for name, layer in adapter_layers(model).items()}
+    assert grower.ranks == {
+        name: layer.factors()[0].shape[0] for name, layer in adapter_layers(model).items()
+    }
     history = rank_history(model)
     assert [entry["step"] for entry in history] == [0, *foretold]
     assert set(history[0]["ranks"].values()) == {2} and history[-1]["ranks"] == grower.ranks
     assert json.loads(json.dumps(history)) == history
-    assert len({p.data_ptr() for group in optimizer.param_groups for p in group["params"]}) == len(trainable(model))
+    assert len({p.data_ptr() for group in optimizer.param_groups for p in group["params"]}) == len(
+        trainable(model)
+    )
 
 
 def test_ranks_that_differ_from_the_start_count_too() -> None:
@@ -441,21 +527,27 @@ def test_ranks_that_differ_from_the_start_count_too() -> None:
 def test_growth_draws_nothing_from_the_global_generator_and_repeats_itself() -> None:
     def grown(seed: int, drawn: int) -> list[Tensor]:
         model = growing()
-        grower = RankGrower(model, GrowthSchedule(budget=34, start=2, every=1, top=3, add=2, seed=seed))
+        grower = RankGrower(
+            model, GrowthSchedule(budget=34, start=2, every=1, top=3, add=2, seed=seed)
+        )
         optimizer = torch.optim.SGD(trainable(model), lr=0.1)
         train(model, optimizer, range(1, 2), grower)
         torch.manual_seed(drawn)
         state = torch.get_rng_state()
         train(model, optimizer, range(2, 3), grower)
         assert torch.equal(torch.get_rng_state(), state)
-        new = [layer.A1.detach() for layer in adapter_layers(model).values() if len(layer.pairs) > 1]
+        new = [
+            layer.A1.detach() for layer in adapter_layers(model).values() if len(layer.pairs) > 1
+        ]
         assert len(new) == 3
         return new
 
     first = grown(0, 1)
     assert all(torch.equal(a, b) for a, b in zip(first, grown(0, 2), strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(first, grown(1, 1), strict=True))
-    assert not any(torch.equal(a[:1], b[:1]) for a in first for b in first if a is not b and a.shape == b.shape)
+    assert not any(
+        torch.equal(a[:1], b[:1]) for a in first for b in first if a is not b and a.shape == b.shape
+    )
 
 
 def test_after_the_budget_is_spent_nothing_is_observed() -> None:
@@ -473,7 +565,10 @@ REFUSED = [
     ({"add": -1}, "add=-1"),
     ({"max_r": 0}, "max_r=0"),
     ({"beta": 1.0}, r"beta=1.0: a number in \[0, 1\)"),
-    ({"budget": 27}, "budget=27: it counts the ranks of all 14 layers together, which are 28 now and can become 84"),
+    (
+        {"budget": 27},
+        "budget=27: it counts the ranks of all 14 layers together, which are 28 now and can become 84",
+    ),
     ({"budget": 85}, "which are 28 now and can become 84 .max_r=6"),
     ({"max_r": 1}, "'model.layers.0.self_attn.q_proj' has rank 2 and may have 1 at most"),
 ]
@@ -502,7 +597,9 @@ def test_a_grower_is_refused_what_it_cannot_use() -> None:
     with pytest.raises(ValueError, match="step=3: layers grew at step 3. After resuming"):
         grower.grow(optimizer, 3)
     ranks = grower.ranks
-    with pytest.raises(ValueError, match="does not hold the factors of 'model.layers.0.self_attn.q_proj'"):
+    with pytest.raises(
+        ValueError, match="does not hold the factors of 'model.layers.0.self_attn.q_proj'"
+    ):
         grower.grow(torch.optim.AdamW(trainable(model)[1:], lr=1e-2), 5)
     lora.merge(model)
     with pytest.raises(RuntimeError, match="is merged"):
@@ -515,7 +612,12 @@ def test_a_grower_is_refused_what_it_cannot_use() -> None:
 
 def grown(steps: int = 6) -> nn.Module:
     model = growing()
-    train(model, torch.optim.AdamW(trainable(model), lr=1e-2), range(1, steps), RankGrower(model, SCHEDULE))
+    train(
+        model,
+        torch.optim.AdamW(trainable(model), lr=1e-2),
+        range(1, steps),
+        RankGrower(model, SCHEDULE),
+    )
     return model
 
 
@@ -525,7 +627,9 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
         assert one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]), name
 
 
-def test_an_adapter_comes_back_with_its_pairs_its_importance_and_its_history(tmp_path: Path) -> None:
+def test_an_adapter_comes_back_with_its_pairs_its_importance_and_its_history(
+    tmp_path: Path,
+) -> None:
     model = grown()
     save_adapter(model, tmp_path)
     loaded = load_adapter(qwen(), tmp_path)
@@ -534,8 +638,16 @@ def test_an_adapter_comes_back_with_its_pairs_its_importance_and_its_history(tmp
     assert rank_history(loaded) == rank_history(model) and len(rank_history(model)) == 3
     for name, layer in adapter_layers(loaded).items():
         other = adapter_layers(model)[name]
-        assert (layer.r, layer.lora_alpha, layer.scaling) == (other.r, other.lora_alpha, other.scaling)
-        assert all(p.requires_grad for p in layer.parameters() if p is not layer.base_layer.weight and p is not layer.base_layer.bias)
+        assert (layer.r, layer.lora_alpha, layer.scaling) == (
+            other.r,
+            other.lora_alpha,
+            other.scaling,
+        )
+        assert all(
+            p.requires_grad
+            for p in layer.parameters()
+            if p is not layer.base_layer.weight and p is not layer.base_layer.bias
+        )
 
 
 def test_an_adapter_with_fewer_or_more_pairs_is_taken_over() -> None:
@@ -549,7 +661,9 @@ def test_an_adapter_with_fewer_or_more_pairs_is_taken_over() -> None:
             assert_same(adapter_state(model), state)
     same = adapter_layers(late)["model.layers.0.mlp.up_proj"].A
     lora.use_adapter(late, last)
-    assert adapter_layers(late)["model.layers.0.mlp.up_proj"].A is same  # where shapes agree, the tensors stay: an optimiser may hold them
+    assert (
+        adapter_layers(late)["model.layers.0.mlp.up_proj"].A is same
+    )  # where shapes agree, the tensors stay: an optimiser may hold them
 
 
 def test_what_does_not_fit_is_refused_and_changes_nothing() -> None:
@@ -569,7 +683,9 @@ def test_what_does_not_fit_is_refused_and_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("kind", ["adamw", "named, not foreach", "8-bit"])
-def test_a_loop_that_is_stopped_in_mid_growth_goes_on_to_the_same_weights(tmp_path: Path, kind: str) -> None:
+def test_a_loop_that_is_stopped_in_mid_growth_goes_on_to_the_same_weights(
+    tmp_path: Path, kind: str
+) -> None:
     def parts(model: nn.Module) -> tuple[RankGrower, torch.optim.Optimizer]:
         return RankGrower(model, SCHEDULE), OPTIMIZERS[kind](model)
 
@@ -582,7 +698,10 @@ def test_a_loop_that_is_stopped_in_mid_growth_goes_on_to_the_same_weights(tmp_pa
     assert grower.finished
     if kind == "8-bit":
         kinds = {optimizer.state[p]["state1"].dtype for p in trainable(straight)}
-        assert kinds == {torch.uint8, torch.float32}  # tensors of 64 numbers or more, and smaller ones
+        assert kinds == {
+            torch.uint8,
+            torch.float32,
+        }  # tensors of 64 numbers or more, and smaller ones
 
     resumed = load_adapter(qwen(), tmp_path)
     grower, optimizer = parts(resumed)
@@ -595,10 +714,17 @@ def test_a_loop_that_is_stopped_in_mid_growth_goes_on_to_the_same_weights(tmp_pa
 @pytest.mark.parametrize("fields", [{}, {"use_rslora": True}], ids=str)
 def test_the_exported_adapter_is_plain_lora_for_peft(tmp_path: Path, fields: dict) -> None:
     model = growing(**fields)
-    train(model, torch.optim.AdamW(trainable(model), lr=1e-2), range(1, 6), RankGrower(model, SCHEDULE))
+    train(
+        model,
+        torch.optim.AdamW(trainable(model), lr=1e-2),
+        range(1, 6),
+        RankGrower(model, SCHEDULE),
+    )
     export_peft(model, tmp_path)
     theirs = PeftModel.from_pretrained(qwen(), tmp_path).eval()
-    torch.testing.assert_close(theirs(**batch()).logits, model(**batch()).logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        theirs(**batch()).logits, model(**batch()).logits, atol=1e-5, rtol=1e-5
+    )
     ranks = {name: layer.r for name, layer in adapter_layers(model).items()}
     assert len(set(ranks.values())) > 1
     for name, r in ranks.items():
@@ -610,7 +736,9 @@ def test_the_exported_adapter_is_plain_lora_for_peft(tmp_path: Path, fields: dic
 
 def rows() -> datasets.Dataset:
     ids = torch.randint(1, 97, (24, 16), generator=torch.Generator().manual_seed(1))
-    return datasets.Dataset.from_dict({"input_ids": ids.numpy(), "labels": ids.numpy()}).with_format("torch")
+    return datasets.Dataset.from_dict(
+        {"input_ids": ids.numpy(), "labels": ids.numpy()}
+    ).with_format("torch")
 
 
 def arguments(folder: Path, **overrides: object):
@@ -620,14 +748,29 @@ def arguments(folder: Path, **overrides: object):
     return training_arguments(folder, device="cpu", **settings | overrides)
 
 
-def trainer(model: nn.Module, folder: Path, schedule: GrowthSchedule = SCHEDULE, callbacks: tuple = (), **overrides: object) -> AdapterTrainer:
+def trainer(
+    model: nn.Module,
+    folder: Path,
+    schedule: GrowthSchedule = SCHEDULE,
+    callbacks: tuple = (),
+    **overrides: object,
+) -> AdapterTrainer:
     grower = RankGrower(model, schedule)
-    return AdapterTrainer(model, arguments(folder, **overrides), train_dataset=rows(), callbacks=[grower, *callbacks])
+    return AdapterTrainer(
+        model, arguments(folder, **overrides), train_dataset=rows(), callbacks=[grower, *callbacks]
+    )
 
 
 def test_the_callback_does_what_the_loop_does(tmp_path: Path) -> None:
     model, reference = growing(), growing().train()
-    run = trainer(model, tmp_path, lr_scheduler_type="linear", warmup_steps=0, gradient_accumulation_steps=2, max_steps=6)
+    run = trainer(
+        model,
+        tmp_path,
+        lr_scheduler_type="linear",
+        warmup_steps=0,
+        gradient_accumulation_steps=2,
+        max_steps=6,
+    )
     batches = list(run.get_train_dataloader())
     run.train()
 
@@ -660,7 +803,14 @@ def run_to_the_end(folder: Path, kill: bool = False) -> dict[str, Tensor]:
     """The command that is repeated after a kill."""
     model = growing(lora_dropout=0.2)
     callbacks = (Kill(),) if kill else ()
-    run = trainer(model, folder, callbacks=callbacks, gradient_accumulation_steps=2, save_strategy="steps", save_steps=1)
+    run = trainer(
+        model,
+        folder,
+        callbacks=callbacks,
+        gradient_accumulation_steps=2,
+        save_strategy="steps",
+        save_steps=1,
+    )
     run.train(resume_from_checkpoint=True)
     assert run.state.global_step == 7
     return adapter_state(model)
@@ -670,8 +820,13 @@ def killed(folder: Path) -> None:
     """The same command in another process, which is killed."""
     code = f"from tests.test_adaptive import *; torch.set_num_threads(1); run_to_the_end(Path({str(folder)!r}), kill=True)"
     root = Path(__file__).parents[1]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
-    process = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]),
+    }
+    process = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True
+    )
     assert process.returncode == -signal.SIGKILL, process.stderr
 
 
@@ -683,14 +838,26 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def test_after_a_kill_in_mid_growth_the_same_command_reaches_the_same_weights(tmp_path: Path, one_thread: None) -> None:
+def test_after_a_kill_in_mid_growth_the_same_command_reaches_the_same_weights(
+    tmp_path: Path, one_thread: None
+) -> None:
     expected = run_to_the_end(tmp_path / "straight")
     killed(tmp_path / "killed")
     middle = restore_adapter(growing(), last_checkpoint(tmp_path / "killed"))
-    assert last_checkpoint(tmp_path / "killed").name == "checkpoint-4" and sum(layer.r for layer in adapter_layers(middle).values()) == 34
+    assert (
+        last_checkpoint(tmp_path / "killed").name == "checkpoint-4"
+        and sum(layer.r for layer in adapter_layers(middle).values()) == 34
+    )
     found = run_to_the_end(tmp_path / "killed")
     assert_same(found, expected)
-    assert sum(tensor.shape[0] for name, tensor in found.items() if name.rpartition(".")[2].startswith("A")) == 40
+    assert (
+        sum(
+            tensor.shape[0]
+            for name, tensor in found.items()
+            if name.rpartition(".")[2].startswith("A")
+        )
+        == 40
+    )
 
 
 def test_a_finished_run_brings_back_the_grown_adapter(tmp_path: Path, one_thread: None) -> None:
@@ -699,12 +866,20 @@ def test_a_finished_run_brings_back_the_grown_adapter(tmp_path: Path, one_thread
 
 
 def test_the_callback_refuses_what_would_not_reach_the_budget(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="last growth would come after step 5 and the run has 5: grow by more"):
+    with pytest.raises(
+        ValueError, match="last growth would come after step 5 and the run has 5: grow by more"
+    ):
         trainer(growing(), tmp_path, max_steps=5).train()
     assert trainer(growing(), tmp_path, max_steps=6).train().global_step == 6
     model = growing()
     other = torch.optim.AdamW(trainable(growing()), lr=1e-2)
     grower = RankGrower(model, SCHEDULE)
-    run = AdapterTrainer(model, arguments(tmp_path), train_dataset=rows(), callbacks=[grower], optimizers=(other, None))
+    run = AdapterTrainer(
+        model,
+        arguments(tmp_path),
+        train_dataset=rows(),
+        callbacks=[grower],
+        optimizers=(other, None),
+    )
     with pytest.raises(ValueError, match="does not hold the factors"):
         run.train()

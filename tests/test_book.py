@@ -30,7 +30,9 @@ def address(book: Path) -> Iterator[str]:
         def log_message(self, *_: object) -> None:
             pass
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(book)))
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(Quiet, directory=str(book))
+    )
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
@@ -39,7 +41,9 @@ def address(book: Path) -> Iterator[str]:
 @pytest.fixture
 def browser(tmp_path: Path) -> Iterator[chromium.Browser]:
     program = chromium.executable()
-    assert program, f"REQUIRE_BROWSER=1, but there is none of {', '.join(chromium.NAMES)} on the PATH"
+    assert program, (
+        f"REQUIRE_BROWSER=1, but there is none of {', '.join(chromium.NAMES)} on the PATH"
+    )
     browser = chromium.Browser(program, tmp_path / "profile")
     browser.size(1280, 900)
     yield browser
@@ -47,7 +51,11 @@ def browser(tmp_path: Path) -> Iterator[chromium.Browser]:
 
 
 def pages(book: Path) -> list[str]:
-    return sorted(path.relative_to(book).as_posix() for path in book.rglob("*.html") if "_static" not in path.parts)
+    return sorted(
+        path.relative_to(book).as_posix()
+        for path in book.rglob("*.html")
+        if "_static" not in path.parts
+    )
 
 
 class Targets(HTMLParser):
@@ -76,7 +84,9 @@ def test_links_inside_the_book_lead_somewhere(book: Path) -> None:
             target = (page.parent / unquote(parts.path)).resolve() if parts.path else page
             assert target.exists(), f"{page.relative_to(book)}: {link} leads nowhere"
             if parts.fragment and target in parsed:
-                assert unquote(parts.fragment) in parsed[target].anchors, f"{page.relative_to(book)}: {link}: no such anchor"
+                assert unquote(parts.fragment) in parsed[target].anchors, (
+                    f"{page.relative_to(book)}: {link}: no such anchor"
+                )
 
 
 @pytest.mark.slow
@@ -96,17 +106,23 @@ def test_second_build_executes_and_builds_nothing(book: Path, capfd: pytest.Capt
 
 @pytest.mark.slow
 @pytest.mark.browser
-def test_no_page_complains_or_asks_the_outside_for_anything(browser: chromium.Browser, address: str, book: Path) -> None:
+def test_no_page_complains_or_asks_the_outside_for_anything(
+    browser: chromium.Browser, address: str, book: Path
+) -> None:
     for name in pages(book):
         browser.open(f"{address}/{name}")
-        outside = [url for url in browser.requests if not url.startswith((address, "data:", "blob:"))]
+        outside = [
+            url for url in browser.requests if not url.startswith((address, "data:", "blob:"))
+        ]
         assert not outside, f"{name} asks for {outside}"
         assert not browser.errors, f"{name}: {browser.errors}"
 
 
 @pytest.mark.slow
 @pytest.mark.browser
-def test_no_page_scrolls_sideways_on_a_phone(browser: chromium.Browser, address: str, book: Path) -> None:
+def test_no_page_scrolls_sideways_on_a_phone(
+    browser: chromium.Browser, address: str, book: Path
+) -> None:
     browser.size(PHONE, 844, mobile=True)
     for name in pages(book):
         browser.open(f"{address}/{name}")
@@ -123,7 +139,9 @@ def test_equations_are_typeset(browser: chromium.Browser, address: str, stem: st
     browser.open(f"{address}/notebooks/{stem}.html")
     assert browser.evaluate("document.querySelectorAll('mjx-container').length") > 5
     assert browser.evaluate("document.querySelectorAll('mjx-merror').length") == 0
-    assert browser.evaluate("[...document.querySelectorAll('.math')].every(e => e.querySelector('mjx-container'))")
+    assert browser.evaluate(
+        "[...document.querySelectorAll('.math')].every(e => e.querySelector('mjx-container'))"
+    )
 
 
 @pytest.mark.browser
@@ -138,29 +156,43 @@ def test_the_book_opens_from_files(browser: chromium.Browser, book: Path, stem: 
 
 
 @pytest.mark.browser
-@pytest.mark.skipif("1_1_qlora" not in CHAPTERS, reason="the chapter that speaks of quantiles is not there yet")
+@pytest.mark.skipif(
+    "1_1_qlora" not in CHAPTERS, reason="the chapter that speaks of quantiles is not there yet"
+)
 @pytest.mark.parametrize("over", ["http", "file"])
-def test_search_finds_quantile(browser: chromium.Browser, address: str, book: Path, over: str) -> None:
+def test_search_finds_quantile(
+    browser: chromium.Browser, address: str, book: Path, over: str
+) -> None:
     browser.open(f"{address if over == 'http' else book.as_uri()}/search.html?q=quantile")
-    browser.wait("document.querySelectorAll('#search-results li a').length > 0 && !!document.querySelector('#search-results .search-summary, #search-results p')")
-    browser.wait("[...document.querySelectorAll('#search-results li a')].some(a => a.href.includes('notebooks/1_1_qlora.html'))")
+    browser.wait(
+        "document.querySelectorAll('#search-results li a').length > 0 && !!document.querySelector('#search-results .search-summary, #search-results p')"
+    )
+    browser.wait(
+        "[...document.querySelectorAll('#search-results li a')].some(a => a.href.includes('notebooks/1_1_qlora.html'))"
+    )
     assert not [url for url in browser.requests if not url.startswith((address, "file:", "data:"))]
 
 
 @pytest.mark.browser
 @pytest.mark.parametrize("stem", CHAPTERS)
-def test_solutions_are_folded_and_open_on_a_click(browser: chromium.Browser, address: str, stem: str) -> None:
+def test_solutions_are_folded_and_open_on_a_click(
+    browser: chromium.Browser, address: str, stem: str
+) -> None:
     browser.open(f"{address}/notebooks/{stem}.html")
     solutions = "[...document.querySelectorAll('.tag_solution details')]"
     count = browser.evaluate(f"{solutions}.length")
     assert count >= 3
     assert browser.evaluate(f"{solutions}.every(e => !e.open)")
     browser.evaluate(f"{solutions}[0].querySelector('summary').click()")
-    assert browser.evaluate(f"{solutions}[0].open && {solutions}[0].querySelector('pre').getBoundingClientRect().height > 0")
+    assert browser.evaluate(
+        f"{solutions}[0].open && {solutions}[0].querySelector('pre').getBoundingClientRect().height > 0"
+    )
 
 
 @pytest.mark.browser
-def test_dark_mode_follows_the_system_and_the_button(browser: chromium.Browser, address: str) -> None:
+def test_dark_mode_follows_the_system_and_the_button(
+    browser: chromium.Browser, address: str
+) -> None:
     ground = "getComputedStyle(document.body).backgroundColor"
     theme = "document.documentElement.dataset.theme"
     browser.prefer("dark")
@@ -179,17 +211,35 @@ def test_dark_mode_follows_the_system_and_the_button(browser: chromium.Browser, 
 
 @pytest.mark.browser
 @pytest.mark.parametrize("stem", CHAPTERS)
-def test_launch_and_download_buttons_lead_to_the_chapters_own_notebook(browser: chromium.Browser, address: str, book: Path, stem: str) -> None:
+def test_launch_and_download_buttons_lead_to_the_chapters_own_notebook(
+    browser: chromium.Browser, address: str, book: Path, stem: str
+) -> None:
     browser.open(f"{address}/notebooks/{stem}.html")
-    links = browser.evaluate("[...document.querySelectorAll('.article-header-buttons a')].map(a => a.href)")
+    links = browser.evaluate(
+        "[...document.querySelectorAll('.article-header-buttons a')].map(a => a.href)"
+    )
     colab = [link for link in links if "colab.research.google.com" in link]
-    assert colab and all(re.fullmatch(rf"https://colab\.research\.google\.com/github/[^/]+/[^/]+/blob/main/notebooks/{stem}\.ipynb", link) for link in colab)
-    assert f"{address}/_sources/notebooks/{stem}.ipynb" in links and (book / "_sources" / "notebooks" / f"{stem}.ipynb").exists()
+    assert colab and all(
+        re.fullmatch(
+            rf"https://colab\.research\.google\.com/github/[^/]+/[^/]+/blob/main/notebooks/{stem}\.ipynb",
+            link,
+        )
+        for link in colab
+    )
+    assert (
+        f"{address}/_sources/notebooks/{stem}.ipynb" in links
+        and (book / "_sources" / "notebooks" / f"{stem}.ipynb").exists()
+    )
 
 
 @pytest.mark.browser
 @pytest.mark.parametrize("stem", CHAPTERS)
 def test_figures_have_alt_text(browser: chromium.Browser, address: str, stem: str) -> None:
     browser.open(f"{address}/notebooks/{stem}.html")
-    images = browser.evaluate("[...document.querySelectorAll('.cell_output img')].map(i => [i.alt, i.src.length, i.naturalWidth])")
-    assert images and all(alt.strip() and not alt.startswith("_images") and "../_images" not in alt and width for alt, _, width in images)
+    images = browser.evaluate(
+        "[...document.querySelectorAll('.cell_output img')].map(i => [i.alt, i.src.length, i.naturalWidth])"
+    )
+    assert images and all(
+        alt.strip() and not alt.startswith("_images") and "../_images" not in alt and width
+        for alt, _, width in images
+    )

@@ -4,8 +4,9 @@ import copy
 import math
 
 import torch
-from lora_course.classroom.chapter_0_1 import check_alpha, check_matching_rank, check_merged_linear
 from torch import nn
+
+from lora_course.classroom.chapter_0_1 import check_alpha, check_matching_rank, check_merged_linear
 from tests.exercises import (  # noqa: F401
     pytest_generate_tests,
     test_right_answers_pass_and_stubs_are_not_attempted,
@@ -56,7 +57,9 @@ WRONG = {
         lambda new_r, r, a, use_rslora=False: 2 * new_r,
         lambda new_r, r, a, use_rslora=False: a * new_r / r,
         lambda new_r, r, a, use_rslora=False: a if use_rslora else a * new_r / r,
-        lambda new_r, r, a, use_rslora=False: a * math.sqrt(new_r / r) if use_rslora else a * new_r // r,
+        lambda new_r, r, a, use_rslora=False: (
+            a * math.sqrt(new_r / r) if use_rslora else a * new_r // r
+        ),
     ],
     check_matching_rank: [
         lambda e, t, r: r,
@@ -81,7 +84,14 @@ WRONG = {
     ],
 }
 RIGHT = {
-    check_alpha: [lambda new_r, r, a, use_rslora=False: a / r ** (0.5 if use_rslora else 1) * new_r ** (0.5 if use_rslora else 1)],
-    check_matching_rank: [by_trying, lambda e, t, r: max(1, int(r * parameters(e) / parameters(t) + 0.5))],
+    check_alpha: [
+        lambda new_r, r, a, use_rslora=False: (
+            a / r ** (0.5 if use_rslora else 1) * new_r ** (0.5 if use_rslora else 1)
+        )
+    ],
+    check_matching_rank: [
+        by_trying,
+        lambda e, t, r: max(1, int(r * parameters(e) / parameters(t) + 0.5)),
+    ],
     check_merged_linear: [column_by_column, by_merging_a_copy],
 }

@@ -4,6 +4,7 @@ import math
 
 import bitsandbytes as bnb
 import torch
+
 from lora_course.classroom.chapter_1_1 import check_merged_weight, check_quantizer, check_storage
 from tests.exercises import (  # noqa: F401
     pytest_generate_tests,
@@ -29,7 +30,9 @@ def one_scale(weight, codebook, block=64):
 
 def zero_by_zero(weight, codebook, block=64):
     parts, absmax = blocks_of(weight, block)
-    return (nearest(parts / absmax, codebook) * absmax).reshape(weight.shape) + parts.reshape(weight.shape) / absmax.repeat_interleave(block).reshape(weight.shape) * 0
+    return (nearest(parts / absmax, codebook) * absmax).reshape(weight.shape) + parts.reshape(
+        weight.shape
+    ) / absmax.repeat_interleave(block).reshape(weight.shape) * 0
 
 
 def not_multiplied_back(weight, codebook, block=64):
@@ -39,7 +42,9 @@ def not_multiplied_back(weight, codebook, block=64):
 
 def next_lower(weight, codebook, block=64):
     parts, absmax = blocks_of(weight, block)
-    index = (torch.bucketize(parts / absmax.clamp(min=1e-9), codebook, right=True) - 1).clamp(0, len(codebook) - 1)
+    index = (torch.bucketize(parts / absmax.clamp(min=1e-9), codebook, right=True) - 1).clamp(
+        0, len(codebook) - 1
+    )
     return (codebook[index] * absmax).reshape(weight.shape)
 
 
@@ -54,7 +59,11 @@ def base_of(layer):
 
 
 def requantised(layer):
-    return dequantize(*bnb.functional.quantize_4bit(base_of(layer) + layer.delta_weight().detach(), blocksize=64, quant_type="nf4"))
+    return dequantize(
+        *bnb.functional.quantize_4bit(
+            base_of(layer) + layer.delta_weight().detach(), blocksize=64, quant_type="nf4"
+        )
+    )
 
 
 def column_by_column(layer):
@@ -72,11 +81,21 @@ WRONG = {
     check_storage: [
         lambda n, bits=4, block=64: bits * n + 32 * math.ceil(n / block),
         lambda n, bits=4, block=64: bits * n + 8 * math.ceil(n / block),
-        lambda n, bits=4, block=64: bits * n + 8 * math.ceil(n / block) + 32 * math.ceil(n / block / 256),
+        lambda n, bits=4, block=64: (
+            bits * n + 8 * math.ceil(n / block) + 32 * math.ceil(n / block / 256)
+        ),
         lambda n, bits=4, block=64: bits * n + 8 * (n // block) + 32 * (n // block // 256) + 32,
-        lambda n, bits=4, block=64: 4 * n + 8 * math.ceil(n / 64) + 32 * math.ceil(n / 64 / 256) + 32,
+        lambda n, bits=4, block=64: (
+            4 * n + 8 * math.ceil(n / 64) + 32 * math.ceil(n / 64 / 256) + 32
+        ),
     ],
-    check_quantizer: [one_scale, zero_by_zero, not_multiplied_back, next_lower, lambda w, c, block=64: blocks_of(by_thresholds(w, c, block), block)[0]],
+    check_quantizer: [
+        one_scale,
+        zero_by_zero,
+        not_multiplied_back,
+        next_lower,
+        lambda w, c, block=64: blocks_of(by_thresholds(w, c, block), block)[0],
+    ],
     check_merged_weight: [
         base_of,
         lambda layer: base_of(layer) + layer.B @ layer.A,
@@ -86,7 +105,11 @@ WRONG = {
     ],
 }
 RIGHT = {
-    check_storage: [lambda n, bits=4, block=64: n * bits - 8 * (-n // block) - 32 * ((-(-n // block) * -1) // 256) + 32],
+    check_storage: [
+        lambda n, bits=4, block=64: (
+            n * bits - 8 * (-n // block) - 32 * ((-(-n // block) * -1) // 256) + 32
+        )
+    ],
     check_quantizer: [by_thresholds],
     check_merged_weight: [column_by_column, lambda layer: base_of(layer) + layer.delta_weight()],
 }

@@ -33,13 +33,19 @@ def by_phases(t, layers, init_r, target_r, tinit, tfinal, total_step):
         return init_r * layers
     if t > total_step - tfinal:
         return target_r * layers
-    return int(target_r * layers + (init_r - target_r) * layers * (1 - (t - tinit) / (total_step - tfinal - tinit)) ** 3)
+    return int(
+        target_r * layers
+        + (init_r - target_r) * layers * (1 - (t - tinit) / (total_step - tfinal - tinit)) ** 3
+    )
 
 
 def scores(sensitivity, uncertainty, reduce=torch.mean):
     found = {}
     for name in sensitivity:
-        s = {key: sensitivity[name][key] * (uncertainty[name][key] if uncertainty else 1) for key in "AEB"}
+        s = {
+            key: sensitivity[name][key] * (uncertainty[name][key] if uncertainty else 1)
+            for key in "AEB"
+        }
         found[name] = s["E"].flatten() + reduce(s["A"], 1) + reduce(s["B"], 0)
     return found
 
@@ -64,7 +70,11 @@ def one_short(sensitivity, uncertainty, budget):
 def one_by_one(sensitivity, uncertainty, budget):
     """Another way: a sorted list of Python tuples."""
     score = scores(sensitivity, uncertainty)
-    order = sorted((-s[i].item(), place, i, name) for place, (name, s) in enumerate(score.items()) for i in range(len(s)))
+    order = sorted(
+        (-s[i].item(), place, i, name)
+        for place, (name, s) in enumerate(score.items())
+        for i in range(len(s))
+    )
     masks = {name: torch.zeros(len(s), dtype=torch.bool) for name, s in score.items()}
     for _, _, i, name in order[:budget]:
         masks[name][i] = True
@@ -115,8 +125,16 @@ RIGHT = {
     check_allocation: [lambda i, u, b: allocate(scores(i, u), b), one_by_one],
     check_fold: [
         lambda layer: (*kept(layer), layer.scaling * int(layer.mask.sum())),
-        lambda layer: (layer.A[layer.mask], layer.B[:, layer.mask] * layer.E[layer.mask].T, layer.lora_alpha / layer.r * len(layer.mask.nonzero())),
+        lambda layer: (
+            layer.A[layer.mask],
+            layer.B[:, layer.mask] * layer.E[layer.mask].T,
+            layer.lora_alpha / layer.r * len(layer.mask.nonzero()),
+        ),
         # half of it on each side, and a scale of one
-        lambda layer: (math.sqrt(layer.scaling) * kept(layer)[0], math.sqrt(layer.scaling) * kept(layer)[1], 3.0),
+        lambda layer: (
+            math.sqrt(layer.scaling) * kept(layer)[0],
+            math.sqrt(layer.scaling) * kept(layer)[1],
+            3.0,
+        ),
     ],
 }

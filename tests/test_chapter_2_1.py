@@ -79,11 +79,16 @@ WRONG = {
         lambda h, real, W, prefix: gates(h, torch.ones_like(real), W, prefix),
         lambda h, real, W, prefix: gates(h, real, W, 3),
         lambda h, real, W, prefix: gates(h, real, W, prefix)[:, 0],
-        lambda h, real, W, prefix: torch.where((real.long().cumsum(1) <= prefix)[..., None], 0.25, (h @ W.T).softmax(-1)),
+        lambda h, real, W, prefix: torch.where(
+            (real.long().cumsum(1) <= prefix)[..., None], 0.25, (h @ W.T).softmax(-1)
+        ),
     ],
 }
 RIGHT = {
     check_top_k: [choose, one_by_one],
-    check_balance: [lambda p, real: p.shape[-1] * (share(p, real) * mean(p, real)).sum(), lambda p, real: p.shape[-1] * (share(p[real][None], real[real][None]) @ p[real].mean(0))],
+    check_balance: [
+        lambda p, real: p.shape[-1] * (share(p, real) * mean(p, real)).sum(),
+        lambda p, real: p.shape[-1] * (share(p[real][None], real[real][None]) @ p[real].mean(0)),
+    ],
     check_sequence_gates: [gates, row_by_row],
 }

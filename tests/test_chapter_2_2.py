@@ -25,7 +25,9 @@ def one_by_one(stages):
 
 
 def cat(stages, a=lambda s: 1, b=lambda s: s):
-    return torch.cat([a(s) * A for A, _, s in stages]), torch.cat([b(s) * B for _, B, s in stages], 1)
+    return torch.cat([a(s) * A for A, _, s in stages]), torch.cat(
+        [b(s) * B for _, B, s in stages], 1
+    )
 
 
 def added_up(stages):
@@ -110,7 +112,9 @@ WRONG = {
 RIGHT = {
     check_jagged: [
         lambda t, n, L, w: multiplier([Stage(1, "all-linear", 1e-3, L, w)] * n, t // L, t % L),
-        lambda t, n, L, w: (t % L / w if t % L < w else 1) * (1 if t < w else (n * L - t) / (n * L - w)),
+        lambda t, n, L, w: (
+            (t % L / w if t % L < w else 1) * (1 if t < w else (n * L - t) / (n * L - w))
+        ),
     ],
     check_one_adapter: [cat, one_by_one],
     check_restart: [restart, with_new_parameters_told, moments_set_to_zero],

@@ -5,7 +5,12 @@ import math
 
 import torch
 
-from lora_course.classroom.chapter_3_1 import check_growth, check_introduce, check_plan, check_sensitivity
+from lora_course.classroom.chapter_3_1 import (
+    check_growth,
+    check_introduce,
+    check_plan,
+    check_sensitivity,
+)
 from tests.exercises import (  # noqa: F401
     pytest_generate_tests,
     test_right_answers_pass_and_stubs_are_not_attempted,
@@ -13,7 +18,16 @@ from tests.exercises import (  # noqa: F401
 )
 
 
-def grow(A, B, lora_alpha, k, *, new_A=torch.randn, new_B=torch.zeros, alpha=lambda a, r, k: a * (r + k) / r):
+def grow(
+    A,
+    B,
+    lora_alpha,
+    k,
+    *,
+    new_A=torch.randn,
+    new_B=torch.zeros,
+    alpha=lambda a, r, k: a * (r + k) / r,
+):
     grown = torch.cat([A, new_A(k, A.shape[1])]), torch.cat([B, new_B(B.shape[0], k)], 1)
     return *grown, alpha(lora_alpha, A.shape[0], k)
 
@@ -26,7 +40,20 @@ def grow_in_front_of_nothing(A, B, lora_alpha, k):
     return larger_A, larger_B, (r + k) * (lora_alpha / r)
 
 
-def plan(scores, ranks, budget, top, add, max_r, *, reverse=True, room=True, exact=True, on=True, new=False):
+def plan(
+    scores,
+    ranks,
+    budget,
+    top,
+    add,
+    max_r,
+    *,
+    reverse=True,
+    room=True,
+    exact=True,
+    on=True,
+    new=False,
+):
     left = min(top * add, budget - sum(ranks.values())) if exact else top * add
     gains, order = {}, sorted(scores, key=scores.get, reverse=reverse)
     for name in order if on else order[:top]:
@@ -39,7 +66,11 @@ def plan(scores, ranks, budget, top, add, max_r, *, reverse=True, room=True, exa
 
 def stops_early(scores, ranks, budget, top, add, max_r):
     """Hands out whole rounds only."""
-    return plan(scores, ranks, budget, top, add, max_r) if budget - sum(ranks.values()) >= top * add else {}
+    return (
+        plan(scores, ranks, budget, top, add, max_r)
+        if budget - sum(ranks.values()) >= top * add
+        else {}
+    )
 
 
 def plan_one_by_one(scores, ranks, budget, top, add, max_r):
@@ -89,7 +120,10 @@ WRONG = {
         lambda A, B, gA, gB: gA.norm() + gB.norm(),
         lambda A, B, gA, gB: (B * gB).sum().abs() / math.sqrt(A.shape[1] * B.shape[0]),
         lambda A, B, gA, gB: (B * gB).abs().sum() / math.sqrt(A.shape[1] * B.shape[0]),
-        lambda A, B, gA, gB: ((A * gA).sum(1).abs().sum() + (B * gB).sum(0).abs().sum()) / math.sqrt(A.shape[1] * B.shape[0]),
+        lambda A, B, gA, gB: (
+            ((A * gA).sum(1).abs().sum() + (B * gB).sum(0).abs().sum())
+            / math.sqrt(A.shape[1] * B.shape[0])
+        ),
         lambda A, B, gA, gB: (B * gB).sum(0).abs().mean() / math.sqrt(A.shape[1] * B.shape[0]),
     ],
     check_plan: [
@@ -103,7 +137,9 @@ WRONG = {
     check_introduce: [
         lambda optimizer, old, new: optimizer.add_param_group({"params": [new], "lr": 0.01}),
         lambda optimizer, old, new: optimizer.param_groups[0]["params"].append(new),
-        lambda optimizer, old, new: [group["params"].append(new) for group in optimizer.param_groups] and None,
+        lambda optimizer, old, new: (
+            [group["params"].append(new) for group in optimizer.param_groups] and None
+        ),
         with_the_state_of_old,
         with_state_cleared,
         by_replacing,
@@ -114,7 +150,9 @@ RIGHT = {
     check_growth: [grow, grow_in_front_of_nothing],
     check_sensitivity: [
         lambda A, B, gA, gB: (B * gB).sum(0).abs().sum() / math.sqrt(A.shape[1] * B.shape[0]),
-        lambda A, B, gA, gB: torch.diagonal(A @ gA.T).abs().sum().item() / (A.shape[1] * B.shape[0]) ** 0.5,
+        lambda A, B, gA, gB: (
+            torch.diagonal(A @ gA.T).abs().sum().item() / (A.shape[1] * B.shape[0]) ** 0.5
+        ),
     ],
     check_plan: [plan, plan_one_by_one],
     check_introduce: [introduce],

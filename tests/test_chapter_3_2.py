@@ -3,7 +3,12 @@
 import torch
 import torch.nn.functional as F
 
-from lora_course.classroom.chapter_3_2 import check_gradient, check_loss, check_mixture, check_repair
+from lora_course.classroom.chapter_3_2 import (
+    check_gradient,
+    check_loss,
+    check_mixture,
+    check_repair,
+)
 from lora_course.distillation import DistillationConfig, distillation_loss, mixture_log_probs
 from tests.exercises import (  # noqa: F401
     pytest_generate_tests,
@@ -17,11 +22,27 @@ def weighted(values, weights):
 
 
 def mixture(teacher_logits, weights, T):
-    terms = [torch.tensor(w).log() + F.log_softmax(z / T, -1) for w, z in zip(weights, teacher_logits, strict=True)]
+    terms = [
+        torch.tensor(w).log() + F.log_softmax(z / T, -1)
+        for w, z in zip(weights, teacher_logits, strict=True)
+    ]
     return torch.logsumexp(torch.stack(terms), 0)
 
 
-def loss(student, teacher, labels, alpha, T, *, shift=1, mask=True, power=2, task_T=1.0, reverse=False, reduction="tokens"):
+def loss(
+    student,
+    teacher,
+    labels,
+    alpha,
+    T,
+    *,
+    shift=1,
+    mask=True,
+    power=2,
+    task_T=1.0,
+    reverse=False,
+    reduction="tokens",
+):
     """With torch's own pieces."""
     length = labels.shape[1]
     z, t, y = student[:, : length - shift], teacher[:, : length - shift], labels[:, shift:]
@@ -30,7 +51,12 @@ def loss(student, teacher, labels, alpha, T, *, shift=1, mask=True, power=2, tas
     q, p = (p, q) if reverse else (q, p)
     keep = (y != -100) if mask else y == y
     kl = F.kl_div(q, p, reduction="none", log_target=True).sum(-1) * keep
-    divisor = {"tokens": keep.sum(), "batch": len(labels), "positions": keep.numel(), "elements": keep.numel() * student.shape[-1]}[reduction]
+    divisor = {
+        "tokens": keep.sum(),
+        "batch": len(labels),
+        "positions": keep.numel(),
+        "elements": keep.numel() * student.shape[-1],
+    }[reduction]
     return (1 - alpha) * task + alpha * T**power * kl.sum() / divisor
 
 
@@ -41,7 +67,11 @@ def token_by_token(student, teacher, labels, alpha, T):
             if labels[row, t] >= 0:
                 z, p = student[row, t - 1], torch.softmax(teacher[row, t - 1] / T, -1)
                 kl = (p * (p.log() - torch.log_softmax(z / T, -1))).sum()
-                total = total - (1 - alpha) * torch.log_softmax(z, -1)[labels[row, t]] + alpha * T**2 * kl
+                total = (
+                    total
+                    - (1 - alpha) * torch.log_softmax(z, -1)[labels[row, t]]
+                    + alpha * T**2 * kl
+                )
                 count += 1
     return total / count
 
@@ -50,7 +80,11 @@ def in_one_sum(student, teacher, labels, alpha, T):
     """Masked by multiplication with zero of a log-probability of −∞: NaN."""
     y = labels[:, 1:]
     keep = (y != -100).double()
-    q = torch.where(keep[..., None] > 0, F.log_softmax(student[:, :-1] / T, -1), torch.tensor(-torch.inf, dtype=torch.float64))
+    q = torch.where(
+        keep[..., None] > 0,
+        F.log_softmax(student[:, :-1] / T, -1),
+        torch.tensor(-torch.inf, dtype=torch.float64),
+    )
     return (q.sum(-1) * keep).sum() / keep.sum()
 
 
@@ -110,15 +144,22 @@ WRONG = {
     ],
 }
 RIGHT = {
-    check_mixture: [mixture, lambda z, w, T: mixture_log_probs(z, w, DistillationConfig(temperature=T))],
+    check_mixture: [
+        mixture,
+        lambda z, w, T: mixture_log_probs(z, w, DistillationConfig(temperature=T)),
+    ],
     check_loss: [
         loss,
         token_by_token,
-        lambda s, t, y, alpha, T: distillation_loss(s, [t], y, DistillationConfig(alpha=alpha, temperature=T)).total,
+        lambda s, t, y, alpha, T: (
+            distillation_loss(s, [t], y, DistillationConfig(alpha=alpha, temperature=T)).total
+        ),
     ],
     check_repair: [
         lambda value, labels: value * len(labels) / (labels[:, 1:] != -100).sum(),
-        lambda value, labels: float(value) * labels.shape[0] / sum(int(y) != -100 for row in labels for y in row[1:]),
+        lambda value, labels: (
+            float(value) * labels.shape[0] / sum(int(y) != -100 for row in labels for y in row[1:])
+        ),
     ],
     check_gradient: [lambda z, p, T: T * (F.softmax(z / T, -1) - p), by_autograd],
 }

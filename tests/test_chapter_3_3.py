@@ -2,7 +2,12 @@
 
 import torch
 
-from lora_course.classroom.chapter_3_3 import check_merge, check_metrics, check_overlap, check_reservoir
+from lora_course.classroom.chapter_3_3 import (
+    check_merge,
+    check_metrics,
+    check_overlap,
+    check_reservoir,
+)
 from lora_course.continual import metrics
 from tests.exercises import (  # noqa: F401
     pytest_generate_tests,
@@ -11,7 +16,9 @@ from tests.exercises import (  # noqa: F401
 )
 
 
-def matrix_metrics(R, *, rows=slice(-1, None), sign=-1, last=-1, before=1, count=-1, start=0, ahead=1):
+def matrix_metrics(
+    R, *, rows=slice(-1, None), sign=-1, last=-1, before=1, count=-1, start=0, ahead=1
+):
     T = R.shape[1]
     acc = R[rows].mean()
     reference = R[before:].diagonal()[:T]
@@ -84,7 +91,15 @@ def half(memory, row, seen, capacity, draw):
         memory[draw(capacity)] = row.clone()
 
 
-def merge(adapters, weights, *, in_A=lambda w, s: 1.0, in_B=lambda w, s: w * s, alpha=lambda r: float(r), scale=lambda a, r: a / r):
+def merge(
+    adapters,
+    weights,
+    *,
+    in_A=lambda w, s: 1.0,
+    in_B=lambda w, s: w * s,
+    alpha=lambda r: float(r),
+    scale=lambda a, r: a / r,
+):
     pairs = [(A, B, w, scale(a, A.shape[0])) for (A, B, a), w in zip(adapters, weights)]
     A = torch.cat([in_A(w, s) * A for A, _, w, s in pairs])
     B = torch.cat([in_B(w, s) * B for _, B, w, s in pairs], 1)
@@ -109,7 +124,11 @@ def padded_mean(adapters, weights):
 def in_place(adapters, weights):
     for (A, B, alpha), w in zip(adapters, weights):
         B.mul_(w * alpha / A.shape[0])
-    return torch.cat([A for A, _, _ in adapters]), torch.cat([B for _, B, _ in adapters], 1), float(sum(len(A) for A, _, _ in adapters))
+    return (
+        torch.cat([A for A, _, _ in adapters]),
+        torch.cat([B for _, B, _ in adapters], 1),
+        float(sum(len(A) for A, _, _ in adapters)),
+    )
 
 
 def overlap(past, A, *, entry=torch.abs, total=torch.sum):
@@ -163,7 +182,9 @@ WRONG = {
         lambda past, A: overlap(past, A, total=torch.mean),
         lambda past, A: overlap(past[-1:], A),
         lambda past, A: (past[0] * A).abs().sum() if past else torch.tensor(0.0),
-        lambda past, A: overlap([P / P.norm(dim=1, keepdim=True) for P in past], A / A.norm(dim=1, keepdim=True)),
+        lambda past, A: overlap(
+            [P / P.norm(dim=1, keepdim=True) for P in past], A / A.norm(dim=1, keepdim=True)
+        ),
         lambda past, A: overlap(past, A.detach()),
         lambda past, A: overlap(past, A).item(),
         lambda past, A: overlap(past, A) + A.square().sum(),
@@ -172,6 +193,10 @@ WRONG = {
 RIGHT = {
     check_metrics: [in_loops, matrix_metrics, lambda R: tuple(metrics(R).values())],
     check_reservoir: [reservoir, reservoir_by_coin],
-    check_merge: [merge, merge_by_svd, lambda a, w: merge(a, w, in_A=lambda w, s: s, in_B=lambda w, s: w)],
+    check_merge: [
+        merge,
+        merge_by_svd,
+        lambda a, w: merge(a, w, in_A=lambda w, s: s, in_B=lambda w, s: w),
+    ],
     check_overlap: [overlap, overlap_by_rows],
 }

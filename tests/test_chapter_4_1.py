@@ -5,7 +5,12 @@ import math
 import torch
 import torch.nn.functional as F
 
-from lora_course.classroom.chapter_4_1 import check_density, check_gradients, check_plain, check_proximal_step
+from lora_course.classroom.chapter_4_1 import (
+    check_density,
+    check_gradients,
+    check_plain,
+    check_proximal_step,
+)
 from lora_course.sparse import scatter
 from tests.exercises import (  # noqa: F401
     pytest_generate_tests,

@@ -12,7 +12,9 @@ from tests.exercises import (  # noqa: F401
 
 
 def share(compare):
-    return lambda ranks: [sum(compare(b, i) for b in ranks) / len(ranks) for i in range(1, max(ranks) + 1)]
+    return lambda ranks: [
+        sum(compare(b, i) for b in ranks) / len(ranks) for i in range(1, max(ranks) + 1)
+    ]
 
 
 def by_blocks(ranks):
@@ -82,6 +84,8 @@ RIGHT = {
     check_branches: [
         lambda branches: joined(branches, all_biases),
         # the bias as the output for a zero input, and the branches in another order
-        lambda branches: joined(list(branches)[::-1], lambda bs: sum(branch(torch.zeros(9)) for branch in bs)),
+        lambda branches: joined(
+            list(branches)[::-1], lambda bs: sum(branch(torch.zeros(9)) for branch in bs)
+        ),
     ],
 }

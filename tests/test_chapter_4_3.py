@@ -29,7 +29,9 @@ def the_notes(x, bits):
 
 
 def truncated(x, bits):
-    return by_scale(x, (x.abs().max() / (2 ** (bits - 1) - 1)).clamp(min=TINY), 2 ** (bits - 1) - 1, torch.trunc)
+    return by_scale(
+        x, (x.abs().max() / (2 ** (bits - 1) - 1)).clamp(min=TINY), 2 ** (bits - 1) - 1, torch.trunc
+    )
 
 
 def largest(x, bits):
@@ -115,8 +117,17 @@ WRONG = {
         lambda x, scale, top: rounded(x, scale, top).detach(),
         lambda x, scale, top: x + ((x / scale).round() * scale - x).detach(),
         lambda x, scale, top: clamped(x, scale, top) / scale,
-        lambda x, scale, top: rounded(x, scale, top).detach() + x - clamped(x, scale, top) - (x - clamped(x, scale, top)).detach(),
-        lambda x, scale, top: rounded(x, scale, top).detach() + 0.4 * clamped(x, scale, top) - 0.4 * clamped(x, scale, top).detach(),
+        lambda x, scale, top: (
+            rounded(x, scale, top).detach()
+            + x
+            - clamped(x, scale, top)
+            - (x - clamped(x, scale, top)).detach()
+        ),
+        lambda x, scale, top: (
+            rounded(x, scale, top).detach()
+            + 0.4 * clamped(x, scale, top)
+            - 0.4 * clamped(x, scale, top).detach()
+        ),
     ],
     check_pack: [
         lambda codes: (codes + 7).to(torch.uint8),

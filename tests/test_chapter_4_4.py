@@ -4,7 +4,12 @@ import math
 
 import torch
 
-from lora_course.classroom.chapter_4_4 import check_backward, check_batched, check_fold_scale, check_times_merged
+from lora_course.classroom.chapter_4_4 import (
+    check_backward,
+    check_batched,
+    check_fold_scale,
+    check_times_merged,
+)
 from tests.exercises import (  # noqa: F401
     pytest_generate_tests,
     test_right_answers_pass_and_stubs_are_not_attempted,
@@ -32,7 +37,9 @@ def thick(g, x, W, A, B, s):
 def spoilt(gx=None, gA=None, gB=None):
     def learner(g, x, W, A, B, s):
         right = backward(g, x, W, A, B, s)
-        return tuple(change(g, x, W, A, B, s) if change else r for change, r in zip((gx, gA, gB), right))
+        return tuple(
+            change(g, x, W, A, B, s) if change else r for change, r in zip((gx, gA, gB), right)
+        )
 
     return learner
 

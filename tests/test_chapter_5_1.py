@@ -37,7 +37,9 @@ def by_sums(a, b):
 
 
 def front(points, beats):
-    return [n for n, p in points.items() if not any(beats(q, p) for m, q in points.items() if m != n)]
+    return [
+        n for n, p in points.items() if not any(beats(q, p) for m, q in points.items() if m != n)
+    ]
 
 
 def sweep(points):
@@ -68,7 +70,9 @@ def cost(shapes, r, dora):
 
 
 def by_division(shapes, parameters, dora):
-    return (parameters - (sum(out for out, _ in shapes) if dora else 0)) // sum(out + inner for out, inner in shapes)
+    return (parameters - (sum(out for out, _ in shapes) if dora else 0)) // sum(
+        out + inner for out, inner in shapes
+    )
 
 
 def by_counting(shapes, parameters, dora):
@@ -111,7 +115,12 @@ RIGHT = {
 
 def claims_in(stem: str) -> set[str]:
     """The ids of the claims that a chapter's text makes."""
-    return set(re.findall(r'claims\.add\(\s*"(\d\.\d-[a-z])"', next((ROOT / "notebooks").glob(f"{stem}_*.md")).read_text()))
+    return set(
+        re.findall(
+            r'claims\.add\(\s*"(\d\.\d-[a-z])"',
+            next((ROOT / "notebooks").glob(f"{stem}_*.md")).read_text(),
+        )
+    )
 
 
 def test_each_line_of_the_guide_rests_on_claims_that_exist() -> None:
@@ -122,15 +131,27 @@ def test_each_line_of_the_guide_rests_on_claims_that_exist() -> None:
     for line in lines:
         assert re.search(r"\d\.\d-[a-z]", line.rsplit("|", 2)[1]), f"no claim behind: {line}"
     for identifier in set(re.findall(r"\b(\d\.\d-[a-z])\b", text)):
-        assert identifier in claims_in(identifier[:3].replace(".", "_")), f"{identifier} is no claim of its chapter"
+        assert identifier in claims_in(identifier[:3].replace(".", "_")), (
+            f"{identifier} is no claim of its chapter"
+        )
 
 
 def test_the_guide_says_of_claims_what_the_ledger_says() -> None:
     # ✗ behind an id: it did not hold. Compared with the newest execution of each chapter, where there is one.
-    cited = re.findall(r"\b(\d\.\d-[a-z])( ✗)?", CHAPTER.read_text().split("## Which one, when")[1].split("\n## ")[0])
+    cited = re.findall(
+        r"\b(\d\.\d-[a-z])( ✗)?",
+        CHAPTER.read_text().split("## Which one, when")[1].split("\n## ")[0],
+    )
     for identifier, failed in cited:
         stem = next((ROOT / "notebooks").glob(f"{identifier[:3].replace('.', '_')}_*.md")).stem
-        runs = sorted((ROOT / "build" / "executed").glob(f"{stem}-*/claims/{stem}.json"), key=lambda path: path.stat().st_mtime)
+        runs = sorted(
+            (ROOT / "build" / "executed").glob(f"{stem}-*/claims/{stem}.json"),
+            key=lambda path: path.stat().st_mtime,
+        )
         if runs:
-            held = {claim["id"]: claim["holds"] for claim in json.loads(runs[-1].read_text())["claims"]}
-            assert held.get(identifier) == (not failed), f"{identifier}: the guide and the ledger differ"
+            held = {
+                claim["id"]: claim["holds"] for claim in json.loads(runs[-1].read_text())["claims"]
+            }
+            assert held.get(identifier) == (not failed), (
+                f"{identifier}: the guide and the ledger differ"
+            )

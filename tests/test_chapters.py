@@ -49,8 +49,11 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A small project with one variant and one chapter."""
     monkeypatch.delenv("LORA_COURSE_PROFILE", raising=False)
     for name, text in {
-        "lora_course/__init__.py": "", "lora_course/sparse.py": "ANSWER = 41\n", "lora_course/data/text.txt": "text",
-        "requirements.txt": "torch\n", "notebooks/9_9_toy.md": TOY,
+        "lora_course/__init__.py": "",
+        "lora_course/sparse.py": "ANSWER = 41\n",
+        "lora_course/data/text.txt": "text",
+        "requirements.txt": "torch\n",
+        "notebooks/9_9_toy.md": TOY,
     }.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
@@ -63,7 +66,12 @@ def run(root: Path) -> run_chapters.Result:
 
 def shown(result: run_chapters.Result) -> str:
     cells = nbformat.read(result.notebook, as_version=4).cells
-    return "".join(out["data"]["text/plain"] for cell in cells for out in cell.get("outputs", []) if "data" in out)
+    return "".join(
+        out["data"]["text/plain"]
+        for cell in cells
+        for out in cell.get("outputs", [])
+        if "data" in out
+    )
 
 
 @pytest.mark.slow
@@ -79,7 +87,15 @@ def test_a_chapter_executes_once_and_again_when_its_variant_changes(toy: Path) -
     assert [path.name for path in third.claims] == ["9_9_toy.json"]
 
 
-@pytest.mark.parametrize("name", ["notebooks/9_9_toy.md", "lora_course/sparse.py", "lora_course/data/text.txt", "requirements.txt"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "notebooks/9_9_toy.md",
+        "lora_course/sparse.py",
+        "lora_course/data/text.txt",
+        "requirements.txt",
+    ],
+)
 def test_the_key_covers_chapter_package_data_and_requirements(toy: Path, name: str) -> None:
     chapter = toy / "notebooks" / "9_9_toy.md"
     before = run_chapters.key(chapter, toy)
@@ -88,7 +104,9 @@ def test_the_key_covers_chapter_package_data_and_requirements(toy: Path, name: s
     assert run_chapters.key(chapter, toy) != before
 
 
-def test_the_key_covers_the_profile_and_not_compiled_files(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_key_covers_the_profile_and_not_compiled_files(
+    toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     chapter = toy / "notebooks" / "9_9_toy.md"
     before = run_chapters.key(chapter, toy)
     (toy / "lora_course" / "__pycache__").mkdir()
@@ -103,7 +121,9 @@ def test_gpu_cells_are_left_out_of_the_run_and_stay_in_the_page_without_output(t
     page = nbformat.reads(build_book.published(run(toy)), as_version=4)
     gpu = page.cells[2]
     assert gpu.metadata["tags"] == ["gpu"] and gpu.outputs == [] and "no GPU here" in gpu.source
-    assert not any(out.get("name") == "stderr" for cell in page.cells for out in cell.get("outputs", []))
+    assert not any(
+        out.get("name") == "stderr" for cell in page.cells for out in cell.get("outputs", [])
+    )
 
 
 @pytest.mark.slow
@@ -129,37 +149,58 @@ def test_a_killed_kernel_is_a_failure_that_names_its_cell(toy: Path) -> None:
 @pytest.mark.slow
 def test_one_bad_chapter_does_not_keep_the_others_from_running(toy: Path) -> None:
     (toy / "notebooks" / "1_1_bad.md").write_text(TOY.replace("\nsparse.ANSWER\n", "\n1 / 0\n"))
-    with pytest.raises(run_chapters.ChapterFailed, match=r"1 of 2 chapters failed:\n  notebooks/1_1_bad\.md:13"):
+    with pytest.raises(
+        run_chapters.ChapterFailed, match=r"1 of 2 chapters failed:\n  notebooks/1_1_bad\.md:13"
+    ):
         run_chapters.execute_all(toy)
     assert run_chapters.cached(toy / "notebooks" / "9_9_toy.md", toy)
 
 
 def test_an_unknown_chapter_or_profile_ends_the_command_with_what_there_is() -> None:
-    for arguments, settings, expected in [(["9_9_none"], {}, "9_9_none"), ([], {"LORA_COURSE_PROFILE": "huge"}, "tiny, smol, t4, large")]:
-        command = subprocess.run([sys.executable, "-m", "tools.run_chapters", *arguments], cwd=run_chapters.ROOT,
-                                 env=os.environ | settings, capture_output=True, text=True, check=False)
+    for arguments, settings, expected in [
+        (["9_9_none"], {}, "9_9_none"),
+        ([], {"LORA_COURSE_PROFILE": "huge"}, "tiny, smol, t4, large"),
+    ]:
+        command = subprocess.run(
+            [sys.executable, "-m", "tools.run_chapters", *arguments],
+            cwd=run_chapters.ROOT,
+            env=os.environ | settings,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         if CHAPTERS or arguments:
             assert command.returncode != 0 and expected in command.stderr
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
-def test_chapter_runs_within_its_time_and_saves_claims(chapter: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chapter_runs_within_its_time_and_saves_claims(
+    chapter: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("LORA_COURSE_PROFILE", raising=False)
     with capfd.disabled():
         print()
         result = run_chapters.execute(chapter)
     print(f"{chapter.stem}: {result.seconds:.0f} s of {BUDGET}")
-    assert result.seconds <= 2 * BUDGET, f"{chapter.name} took {result.seconds:.0f} s; it may take {BUDGET} on idle cores"
-    assert [path.stem for path in result.claims] == [chapter.stem], "the chapter saves its claims under its own name"
+    assert result.seconds <= 2 * BUDGET, (
+        f"{chapter.name} took {result.seconds:.0f} s; it may take {BUDGET} on idle cores"
+    )
+    assert [path.stem for path in result.claims] == [chapter.stem], (
+        "the chapter saves its claims under its own name"
+    )
     claims = json.loads(result.claims[0].read_text())["claims"]
-    assert claims and all(claim["holds"] or claim["explanation"] for claim in claims), "what does not hold is explained"
+    assert claims and all(claim["holds"] or claim["explanation"] for claim in claims), (
+        "what does not hold is explained"
+    )
 
 
 @pytest.mark.gpu
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
-def test_chapter_runs_on_a_gpu_with_its_gpu_cells(chapter: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chapter_runs_on_a_gpu_with_its_gpu_cells(
+    chapter: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("LORA_COURSE_PROFILE", "t4")
     with capfd.disabled():
         result = run_chapters.execute(chapter)

@@ -8,11 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-
 from torch import nn
 
 from lora_course import lora
-from lora_course.checkpoint import export_peft, load_adapter, load_peft, read_extra, restore_adapter, save_adapter
+from lora_course.checkpoint import (
+    export_peft,
+    load_adapter,
+    load_peft,
+    read_extra,
+    restore_adapter,
+    save_adapter,
+)
 from lora_course.lora import adapter_layers, inject
 from tests.test_lora import batch, config, qwen, randomize
 
@@ -28,7 +34,9 @@ def logits(model: nn.Module) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("fields", [{}, PATTERNS], ids=["plain", "patterns"])
-def test_reload_is_the_same_function_with_the_same_configuration(tmp_path: Path, fields: dict) -> None:
+def test_reload_is_the_same_function_with_the_same_configuration(
+    tmp_path: Path, fields: dict
+) -> None:
     model = randomize(inject(qwen(), config(**fields)))
     save_adapter(model, tmp_path / "a", extra={"step": 7})
     with warnings.catch_warnings():
@@ -38,7 +46,9 @@ def test_reload_is_the_same_function_with_the_same_configuration(tmp_path: Path,
     assert read_extra(tmp_path / "a") == {"step": 7}
     mine, other = lora.injection(model).config, lora.injection(again).config
     assert {k: v for k, v in mine.to_dict().items() if k != "peft_version"} == {
-        k: set(v) if k == "target_modules" else v for k, v in other.to_dict().items() if k != "peft_version"
+        k: set(v) if k == "target_modules" else v
+        for k, v in other.to_dict().items()
+        if k != "peft_version"
     }
     assert all(layer.A.requires_grad for layer in adapter_layers(again).values())
     assert {f.name for f in (tmp_path / "a").iterdir()} == {"adapter.safetensors", "adapter.json"}
@@ -56,8 +66,12 @@ def test_saving_while_merged_does_not_apply_the_update_twice(tmp_path: Path) -> 
     expected = logits(model)
     save_adapter(lora.merge(model), tmp_path / "own")
     export_peft(model, tmp_path / "peft")
-    torch.testing.assert_close(logits(load_adapter(qwen(), tmp_path / "own")), expected, atol=0, rtol=0)
-    torch.testing.assert_close(logits(PeftModel.from_pretrained(qwen(), tmp_path / "peft")), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        logits(load_adapter(qwen(), tmp_path / "own")), expected, atol=0, rtol=0
+    )
+    torch.testing.assert_close(
+        logits(PeftModel.from_pretrained(qwen(), tmp_path / "peft")), expected, atol=1e-5, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("fields", [{}, PATTERNS], ids=["plain", "patterns"])
@@ -72,7 +86,10 @@ def test_modules_of_rank_zero_are_left_out_of_an_export(tmp_path: Path) -> None:
     model = randomize(inject(qwen(), config()))
     for name, layer in adapter_layers(model).items():
         if "layers.0" in name:
-            layer.A, layer.B = nn.Parameter(torch.zeros(0, layer.in_features)), nn.Parameter(torch.zeros(layer.out_features, 0))
+            layer.A, layer.B = (
+                nn.Parameter(torch.zeros(0, layer.in_features)),
+                nn.Parameter(torch.zeros(layer.out_features, 0)),
+            )
             layer.r = 0
     export_peft(model, tmp_path)
     theirs = PeftModel.from_pretrained(qwen(), tmp_path)
@@ -96,7 +113,10 @@ def test_the_wrong_base_is_refused_and_left_as_it_was(tmp_path: Path) -> None:
     other.config.intermediate_size = 96
     wider = type(other)(other.config)
     names = [n for n, _ in wider.named_parameters()]
-    with pytest.raises(ValueError, match=r"for another base.*up_proj|for another base.*down_proj|for another base.*gate_proj"):
+    with pytest.raises(
+        ValueError,
+        match=r"for another base.*up_proj|for another base.*down_proj|for another base.*gate_proj",
+    ):
         load_adapter(wider, tmp_path)
     assert [n for n, p in wider.named_parameters() if p.requires_grad] == names
     attention_only = inject(qwen(), config(target_modules=["q_proj"]))
@@ -118,12 +138,18 @@ def test_torn_missing_future_and_foreign_folders_are_refused(tmp_path: Path) -> 
     with pytest.raises(FileNotFoundError, match="save_adapter"):
         load_adapter(qwen(), tmp_path)
     folder = save_adapter(randomize(inject(qwen(), config())), tmp_path / "a")
-    content, description = (folder / "adapter.safetensors").read_bytes(), json.loads((folder / "adapter.json").read_text())
+    content, description = (
+        (folder / "adapter.safetensors").read_bytes(),
+        json.loads((folder / "adapter.json").read_text()),
+    )
     (folder / "adapter.safetensors").write_bytes(content[:-4])
     with pytest.raises(ValueError, match="cut short"):
         load_adapter(qwen(), folder)
     (folder / "adapter.safetensors").write_bytes(content)
-    for change, message in (({"format_version": 99}, "version 99"), ({"layer": "Unknown"}, "'Unknown'")):
+    for change, message in (
+        ({"format_version": 99}, "version 99"),
+        ({"layer": "Unknown"}, "'Unknown'"),
+    ):
         (folder / "adapter.json").write_text(json.dumps(description | change))
         with pytest.raises(ValueError, match=message):
             load_adapter(qwen(), folder)
@@ -137,7 +163,9 @@ def test_torn_missing_future_and_foreign_folders_are_refused(tmp_path: Path) -> 
         load_peft(qwen(), folder)
 
 
-def test_other_files_in_the_folder_survive_and_a_second_save_replaces_the_first(tmp_path: Path) -> None:
+def test_other_files_in_the_folder_survive_and_a_second_save_replaces_the_first(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     model = randomize(inject(qwen(), config()))
     save_adapter(model, tmp_path)

@@ -18,7 +18,9 @@ def _own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
 def check():
     @exercise("0.0-square", points=2)
     def check_square(learner) -> None:
-        mistake(learner(3) == 6, "{} doubled 3; squaring multiplies it by itself.", learner.__name__)
+        mistake(
+            learner(3) == 6, "{} doubled 3; squaring multiplies it by itself.", learner.__name__
+        )
         mistake(learner(3) != 9, "3 squared is 9, not {}.", learner(3))
 
     return check_square
@@ -65,7 +67,12 @@ def test_wrong_answers_get_different_messages_that_name_the_mistake(check, capsy
 
 @pytest.mark.parametrize(
     ("answer", "word"),
-    [(lambda x: x / 0, "ZeroDivisionError"), (lambda x, y: x, "TypeError"), (lambda x: exit(), "SystemExit"), (7, "TypeError")],
+    [
+        (lambda x: x / 0, "ZeroDivisionError"),
+        (lambda x, y: x, "TypeError"),
+        (lambda x: exit(), "SystemExit"),
+        (7, "TypeError"),
+    ],
 )
 def test_an_answer_that_stops_is_wrong_and_the_error_is_named(check, answer, word) -> None:
     result = check(answer)
@@ -98,7 +105,10 @@ def test_a_function_that_works_in_place_may_return_nothing() -> None:
 def test_modules_and_classes_reach_the_check_as_they_are() -> None:
     @exercise("0.0-module")
     def check_module(learner) -> None:
-        mistake(not isinstance(learner, nn.Module) and not issubclass(learner, nn.Module), "That is no module.")
+        mistake(
+            not isinstance(learner, nn.Module) and not issubclass(learner, nn.Module),
+            "That is no module.",
+        )
 
     assert check_module(nn.Linear(2, 2)).status == "right"
     assert check_module(nn.Linear).status == "right"

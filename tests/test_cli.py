@@ -35,7 +35,9 @@ def test_the_command_is_installed_under_its_name_and_help_needs_no_torch() -> No
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["scripts"] == {"lora-course": "lora_course.cli:main"}
     code = "import sys; from lora_course.cli import main\ntry: main(['--help'])\nexcept SystemExit as stop: sys.exit(stop.code or ('torch' in sys.modules))"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False
+    )
     assert run.returncode == 0, run.stderr
     assert all(f"\n    {name} " in run.stdout for name in ("compare", "info", "convert"))
 
@@ -47,15 +49,31 @@ def test_version_is_pyprojects(capsys: pytest.CaptureFixture[str]) -> None:
     assert stop.value.code == 0 and capsys.readouterr().out == f"lora-course {version}\n"
 
 
-def test_info_names_versions_device_and_profile(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_info_names_versions_device_and_profile(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("LORA_COURSE_PROFILE", "smol")
     assert cli.main(["info"]) == 0
     rows = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
-    assert rows["torch"] == torch.__version__ and rows["profile"].startswith("smol: smol on cpu") and "GPU" in rows
+    assert (
+        rows["torch"] == torch.__version__
+        and rows["profile"].startswith("smol: smol on cpu")
+        and "GPU" in rows
+    )
 
 
-def test_convert_to_peft_and_back_is_the_same_function(tmp_path: Path, nano: nn.Module, capsys: pytest.CaptureFixture[str]) -> None:
-    settings = AdaLoraConfig(init_r=6, target_r=4, lora_alpha=9, tinit=1, tfinal=1, total_step=10, target_modules=["q_proj", "up_proj"])
+def test_convert_to_peft_and_back_is_the_same_function(
+    tmp_path: Path, nano: nn.Module, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = AdaLoraConfig(
+        init_r=6,
+        target_r=4,
+        lora_alpha=9,
+        tinit=1,
+        tfinal=1,
+        total_step=10,
+        target_modules=["q_proj", "up_proj"],
+    )
     model = randomize(inject(nano, settings, layer=AdaLoRALinear))
     for layer in adapter_layers(model).values():
         nn.init.normal_(layer.E)
@@ -70,10 +88,15 @@ def test_convert_to_peft_and_back_is_the_same_function(tmp_path: Path, nano: nn.
         warnings.simplefilter("error")
         again = load_adapter(lab.load_base("nano")[0], tmp_path / "again")
     torch.testing.assert_close(logits(again), expected, atol=2e-3, rtol=1e-4)
-    assert capsys.readouterr().out.splitlines() == [f"{tmp_path / 'peft'} holds the adapter in PEFT's format.", f"{tmp_path / 'again'} holds the adapter in the course's format."]
+    assert capsys.readouterr().out.splitlines() == [
+        f"{tmp_path / 'peft'} holds the adapter in PEFT's format.",
+        f"{tmp_path / 'again'} holds the adapter in the course's format.",
+    ]
 
 
-def test_compare_prints_progress_and_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare_prints_progress_and_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     asked = []
 
     def fake(methods: list[str], domains: list[str], out: Path, progress) -> dict:
@@ -82,41 +105,98 @@ def test_compare_prints_progress_and_the_table(tmp_path: Path, monkeypatch: pyte
         return {"settings": {"seeds": [0, 1], "own_domain": "glosses"}}
 
     monkeypatch.setattr(compare, "compare", fake)
-    monkeypatch.setattr(compare, "table", lambda record, domain, methods: compare.pandas.DataFrame({"bits a byte": ["2.0"]}, index=[domain]))
-    assert cli.main(["compare", "--methods", "lora", "dora", "--domains", "bible", "--out", str(tmp_path / "r.json")]) == 0
+    monkeypatch.setattr(
+        compare,
+        "table",
+        lambda record, domain, methods: compare.pandas.DataFrame(
+            {"bits a byte": ["2.0"]}, index=[domain]
+        ),
+    )
+    assert (
+        cli.main(
+            [
+                "compare",
+                "--methods",
+                "lora",
+                "dora",
+                "--domains",
+                "bible",
+                "--out",
+                str(tmp_path / "r.json"),
+            ]
+        )
+        == 0
+    )
     assert cli.main(["compare"]) == 0
-    assert asked == [(["lora", "dora"], ["bible"], tmp_path / "r.json"), (list(compare.METHODS), list(compare.DOMAINS), compare.RECORD)]
+    assert asked == [
+        (["lora", "dora"], ["bible"], tmp_path / "r.json"),
+        (list(compare.METHODS), list(compare.DOMAINS), compare.RECORD),
+    ]
     printed = capsys.readouterr().out
-    assert printed.startswith("one line\n") and "bible, 2 seeds" in printed and printed.count("bits a byte") == 3
+    assert (
+        printed.startswith("one line\n")
+        and "bible, 2 seeds" in printed
+        and printed.count("bits a byte") == 3
+    )
 
 
 def wrong(folder: Path) -> dict[str, tuple[list[str], str]]:
     """What is given, and how the one line that comes out begins."""
     (folder / "empty").mkdir()
     (folder / "delta").mkdir()
-    save_adapter(inject(lab.load_base("nano")[0], LoraConfig(r=2, target_modules=["q_proj"]), layer=SparseDeltaLinear), folder / "delta")
+    save_adapter(
+        inject(
+            lab.load_base("nano")[0],
+            LoraConfig(r=2, target_modules=["q_proj"]),
+            layer=SparseDeltaLinear,
+        ),
+        folder / "delta",
+    )
     (folder / "full").mkdir()
     (folder / "full" / "file").write_text("")
     (folder / "other.json").write_text(json.dumps([1]))
     return {
-        "method": (["compare", "--methods", "loar"], "method 'loar' is unknown; there are lora, rslora, dora"),
-        "domain": (["compare", "--domains", "glosses"], "domain 'glosses' is unknown; there are bible"),
-        "record": (["compare", "--out", str(folder / "other.json")], f"{folder / 'other.json'} holds no comparison"),
-        "no adapter": (["convert", str(folder / "empty"), str(folder / "new")], f"{folder / 'empty'} holds neither adapter.json"),
-        "target": (["convert", str(folder / "delta"), str(folder / "full")], f"{folder / 'full'} is there already"),
+        "method": (
+            ["compare", "--methods", "loar"],
+            "method 'loar' is unknown; there are lora, rslora, dora",
+        ),
+        "domain": (
+            ["compare", "--domains", "glosses"],
+            "domain 'glosses' is unknown; there are bible",
+        ),
+        "record": (
+            ["compare", "--out", str(folder / "other.json")],
+            f"{folder / 'other.json'} holds no comparison",
+        ),
+        "no adapter": (
+            ["convert", str(folder / "empty"), str(folder / "new")],
+            f"{folder / 'empty'} holds neither adapter.json",
+        ),
+        "target": (
+            ["convert", str(folder / "delta"), str(folder / "full")],
+            f"{folder / 'full'} is there already",
+        ),
         "not low-rank": (["convert", str(folder / "delta"), str(folder / "new")], ""),
     }
 
 
-def test_bad_input_is_one_sentence_and_leaves_nothing_behind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input_is_one_sentence_and_leaves_nothing_behind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name, (arguments, message) in wrong(tmp_path).items():
         assert cli.main(arguments) == 2, name
         found = capsys.readouterr()
-        assert found.out == "" and found.err.startswith(f"lora-course: {message}") and found.err.count("\n") == 1, name
+        assert (
+            found.out == ""
+            and found.err.startswith(f"lora-course: {message}")
+            and found.err.count("\n") == 1
+        ), name
         assert not (tmp_path / "new").exists(), name
 
 
-def test_ctrl_c_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ctrl_c_says_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 

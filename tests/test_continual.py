@@ -60,18 +60,26 @@ def _quick():
 @functools.cache
 def rows(task: int, count: int = 16, seed: int = 0) -> datasets.Dataset:
     """Task k: any order of the tokens 10k … 10k + 4; what one task teaches is wrong for the others."""
-    ids = 10 * task + torch.randint(5, (count, LENGTH), generator=torch.Generator().manual_seed(100 * task + seed))
-    return datasets.Dataset.from_dict({"input_ids": ids.numpy(), "labels": ids.numpy()}).with_format("torch")
+    ids = 10 * task + torch.randint(
+        5, (count, LENGTH), generator=torch.Generator().manual_seed(100 * task + seed)
+    )
+    return datasets.Dataset.from_dict(
+        {"input_ids": ids.numpy(), "labels": ids.numpy()}
+    ).with_format("torch")
 
 
 def tasks(count: int = 3) -> list[Task]:
     return [Task(f"task {k}", rows(k), rows(k, 8, seed=1)) for k in range(count)]
 
 
-def injected(strategy: Sequential | None = None, base: nn.Module | None = None, **fields: object) -> nn.Module:
+def injected(
+    strategy: Sequential | None = None, base: nn.Module | None = None, **fields: object
+) -> nn.Module:
     torch.manual_seed(5)
     fields = {"target_modules": ["q_proj", "v_proj", "down_proj"], "lora_dropout": 0.1} | fields
-    return inject(base or decided(), config(**fields), strategy.layer if strategy else lora.LoRALinear)
+    return inject(
+        base or decided(), config(**fields), strategy.layer if strategy else lora.LoRALinear
+    )
 
 
 def decided() -> nn.Module:
@@ -102,17 +110,25 @@ STRATEGIES: dict[str, Callable[[], Sequential]] = {
 
 
 def test_metrics_are_gems_and_their_signs_say_better_or_worse() -> None:
-    accuracy = torch.tensor([[0.1, 0.2, 0.3], [0.9, 0.4, 0.3], [0.7, 0.8, 0.5], [0.5, 0.75, 0.95]], dtype=torch.float64)
+    accuracy = torch.tensor(
+        [[0.1, 0.2, 0.3], [0.9, 0.4, 0.3], [0.7, 0.8, 0.5], [0.5, 0.75, 0.95]], dtype=torch.float64
+    )
     found = metrics(accuracy, higher_is_better=True)
     assert found["ACC"] == pytest.approx((0.5 + 0.75 + 0.95) / 3)
     assert found["BWT"] == pytest.approx(((0.5 - 0.9) + (0.75 - 0.8)) / 2)
     assert found["FWT"] == pytest.approx(((0.4 - 0.2) + (0.5 - 0.3)) / 2)
     error = metrics(1 - accuracy)
     assert error["ACC"] == pytest.approx(1 - found["ACC"])
-    assert (error["BWT"], error["FWT"]) == (pytest.approx(found["BWT"]), pytest.approx(found["FWT"]))
+    assert (error["BWT"], error["FWT"]) == (
+        pytest.approx(found["BWT"]),
+        pytest.approx(found["FWT"]),
+    )
 
 
-@pytest.mark.parametrize("matrix", [torch.zeros(3, 3), torch.zeros(2, 1), torch.zeros(3), torch.full((3, 2), float("nan"))])
+@pytest.mark.parametrize(
+    "matrix",
+    [torch.zeros(3, 3), torch.zeros(2, 1), torch.zeros(3), torch.full((3, 2), float("nan"))],
+)
 def test_metrics_refuse_what_is_no_full_matrix(matrix: Tensor) -> None:
     with pytest.raises(ValueError, match=r"\[T \+ 1, T\]"):
         metrics(matrix)
@@ -121,12 +137,19 @@ def test_metrics_refuse_what_is_no_full_matrix(matrix: Tensor) -> None:
 def test_mean_loss_is_by_token_and_leaves_the_mode() -> None:
     model, data = qwen().train(), rows(0, 11)
     masked = [dict(row) for row in data]
-    masked[0] = {**masked[0], "labels": torch.cat([torch.full((6,), -100), masked[0]["labels"][6:]])}
-    logits = model.eval()(input_ids=torch.stack([row["input_ids"] for row in masked])).logits[:, :-1]
+    masked[0] = {
+        **masked[0],
+        "labels": torch.cat([torch.full((6,), -100), masked[0]["labels"][6:]]),
+    }
+    logits = model.eval()(input_ids=torch.stack([row["input_ids"] for row in masked])).logits[
+        :, :-1
+    ]
     labels = torch.stack([row["labels"] for row in masked])[:, 1:]
     expected = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
     for training in (True, False):
-        assert mean_loss(model.train(training), masked, batch_size=4) == pytest.approx(expected.item(), rel=1e-5)
+        assert mean_loss(model.train(training), masked, batch_size=4) == pytest.approx(
+            expected.item(), rel=1e-5
+        )
         assert model.training is training
 
 
@@ -142,7 +165,9 @@ def test_each_row_is_kept_with_equal_probability_whenever_it_came() -> None:
     counts = torch.zeros(offered)
     for seed in range(runs):
         memory = Reservoir(kept * 12, seed)
-        for task, (start, count) in enumerate([(0, 4), (4, 1), (5, 25)]):  # in parts of different size
+        for task, (start, count) in enumerate(
+            [(0, 4), (4, 1), (5, 25)]
+        ):  # in parts of different size
             memory.add(plain(count, start=start), task)
         assert len(memory.rows) == kept and memory.seen == offered and memory.nbytes == kept * 12
         for row, source in zip(memory.rows, memory.sources, strict=True):
@@ -164,10 +189,14 @@ def test_the_budget_holds_for_rows_of_any_size_and_small_late_ones_are_not_prefe
         for i in range(60):
             size = 1 + int(torch.randint(20, (), generator=generator))
             memory.add([{"input_ids": [i] * size, "weight": torch.tensor(0.5)}])
-            assert memory.nbytes <= 1000 and memory.nbytes == sum(4 * len(row["input_ids"]) + 4 for row in memory.rows)
+            assert memory.nbytes <= 1000 and memory.nbytes == sum(
+                4 * len(row["input_ids"]) + 4 for row in memory.rows
+            )
         late += sum(int(row["input_ids"][0]) >= 30 for row in memory.rows)
         share += len(memory.rows)
-    assert late / share == pytest.approx(0.5, abs=0.03)  # 120 · 21 rows: a standard error of 0.01 at most
+    assert late / share == pytest.approx(
+        0.5, abs=0.03
+    )  # 120 · 21 rows: a standard error of 0.01 at most
 
 
 def test_a_row_is_a_copy_and_not_what_was_offered() -> None:
@@ -176,7 +205,9 @@ def test_a_row_is_a_copy_and_not_what_was_offered() -> None:
     memory.add(source)
     source[0]["input_ids"].zero_()
     source[0]["scale"].zero_()
-    assert memory.rows[0]["input_ids"].tolist() == [0, 1, 2, 3] and memory.rows[0]["scale"].tolist() == [1, 1]
+    assert memory.rows[0]["input_ids"].tolist() == [0, 1, 2, 3] and memory.rows[0][
+        "scale"
+    ].tolist() == [1, 1]
 
 
 def test_a_saved_memory_goes_on_as_if_it_had_not_been_saved(tmp_path: Path) -> None:
@@ -189,8 +220,16 @@ def test_a_saved_memory_goes_on_as_if_it_had_not_been_saved(tmp_path: Path) -> N
     for memory in memories:
         memory.add(plain(30, start=20), 1)
     one, other = memories
-    assert all(same(a, b) for a, b in zip(one.rows, other.rows, strict=True)) and set(one.sources) == {0, 1}
-    assert (one.numbers, one.sources, one.limit, one.seen, one.nbytes) == (other.numbers, other.sources, other.limit, other.seen, other.nbytes)
+    assert all(same(a, b) for a, b in zip(one.rows, other.rows, strict=True)) and set(
+        one.sources
+    ) == {0, 1}
+    assert (one.numbers, one.sources, one.limit, one.seen, one.nbytes) == (
+        other.numbers,
+        other.sources,
+        other.limit,
+        other.seen,
+        other.nbytes,
+    )
 
 
 def test_interleaving_gives_the_share_that_was_asked_for() -> None:
@@ -198,10 +237,15 @@ def test_interleaving_gives_the_share_that_was_asked_for() -> None:
     memory.add([{"input_ids": torch.tensor([-1])}] * 10)
     for share, expected in ((0.5, 24), (0.25, 8), (0.0, 0)):
         mixed = Interleaved(plain(24, 1), memory.rows, share)
-        assert sum(int(row["input_ids"][0]) < 0 for row in (mixed[i] for i in range(len(mixed)))) == expected
+        assert (
+            sum(int(row["input_ids"][0]) < 0 for row in (mixed[i] for i in range(len(mixed))))
+            == expected
+        )
         assert len(mixed) == 24 + expected
     assert len(Interleaved(plain(24), [], 0.5)) == 24
-    assert {row.dtype for i in (0, 30) for row in Interleaved(plain(24), memory.rows, 0.5)[i].values()} == {torch.int64}
+    assert {
+        row.dtype for i in (0, 30) for row in Interleaved(plain(24), memory.rows, 0.5)[i].values()
+    } == {torch.int64}
 
 
 def test_replayed_rows_come_during_training_and_not_after(tmp_path: Path) -> None:
@@ -217,7 +261,9 @@ def test_replayed_rows_come_during_training_and_not_after(tmp_path: Path) -> Non
     assert all(task == 0 for step in first for task in step)
     old = [step.count(0) for step in second]
     assert all(task in (0, 1) for step in second for task in step) and len(second) == 12
-    assert 12 <= sum(old) <= 36 and sum(count > 0 for count in old[:6]) >= 3  # 24 of 48 are expected
+    assert (
+        12 <= sum(old) <= 36 and sum(count > 0 for count in old[:6]) >= 3
+    )  # 24 of 48 are expected
 
 
 # ------------------------------------------------------------------------------------------------------ O-LoRA
@@ -232,13 +278,18 @@ def test_freezing_keeps_the_function_and_the_bits_of_what_is_frozen() -> None:
     torch.testing.assert_close(model(**batch()).logits, expected, atol=1e-5, rtol=1e-5)
     assert torch.equal(layer.past_A, first[0]) and torch.equal(layer.past_B, first[1])
     assert layer.B.abs().max() == 0 and relative(layer.A, first[0]) > 0.5
-    assert [name for name, _ in layer.named_parameters() if not name.startswith("base")] == ["A", "B"]
+    assert [name for name, _ in layer.named_parameters() if not name.startswith("base")] == [
+        "A",
+        "B",
+    ]
     randomize(model, 2)
     changed = model(**batch()).logits
     A, B, scaling = layer.factors()
     assert A.shape[0] == 6 and scaling == 1
     x = torch.randn(2, 4, layer.in_features)
-    torch.testing.assert_close(layer(x) - layer.base_layer(x), x @ (B @ A).t(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        layer(x) - layer.base_layer(x), x @ (B @ A).t(), atol=1e-5, rtol=1e-5
+    )
     torch.testing.assert_close(lora.merge(model)(**batch()).logits, changed, atol=1e-5, rtol=1e-5)
 
 
@@ -258,7 +309,9 @@ def test_overlap_is_the_sum_over_pairs_of_rows_of_all_layers() -> None:
     assert overlap(model).item() == pytest.approx(absolute, rel=1e-5)
     assert overlap(model, squared=True).item() == pytest.approx(squared, rel=1e-5)
     assert Orthogonal(0.3).penalty(model).item() == pytest.approx(0.3 * absolute, rel=1e-5)
-    assert Orthogonal(0.3, squared=True).penalty(model).item() == pytest.approx(0.3 * squared, rel=1e-5)
+    assert Orthogonal(0.3, squared=True).penalty(model).item() == pytest.approx(
+        0.3 * squared, rel=1e-5
+    )
     for layer in adapter_layers(model).values():  # rows out of the span of the past ones
         Q = torch.linalg.qr(layer.past_A.t()).Q
         layer.A.data -= layer.A.data @ Q @ Q.t()
@@ -266,20 +319,33 @@ def test_overlap_is_the_sum_over_pairs_of_rows_of_all_layers() -> None:
 
 
 @pytest.mark.parametrize("squared", [False, True])
-def test_the_penalty_goes_towards_zero_in_training_and_without_it_does_not(tmp_path: Path, squared: bool) -> None:
+def test_the_penalty_goes_towards_zero_in_training_and_without_it_does_not(
+    tmp_path: Path, squared: bool
+) -> None:
     ends = {}
     for strength in (0.0, 1.0):
         model, strategy = injected(Orthogonal()), Orthogonal(strength, squared)
         strategy.begin(model, 0, 0)
         randomize(model)
         strategy.begin(model, 1, 0)
-        past = {name: (layer.past_A.clone(), layer.past_B.clone()) for name, layer in adapter_layers(model).items()}
+        past = {
+            name: (layer.past_A.clone(), layer.past_B.clone())
+            for name, layer in adapter_layers(model).items()
+        }
         start = overlap(model).item()
-        args = arguments(tmp_path / f"{strength}", max_steps=40, learning_rate=3e-2, save_strategy="no", lr_scheduler_type="linear")
+        args = arguments(
+            tmp_path / f"{strength}",
+            max_steps=40,
+            learning_rate=3e-2,
+            save_strategy="no",
+            lr_scheduler_type="linear",
+        )
         AdapterTrainer(model, args, train_dataset=rows(1), auxiliary_loss=strategy.penalty).train()
         ends[strength] = overlap(model).item() / start
         for name, layer in adapter_layers(model).items():
-            assert torch.equal(layer.past_A, past[name][0]) and torch.equal(layer.past_B, past[name][1])
+            assert torch.equal(layer.past_A, past[name][0]) and torch.equal(
+                layer.past_B, past[name][1]
+            )
             assert layer.B.abs().max() > 0.01
     # 40 steps of a falling rate: 6% is left of the absolute overlap, 7% of the squared one
     assert ends[1.0] < 0.1 and ends[0.0] > 0.5
@@ -289,14 +355,26 @@ def test_a_frozen_adapter_never_changes_by_a_bit_when_tasks_are_added(tmp_path: 
     strategy = Orthogonal(0.01)
     model = injected(strategy)
     learn(model, tasks(2), strategy, arguments(tmp_path))
-    files = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in tmp_path.glob("stage-*/*")}
-    trained = {name: (layer.A.clone(), layer.scaling * layer.B.clone()) for name, layer in adapter_layers(model).items()}
-    first = {name: (layer.past_A.clone(), layer.past_B.clone()) for name, layer in adapter_layers(model).items()}
+    files = {
+        path: hashlib.sha256(path.read_bytes()).hexdigest() for path in tmp_path.glob("stage-*/*")
+    }
+    trained = {
+        name: (layer.A.clone(), layer.scaling * layer.B.clone())
+        for name, layer in adapter_layers(model).items()
+    }
+    first = {
+        name: (layer.past_A.clone(), layer.past_B.clone())
+        for name, layer in adapter_layers(model).items()
+    }
     learn(model, tasks(4), strategy, arguments(tmp_path))
     for name, layer in adapter_layers(model).items():
         assert layer.past_A.shape[0] == 9
-        assert torch.equal(layer.past_A[:3], first[name][0]) and torch.equal(layer.past_B[:, :3], first[name][1])
-        assert torch.equal(layer.past_A[3:6], trained[name][0]) and torch.equal(layer.past_B[:, 3:6], trained[name][1])
+        assert torch.equal(layer.past_A[:3], first[name][0]) and torch.equal(
+            layer.past_B[:, :3], first[name][1]
+        )
+        assert torch.equal(layer.past_A[3:6], trained[name][0]) and torch.equal(
+            layer.past_B[:, 3:6], trained[name][1]
+        )
     assert {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in files} == files
 
 
@@ -311,7 +389,9 @@ def test_orthogonal_adapters_save_and_export(tmp_path: Path) -> None:
     torch.testing.assert_close(loaded(**batch()).logits, expected, atol=1e-5, rtol=1e-5)
     state = adapter_state(model)
     state["model.layers.0.mlp.down_proj.past_A"] = torch.zeros(5, 7)
-    with pytest.raises(ValueError, match=r"past factors for 'model.layers.0.mlp.down_proj'.*another base"):
+    with pytest.raises(
+        ValueError, match=r"past factors for 'model.layers.0.mlp.down_proj'.*another base"
+    ):
         use_adapter(model, state)
 
 
@@ -331,14 +411,20 @@ def test_the_past_adapters_compute_in_the_types_of_the_layer(case: str) -> None:
     if case == "bf16":
         found = build(torch.bfloat16)(**batch()).logits
         assert found.dtype == torch.bfloat16
-        torch.testing.assert_close(found.float(), logits, atol=0.1, rtol=0.1)  # every product is rounded to 2⁻⁸
+        torch.testing.assert_close(
+            found.float(), logits, atol=0.1, rtol=0.1
+        )  # every product is rounded to 2⁻⁸
     elif case == "autocast":
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            torch.testing.assert_close(build()(**batch()).logits.float(), logits, atol=0.1, rtol=0.1)
+            torch.testing.assert_close(
+                build()(**batch()).logits.float(), logits, atol=0.1, rtol=0.1
+            )
     else:
         model = build().train()
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        for plain_gradient, checkpointed in zip(gradients(reference.train()), gradients(model), strict=True):
+        for plain_gradient, checkpointed in zip(
+            gradients(reference.train()), gradients(model), strict=True
+        ):
             torch.testing.assert_close(plain_gradient, checkpointed, atol=1e-6, rtol=1e-5)
 
 
@@ -350,14 +436,25 @@ def test_the_matrix_shows_what_each_strategy_is_for(tmp_path: Path) -> None:
     for name, make in STRATEGIES.items():
         strategy = make()
         model = injected(strategy, lora_dropout=0.0, r=8, lora_alpha=16)
-        found[name] = learn(model, tasks(2), strategy, arguments(tmp_path / name, max_steps=24, learning_rate=3e-2, save_strategy="no")).matrix
+        found[name] = learn(
+            model,
+            tasks(2),
+            strategy,
+            arguments(tmp_path / name, max_steps=24, learning_rate=3e-2, save_strategy="no"),
+        ).matrix
         assert found[name].shape == (3, 2) and not model.training
-        assert all(found[name][k + 1, k] < found[name][0, k] - 0.3 for k in range(2))  # each task is learned
-    assert all(torch.equal(matrix[:2, 0], found["sequential"][:2, 0]) for matrix in found.values())  # until then all are one
+        assert all(
+            found[name][k + 1, k] < found[name][0, k] - 0.3 for k in range(2)
+        )  # each task is learned
+    assert all(
+        torch.equal(matrix[:2, 0], found["sequential"][:2, 0]) for matrix in found.values()
+    )  # until then all are one
     forgetting = {name: -metrics(matrix)["BWT"] for name, matrix in found.items()}
     assert forgetting["isolated"] == 0
     assert forgetting["sequential"] > 0.3 and forgetting["replay"] < forgetting["sequential"] / 2
-    assert torch.equal(found["isolated"][1, 1], found["isolated"][0, 1])  # a task that is not learned yet gets the base
+    assert torch.equal(
+        found["isolated"][1, 1], found["isolated"][0, 1]
+    )  # a task that is not learned yet gets the base
 
 
 def test_the_row_before_any_task_is_the_base(tmp_path: Path) -> None:
@@ -376,7 +473,9 @@ def test_a_loop_by_hand_reaches_what_learn_reaches(tmp_path: Path) -> None:
         for index, task in enumerate(tasks(2)):
             by_hand.begin(other, index, seed=0)
             args = arguments(tmp_path / "hand", save_strategy="no")
-            AdapterTrainer(other, args, train_dataset=by_hand.rows(task.train), auxiliary_loss=by_hand.penalty).train()
+            AdapterTrainer(
+                other, args, train_dataset=by_hand.rows(task.train), auxiliary_loss=by_hand.penalty
+            ).train()
             by_hand.end(other, index, task.train)
         assert same(adapter_state(model), adapter_state(other)), name
 
@@ -403,7 +502,12 @@ def test_a_function_may_give_the_score_and_sees_the_model_in_eval_mode(tmp_path:
         calls.append(model.training)
         return float(len(calls))
 
-    results = learn(injected(), [Task("only", rows(0), evaluate)], Sequential(), arguments(tmp_path, max_steps=1))
+    results = learn(
+        injected(),
+        [Task("only", rows(0), evaluate)],
+        Sequential(),
+        arguments(tmp_path, max_steps=1),
+    )
     assert results.matrix.tolist() == [[1.0], [2.0]] and calls == [False, False]
 
 
@@ -428,9 +532,13 @@ def test_restart_draws_a_new_a_and_leaves_the_random_state() -> None:
 def test_a_4bit_base_learns_and_its_bytes_stay(tmp_path: Path, name: str) -> None:
     strategy = STRATEGIES[name]()
     model = injected(strategy, quantize_model(decided()))
-    before = {key: value.clone() for key, value in model.named_parameters() if not value.requires_grad}
+    before = {
+        key: value.clone() for key, value in model.named_parameters() if not value.requires_grad
+    }
     assert any(value.dtype == torch.uint8 for value in before.values())
-    matrix = learn(model, tasks(2), strategy, arguments(tmp_path, max_steps=12, save_strategy="no")).matrix
+    matrix = learn(
+        model, tasks(2), strategy, arguments(tmp_path, max_steps=12, save_strategy="no")
+    ).matrix
     assert all(matrix[k + 1, k] < matrix[0, k] - 0.1 for k in range(2))
     after = dict(model.named_parameters())
     assert all(torch.equal(after[key], value) for key, value in before.items())
@@ -468,7 +576,11 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict[s
 
 
 @pytest.mark.parametrize(
-    ("name", "place"), [*((name, "training") for name in STRATEGIES), *(("replay", place) for place in ("scores", "save", "record"))]
+    ("name", "place"),
+    [
+        *((name, "training") for name in STRATEGIES),
+        *(("replay", place) for place in ("scores", "save", "record")),
+    ],
 )
 def test_what_is_stopped_anywhere_ends_with_the_same_weights_and_matrix(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, straight: dict, name: str, place: str
@@ -484,28 +596,43 @@ def test_what_is_stopped_anywhere_ends_with_the_same_weights_and_matrix(
         if place == "training":
             whole(tmp_path, name, callbacks=[KillAt(2, stop)])
         elif place == "scores":
-            patch.setattr(continual, "score", at_call(continual.score, 7))  # in the row after the second task
+            patch.setattr(
+                continual, "score", at_call(continual.score, 7)
+            )  # in the row after the second task
         elif place == "save":
             patch.setattr(continual, "save_adapter", at_call(continual.save_adapter, 2))
         else:
-            patch.setattr(continual, "_write", at_call(continual._write, 5))  # trained and saved, and not yet noted
+            patch.setattr(
+                continual, "_write", at_call(continual._write, 5)
+            )  # trained and saved, and not yet noted
         whole(tmp_path, name)
     assert json.loads((tmp_path / continual.RECORD).read_text())["stages"] in (2, 3)
     state, record = whole(tmp_path, name)
     assert same(state, straight[name][0]) and record == straight[name][1]
-    assert not list(tmp_path.glob("training-*")) and not list(tmp_path.rglob("*.pt")) + list(tmp_path.rglob("*.pth"))
+    assert not list(tmp_path.glob("training-*")) and not list(tmp_path.rglob("*.pt")) + list(
+        tmp_path.rglob("*.pth")
+    )
 
 
-def test_after_a_kill_the_same_command_reaches_the_same_weights_and_matrix(tmp_path: Path, straight: dict) -> None:
+def test_after_a_kill_the_same_command_reaches_the_same_weights_and_matrix(
+    tmp_path: Path, straight: dict
+) -> None:
     code = (
         f"from tests.test_continual import *; torch.set_num_threads(1); "
         f"whole(Path({str(tmp_path)!r}), 'replay', callbacks=[KillAt(3, lambda: os.kill(os.getpid(), signal.SIGKILL))])"
     )
     root = Path(__file__).parents[1]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
-    process = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]),
+    }
+    process = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True
+    )
     assert process.returncode == -signal.SIGKILL, process.stderr
-    assert (tmp_path / "training-3" / "checkpoint-2").is_dir() and json.loads((tmp_path / continual.RECORD).read_text())["stages"] == 3
+    assert (tmp_path / "training-3" / "checkpoint-2").is_dir() and json.loads(
+        (tmp_path / continual.RECORD).read_text()
+    )["stages"] == 3
     state, record = whole(tmp_path, "replay")
     assert same(state, straight["replay"][0]) and record == straight["replay"][1]
 
@@ -526,21 +653,34 @@ def test_within_a_task_training_goes_on_and_does_not_begin_again(tmp_path: Path)
     assert steps == [3, 4, *range(1, 5)]
 
 
-def test_a_finished_sequence_is_not_trained_again_and_gives_its_model_back(tmp_path: Path, straight: dict) -> None:
+def test_a_finished_sequence_is_not_trained_again_and_gives_its_model_back(
+    tmp_path: Path, straight: dict
+) -> None:
     first = whole(tmp_path, "replay")
     files = sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*"))
-    again = whole(tmp_path, "replay", callbacks=[KillAt(k, lambda: pytest.fail("trained again")) for k in (1, 2, 3)])
-    assert same(first[0], again[0]) and sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")) == files
+    again = whole(
+        tmp_path,
+        "replay",
+        callbacks=[KillAt(k, lambda: pytest.fail("trained again")) for k in (1, 2, 3)],
+    )
+    assert (
+        same(first[0], again[0])
+        and sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")) == files
+    )
     assert same(first[0], straight["replay"][0])
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_tasks_added_later_end_as_if_all_had_been_known(tmp_path: Path, straight: dict, name: str) -> None:
+def test_tasks_added_later_end_as_if_all_had_been_known(
+    tmp_path: Path, straight: dict, name: str
+) -> None:
     strategy = STRATEGIES[name]()
     learn(injected(strategy), tasks(1), strategy, arguments(tmp_path))
     state, record = whole(tmp_path, name)
     assert same(state, straight[name][0])
-    assert json.loads(record) == json.loads(straight[name][1])  # earlier rows have the new columns too
+    assert json.loads(record) == json.loads(
+        straight[name][1]
+    )  # earlier rows have the new columns too
 
 
 def test_a_run_that_is_not_finished_shows_what_it_has(tmp_path: Path) -> None:
@@ -572,7 +712,9 @@ def test_what_does_not_fit_is_refused_before_anything_is_done(tmp_path: Path) ->
         (tasks(2), Sequential(), {"learning_rate": 1e-4}),
     ):  # fmt: skip
         with pytest.raises(ValueError, match="give a new output_dir"):
-            learn(injected(), others, strategy, arguments(tmp_path / "a", **{"max_steps": 1} | change))
+            learn(
+                injected(), others, strategy, arguments(tmp_path / "a", **{"max_steps": 1} | change)
+            )
     (tmp_path / "a" / continual.RECORD).unlink()
     with pytest.raises(ValueError, match=r"stage-0.*no continual.json"):
         learn(injected(), tasks(2), Sequential(), args)
@@ -593,7 +735,21 @@ def test_bad_settings_are_refused() -> None:
 
 
 def test_strategies_say_what_was_chosen() -> None:
-    assert Replay(100, 0.25, 3).settings() == {"strategy": "Replay", "budget_bytes": 100, "share": 0.25, "seed": 3}
-    assert Orthogonal(0.1).settings() == {"strategy": "Orthogonal", "strength": 0.1, "squared": False}
-    assert Isolated().settings() == {"strategy": "Isolated"} and Sequential().settings() == {"strategy": "Sequential"}
-    assert OrthogonalLoRALinear.__name__ in lora.LAYERS and copy.deepcopy(Replay(100)).memory.nbytes == 0
+    assert Replay(100, 0.25, 3).settings() == {
+        "strategy": "Replay",
+        "budget_bytes": 100,
+        "share": 0.25,
+        "seed": 3,
+    }
+    assert Orthogonal(0.1).settings() == {
+        "strategy": "Orthogonal",
+        "strength": 0.1,
+        "squared": False,
+    }
+    assert Isolated().settings() == {"strategy": "Isolated"} and Sequential().settings() == {
+        "strategy": "Sequential"
+    }
+    assert (
+        OrthogonalLoRALinear.__name__ in lora.LAYERS
+        and copy.deepcopy(Replay(100)).memory.nbytes == 0
+    )

@@ -22,7 +22,10 @@ SPLITS = ("train", "validation", "test")
 @pytest.fixture(scope="module")
 def text() -> dict[str, list[dict[str, str]]]:
     """All rows of each domain, read as a chapter reads them."""
-    return {name: Dataset.from_parquet(str(TEXT / f"{name}.parquet"), keep_in_memory=True).to_list() for name in DOMAINS}
+    return {
+        name: Dataset.from_parquet(str(TEXT / f"{name}.parquet"), keep_in_memory=True).to_list()
+        for name in DOMAINS
+    }
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +35,9 @@ def provenance() -> dict:
 
 @pytest.fixture(scope="module")
 def nano() -> tuple:
-    return AutoModelForCausalLM.from_pretrained(NANO, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(NANO)
+    return AutoModelForCausalLM.from_pretrained(
+        NANO, dtype=torch.float32
+    ).eval(), AutoTokenizer.from_pretrained(NANO)
 
 
 def tool(name: str):
@@ -66,7 +71,9 @@ def test_a_work_is_in_one_split_only(text, name):
     splits: dict[str, set[str]] = {}
     for row in text[name]:
         splits.setdefault(work(row["source"]), set()).add(row["split"])
-    assert all(len(found) == 1 for found in splits.values()), {k: v for k, v in splits.items() if len(v) > 1}
+    assert all(len(found) == 1 for found in splits.values()), {
+        k: v for k, v in splits.items() if len(v) > 1
+    }
 
 
 @pytest.mark.parametrize("name", DOMAINS)
@@ -81,7 +88,9 @@ def test_held_out_text_does_not_repeat_train(text, name):
                 found |= {tuple(lines[i : i + 4]) for i in range(len(lines) - 3)}
         return found
 
-    documents = {split: {row["text"] for row in text[name] if row["split"] == split} for split in SPLITS}
+    documents = {
+        split: {row["text"] for row in text[name] if row["split"] == split} for split in SPLITS
+    }
     train = runs("train")
     for split in SPLITS[1:]:
         held = runs(split)
@@ -101,10 +110,14 @@ def test_the_card_names_each_domain_with_its_licence_and_size(text):
     card = (TEXT / "README.md").read_text()
     for name, rows in text.items():
         row = next(line for line in card.splitlines() if line.startswith(f"| {name} |"))
-        assert "licence" in row.lower() or "public domain" in row.lower() or "license" in row.lower()
+        assert (
+            "licence" in row.lower() or "public domain" in row.lower() or "license" in row.lower()
+        )
         size = sum(len(r["text"].encode()) for r in rows if r["split"] == "train")
         assert f"{size:,} in" in card
-    assert "Princeton University" in card and "Permission to use, copy, modify and distribute" in card
+    assert (
+        "Princeton University" in card and "Permission to use, copy, modify and distribute" in card
+    )
 
 
 def test_sizes():
@@ -123,7 +136,15 @@ def test_nano_is_a_qwen2_with_shapes_that_quantise(nano):
 
 
 @pytest.mark.parametrize(
-    "sample", ["dog, domestic dog (n.): a member", "  def f(x):\n\treturn x  \n\n", "naïve 中文 🙂 \x00\r\n", "", "a  b   c .", "<|endoftext|"]
+    "sample",
+    [
+        "dog, domestic dog (n.): a member",
+        "  def f(x):\n\treturn x  \n\n",
+        "naïve 中文 🙂 \x00\r\n",
+        "",
+        "a  b   c .",
+        "<|endoftext|",
+    ],
 )
 def test_the_tokenizer_loses_nothing(nano, sample):
     tokenizer = nano[1]
@@ -136,7 +157,9 @@ def test_the_tokenizer_loses_nothing(nano, sample):
 def test_the_tokenizer_round_trips_every_domain(nano, text):
     tokenizer = nano[1]
     for rows in text.values():
-        sample = max((row["text"] for row in rows if row["split"] == "validation"), key=len)[:20_000]
+        sample = max((row["text"] for row in rows if row["split"] == "validation"), key=len)[
+            :20_000
+        ]
         assert tokenizer.decode(tokenizer(sample)["input_ids"]) == sample
 
 
@@ -165,7 +188,10 @@ def test_a_plain_lora_cuts_an_unseen_domain_by_a_quarter(provenance, name):
 
 
 def test_provenance_matches_the_files(provenance):
-    assert provenance["measured"]["weights"] == hashlib.sha256((NANO / "model.safetensors").read_bytes()).hexdigest()
+    assert (
+        provenance["measured"]["weights"]
+        == hashlib.sha256((NANO / "model.safetensors").read_bytes()).hexdigest()
+    )
     for name, digest in provenance["text"].items():
         assert hashlib.sha256((TEXT / name).read_bytes()).hexdigest() == digest
 
@@ -179,5 +205,11 @@ def test_the_order_5_model_is_a_probability_distribution():
         whole = order_n_bits(train, b"abra" + bytes([byte])) * 5
         probabilities.append(2 ** -(whole - order_n_bits(train, b"abra") * 4))
     assert sum(probabilities) == pytest.approx(1, abs=1e-9)
-    noise = torch.randint(0, 256, (20_000,), generator=torch.Generator().manual_seed(0), dtype=torch.uint8).numpy().tobytes()
+    noise = (
+        torch.randint(
+            0, 256, (20_000,), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+        )
+        .numpy()
+        .tobytes()
+    )
     assert order_n_bits(noise[:10_000], noise[10_000:]) > 7.9

@@ -24,7 +24,15 @@ from lora_course.distillation import (
     mixture_log_probs,
 )
 from lora_course.experts import ExpertsLinear
-from lora_course.lora import LoRALinear, adapter_layers, adapter_state, concatenate, factor_state, inject, merge
+from lora_course.lora import (
+    LoRALinear,
+    adapter_layers,
+    adapter_state,
+    concatenate,
+    factor_state,
+    inject,
+    merge,
+)
 from lora_course.training import AdapterTrainer, training_arguments
 from tests.test_lora import batch, config, qwen, randomize
 
@@ -40,7 +48,9 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def logits(*shape: int, seed: int = 0, size: float = 2.0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def logits(
+    *shape: int, seed: int = 0, size: float = 2.0, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
     return size * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
@@ -51,7 +61,9 @@ def masked(rows: int = 3, length: int = 7, vocab: int = 11) -> torch.Tensor:
     return labels
 
 
-def by_hand(student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor, alpha: float, T: float) -> torch.Tensor:
+def by_hand(
+    student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor, alpha: float, T: float
+) -> torch.Tensor:
     """Hinton's loss with one teacher, from torch's own pieces, token by token."""
     kl, ce, count = 0.0, 0.0, 0
     for row in range(len(labels)):
@@ -67,16 +79,27 @@ def by_hand(student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor, 
 # --- mixtures -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_more_confident_teacher_wins_where_logits_are_averaged_and_not_where_probabilities_are() -> None:
+def test_the_more_confident_teacher_wins_where_logits_are_averaged_and_not_where_probabilities_are() -> (
+    None
+):
     sharp, flat = torch.tensor([10.0, 0.0, 0.0]), torch.tensor([0.0, 3.0, 0.0])
     probabilities = mixture_log_probs([sharp, flat]).exp()
     averaged = mixture_log_probs([sharp, flat], None, DistillationConfig(mixture="logits")).exp()
     # from first principles: the sharp one gives e¹⁰/(e¹⁰+2) and 1/(e¹⁰+2), the flat one 1/(e³+2) and e³/(e³+2)
     a, b = math.exp(10), math.exp(3)
-    assert probabilities.tolist() == pytest.approx([(a / (a + 2) + 1 / (b + 2)) / 2, (1 / (a + 2) + b / (b + 2)) / 2, (1 / (a + 2) + 1 / (b + 2)) / 2], rel=1e-5)
+    assert probabilities.tolist() == pytest.approx(
+        [
+            (a / (a + 2) + 1 / (b + 2)) / 2,
+            (1 / (a + 2) + b / (b + 2)) / 2,
+            (1 / (a + 2) + 1 / (b + 2)) / 2,
+        ],
+        rel=1e-5,
+    )
     # the mean of the logits is (5, 1.5, 0)
     total = math.exp(5) + math.exp(1.5) + 1
-    assert averaged.tolist() == pytest.approx([math.exp(5) / total, math.exp(1.5) / total, 1 / total], rel=1e-5)
+    assert averaged.tolist() == pytest.approx(
+        [math.exp(5) / total, math.exp(1.5) / total, 1 / total], rel=1e-5
+    )
     assert [round(x, 2) for x in probabilities[:2].tolist()] == [0.52, 0.45]
     assert [round(x, 2) for x in averaged[:2].tolist()] == [0.96, 0.03]
 
@@ -90,7 +113,9 @@ def test_mixtures_equal_their_definition(weights: list | None, temperature: floa
     p = sum(w[k] * F.softmax(z / temperature, -1) for k, z in enumerate(given))
     q = F.softmax(sum(w[k] * z / temperature for k, z in enumerate(given)), -1)
     for mixture, expected in [("probabilities", p), ("logits", q)]:
-        found = mixture_log_probs(given, weights, DistillationConfig(mixture=mixture, temperature=temperature))
+        found = mixture_log_probs(
+            given, weights, DistillationConfig(mixture=mixture, temperature=temperature)
+        )
         torch.testing.assert_close(found.exp(), expected, rtol=1e-12, atol=1e-14)
 
 
@@ -101,7 +126,9 @@ def test_probabilities_that_underflow_keep_their_logarithm_also_from_half_precis
     rough = [z.bfloat16() for z in (logits(5, 11), logits(5, 11, seed=1))]
     found = mixture_log_probs(rough)
     assert found.dtype == torch.float32
-    torch.testing.assert_close(found, mixture_log_probs([z.double() for z in rough]).float(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        found, mixture_log_probs([z.double() for z in rough]).float(), atol=1e-5, rtol=1e-5
+    )
 
 
 # --- the loss -----------------------------------------------------------------------------------------------------------
@@ -112,32 +139,51 @@ def test_probabilities_that_underflow_keep_their_logarithm_also_from_half_precis
 def test_one_teacher_is_standard_distillation(alpha: float, temperature: float) -> None:
     student, teacher, labels = logits(3, 7, 11), logits(3, 7, 11, seed=1), masked()
     mine, other = student.clone().requires_grad_(), student.clone().requires_grad_()
-    loss = distillation_loss(mine, [teacher], labels, DistillationConfig(alpha=alpha, temperature=temperature))
+    loss = distillation_loss(
+        mine, [teacher], labels, DistillationConfig(alpha=alpha, temperature=temperature)
+    )
     expected = by_hand(other, teacher, labels, alpha, temperature)
     loss.total.backward()
     expected.backward()
     torch.testing.assert_close(loss.total, expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(mine.grad, other.grad, rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close(loss.task, by_hand(student, teacher, labels, 0, 1), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(loss.divergence, by_hand(student, teacher, labels, 1, temperature) / temperature**2, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        loss.task, by_hand(student, teacher, labels, 0, 1), rtol=1e-5, atol=1e-6
+    )
+    torch.testing.assert_close(
+        loss.divergence,
+        by_hand(student, teacher, labels, 1, temperature) / temperature**2,
+        rtol=1e-5,
+        atol=1e-6,
+    )
 
 
 @pytest.mark.parametrize("divergence", ["forward", "reverse"])
 def test_divergences_equal_those_of_torch_distributions(divergence: str) -> None:
-    student, teachers, labels = logits(3, 7, 11), [logits(3, 7, 11, seed=k) for k in (1, 2)], masked()
+    student, teachers, labels = (
+        logits(3, 7, 11),
+        [logits(3, 7, 11, seed=k) for k in (1, 2)],
+        masked(),
+    )
     keep = labels[:, 1:] != -100
     q = F.softmax(student[:, :-1][keep].double(), -1)
     p = sum(F.softmax(z[:, :-1][keep].double(), -1) for z in teachers) / 2
     first, second = (p, q) if divergence == "forward" else (q, p)
-    expected = torch.distributions.kl_divergence(torch.distributions.Categorical(first), torch.distributions.Categorical(second)).mean()
-    loss = distillation_loss(student, teachers, labels, DistillationConfig(alpha=1.0, divergence=divergence))
+    expected = torch.distributions.kl_divergence(
+        torch.distributions.Categorical(first), torch.distributions.Categorical(second)
+    ).mean()
+    loss = distillation_loss(
+        student, teachers, labels, DistillationConfig(alpha=1.0, divergence=divergence)
+    )
     assert loss.divergence.item() == pytest.approx(expected.item(), rel=1e-5)
     assert loss.total.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
-def test_no_loss_and_no_gradient_where_the_student_is_the_teacher(kind: dict, temperature: float) -> None:
+def test_no_loss_and_no_gradient_where_the_student_is_the_teacher(
+    kind: dict, temperature: float
+) -> None:
     z = logits(3, 7, 11, dtype=torch.float64)
     student = z.clone().requires_grad_()
     settings = DistillationConfig(alpha=1.0, temperature=temperature, **kind)
@@ -156,7 +202,9 @@ def test_gradients_equal_finite_differences(kind: dict) -> None:
     labels = torch.tensor([[0, 2, 3]])
     student = logits(1, 3, 4, dtype=torch.float64).requires_grad_()
     settings = DistillationConfig(alpha=0.4, temperature=1.7, **kind)
-    assert torch.autograd.gradcheck(lambda z: distillation_loss(z, teachers, labels, settings, [1, 3]).total, student)
+    assert torch.autograd.gradcheck(
+        lambda z: distillation_loss(z, teachers, labels, settings, [1, 3]).total, student
+    )
 
 
 def test_t_squared_keeps_the_gradients_size_and_without_it_it_vanishes() -> None:
@@ -164,9 +212,13 @@ def test_t_squared_keeps_the_gradients_size_and_without_it_it_vanishes() -> None
     for squared, found in sizes.items():
         for temperature in (1.0, 4.0, 16.0):
             student = logits(8, 33, 101, size=1.0).requires_grad_()
-            settings = DistillationConfig(alpha=1.0, temperature=temperature, temperature_squared=squared)
+            settings = DistillationConfig(
+                alpha=1.0, temperature=temperature, temperature_squared=squared
+            )
             labels = torch.zeros(8, 33, dtype=torch.long)
-            distillation_loss(student, [logits(8, 33, 101, seed=1, size=1.0)], labels, settings).total.backward()
+            distillation_loss(
+                student, [logits(8, 33, 101, seed=1, size=1.0)], labels, settings
+            ).total.backward()
             found.append(student.grad.norm().item())
     assert max(sizes[True]) / min(sizes[True]) < 2
     assert 200 < sizes[False][0] / sizes[False][2] < 500
@@ -174,8 +226,14 @@ def test_t_squared_keeps_the_gradients_size_and_without_it_it_vanishes() -> None
 
 
 def test_the_gradient_is_alpha_t_times_the_difference_of_the_distributions() -> None:
-    student, teachers, labels = logits(3, 7, 11).requires_grad_(), [logits(3, 7, 11, seed=k) for k in (1, 2)], masked()
-    distillation_loss(student, teachers, labels, DistillationConfig(alpha=1.0, temperature=3.0), [1, 3]).total.backward()
+    student, teachers, labels = (
+        logits(3, 7, 11).requires_grad_(),
+        [logits(3, 7, 11, seed=k) for k in (1, 2)],
+        masked(),
+    )
+    distillation_loss(
+        student, teachers, labels, DistillationConfig(alpha=1.0, temperature=3.0), [1, 3]
+    ).total.backward()
     keep = labels[:, 1:] != -100
     p = sum(w * F.softmax(z / 3, -1) for w, z in zip((0.25, 0.75), teachers, strict=True))
     expected = 3 * (F.softmax(student.detach() / 3, -1) - p)[:, :-1] * keep[..., None] / keep.sum()
@@ -185,7 +243,11 @@ def test_the_gradient_is_alpha_t_times_the_difference_of_the_distributions() -> 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_tokens_that_do_not_count_and_the_teachers_order_do_not_matter(kind: dict) -> None:
-    student, teachers, labels = logits(3, 7, 11), [logits(3, 7, 11, seed=k) for k in (1, 2, 3)], masked()
+    student, teachers, labels = (
+        logits(3, 7, 11),
+        [logits(3, 7, 11, seed=k) for k in (1, 2, 3)],
+        masked(),
+    )
     settings = DistillationConfig(temperature=2.0, **kind)
     expected = distillation_loss(student, teachers, labels, settings, [0.5, 0.2, 0.3])
     elsewhere = F.pad(labels[:, 1:] == -100, (0, 1), value=True)
@@ -243,7 +305,10 @@ def student(**fields: object) -> nn.Module:
 
 
 def bits(model: nn.Module) -> dict[str, bytes]:
-    return {name: t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes() for name, t in model.state_dict().items()}
+    return {
+        name: t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        for name, t in model.state_dict().items()
+    }
 
 
 TEACHERS = {
@@ -263,19 +328,31 @@ def test_a_switched_model_computes_what_the_teacher_alone_does(fields: dict) -> 
         pass
     with teachers.switched("one") as switched:
         assert switched is model and not model.training
-        torch.testing.assert_close(switched(**batch()).logits, alone(**batch()).logits, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            switched(**batch()).logits, alone(**batch()).logits, rtol=1e-5, atol=1e-5
+        )
     assert model.training
 
 
 @pytest.mark.parametrize("layer", [AdaLoRALinear, ExpertsLinear])
 def test_students_may_have_another_layer_and_teachers_have_had_one(layer: type[LoRALinear]) -> None:
-    model = inject(qwen(), AdaLoraConfig(init_r=4, target_r=2, lora_alpha=4, target_modules="all-linear", total_step=10) if layer is AdaLoRALinear else config(), layer)
+    model = inject(
+        qwen(),
+        AdaLoraConfig(
+            init_r=4, target_r=2, lora_alpha=4, target_modules="all-linear", total_step=10
+        )
+        if layer is AdaLoRALinear
+        else config(),
+        layer,
+    )
     randomize(model, 1).train()
     own = model.eval()(**batch()).logits
     plain = adapted(2).eval()
     teachers = Teachers(model, {"plain": adapter_state(plain)})
     with teachers.switched("plain"):
-        torch.testing.assert_close(model(**batch()).logits, plain(**batch()).logits, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            model(**batch()).logits, plain(**batch()).logits, rtol=1e-5, atol=1e-5
+        )
     torch.testing.assert_close(model(**batch()).logits, own, rtol=0, atol=0)
     if layer is AdaLoRALinear:
         with pytest.raises(ValueError, match="another kind of layer.*factor_state"):
@@ -296,7 +373,9 @@ def test_neither_building_nor_switching_touches_the_student() -> None:
         id(model.lora_course),
     )
     before = everything()
-    teachers = Teachers(model, {"one": adapter_state(adapted(2)), "other": adapter_state(adapted(3, r=5))})
+    teachers = Teachers(
+        model, {"one": adapter_state(adapted(2)), "other": adapter_state(adapted(3, r=5))}
+    )
     assert everything() == before
     for name in teachers.names:
         with teachers.switched(name):
@@ -309,14 +388,25 @@ def test_neither_building_nor_switching_touches_the_student() -> None:
     assert everything() == before
 
 
-def test_training_changes_the_student_alone_and_the_optimiser_goes_on_with_the_same_tensors() -> None:
+def test_training_changes_the_student_alone_and_the_optimiser_goes_on_with_the_same_tensors() -> (
+    None
+):
     model = student(lora_dropout=0.2)
-    teachers = Teachers(model, {"a": adapter_state(adapted(2, r=5)), "b": adapter_state(adapted(3))})
+    teachers = Teachers(
+        model, {"a": adapter_state(adapted(2, r=5)), "b": adapter_state(adapted(3))}
+    )
     given, base = [bits(nn.ModuleList(layers.values())) for layers in teachers.layers], bits(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-2)
-    history = distill(teachers, [batch()] * 20, optimizer, DistillationConfig(alpha=1.0, temperature=2.0))
-    assert all(one is other for one, other in zip(parameters, (p for p in model.parameters() if p.requires_grad), strict=True))
+    history = distill(
+        teachers, [batch()] * 20, optimizer, DistillationConfig(alpha=1.0, temperature=2.0)
+    )
+    assert all(
+        one is other
+        for one, other in zip(
+            parameters, (p for p in model.parameters() if p.requires_grad), strict=True
+        )
+    )
     assert len(optimizer.state) == len(parameters) and model.training
     assert [bits(nn.ModuleList(layers.values())) for layers in teachers.layers] == given
     after = bits(model)
@@ -329,7 +419,9 @@ def _halved(values: list[float]) -> bool:
     return sum(values[-3:]) < 0.5 * sum(values[:3])
 
 
-def test_a_teacher_drops_nothing_while_the_student_trains_and_takes_no_random_number_from_it() -> None:
+def test_a_teacher_drops_nothing_while_the_student_trains_and_takes_no_random_number_from_it() -> (
+    None
+):
     model = student(lora_dropout=0.5).train()
     teachers = Teachers(model, {"a": adapter_state(adapted(2, lora_dropout=0.5))})
     settings = DistillationConfig()
@@ -344,7 +436,11 @@ def test_a_teacher_drops_nothing_while_the_student_trains_and_takes_no_random_nu
 def test_an_equal_student_has_nothing_to_learn() -> None:
     model = student()
     state = adapter_state(model)
-    loss = distillation_step(Teachers(model, {"a": state, "b": state}), batch(), DistillationConfig(alpha=1.0, temperature=2.0))
+    loss = distillation_step(
+        Teachers(model, {"a": state, "b": state}),
+        batch(),
+        DistillationConfig(alpha=1.0, temperature=2.0),
+    )
     loss.total.backward()
     assert abs(loss.total.item()) < 1e-6
     assert max(p.grad.abs().max().item() for p in model.parameters() if p.requires_grad) < 1e-6
@@ -355,7 +451,11 @@ def ragged(rows: int = 4) -> dict[str, torch.Tensor]:
     labels = inputs["labels"].clone()
     for row in range(rows):
         labels[row, : row + 1] = -100
-    return {"input_ids": inputs["input_ids"], "labels": labels, "attention_mask": torch.ones_like(labels)}
+    return {
+        "input_ids": inputs["input_ids"],
+        "labels": labels,
+        "attention_mask": torch.ones_like(labels),
+    }
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -363,11 +463,15 @@ def test_teachers_on_one_base_are_the_loss_of_their_own_models(kind: dict) -> No
     model = student()
     others = [adapted(seed, r=seed) for seed in (2, 3, 4)]
     inputs, settings = ragged(), DistillationConfig(alpha=0.6, temperature=2.0, **kind)
-    teachers = Teachers(model, {str(i): adapter_state(m) for i, m in enumerate(others)}, weights=[1, 2, 5])
+    teachers = Teachers(
+        model, {str(i): adapter_state(m) for i, m in enumerate(others)}, weights=[1, 2, 5]
+    )
     model(**inputs)
     with torch.no_grad():
         given = [m(input_ids=inputs["input_ids"]).logits for m in others]
-    expected = distillation_loss(model(input_ids=inputs["input_ids"]).logits, given, inputs["labels"], settings, [1, 2, 5])
+    expected = distillation_loss(
+        model(input_ids=inputs["input_ids"]).logits, given, inputs["labels"], settings, [1, 2, 5]
+    )
     found = distillation_step(teachers, inputs, settings)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
@@ -377,10 +481,17 @@ def test_by_domain_each_teacher_runs_on_its_rows_alone() -> None:
     model = student()
     others = [adapted(seed) for seed in (2, 3, 4)]
     table = [[1.0, 0.0, 0.0], [0.0, 0.5, 0.5]]
-    teachers = Teachers(model, {str(i): adapter_state(m) for i, m in enumerate(others)}, weights=table)
-    inputs, settings = ragged() | {"domain": torch.tensor([1, 0, 1, 1])}, DistillationConfig(alpha=0.6)
+    teachers = Teachers(
+        model, {str(i): adapter_state(m) for i, m in enumerate(others)}, weights=table
+    )
+    inputs, settings = (
+        ragged() | {"domain": torch.tensor([1, 0, 1, 1])},
+        DistillationConfig(alpha=0.6),
+    )
     rows = []
-    handle = model.model.register_forward_pre_hook(lambda _, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True)
+    handle = model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
     found = distillation_step(teachers, inputs, settings)
     handle.remove()
     assert rows == [1, 3, 3, 4]
@@ -389,9 +500,13 @@ def test_by_domain_each_teacher_runs_on_its_rows_alone() -> None:
     labels, z, expected = inputs["labels"], model(input_ids=inputs["input_ids"]).logits, 0.0
     for row, weights in enumerate(torch.tensor(table)[inputs["domain"]].tolist()):
         one = slice(row, row + 1)
-        loss = distillation_loss(z[one], [t[one] for t in given], labels[one], settings, weights).total
+        loss = distillation_loss(
+            z[one], [t[one] for t in given], labels[one], settings, weights
+        ).total
         expected = expected + loss * (labels[one, 1:] != -100).sum()
-    torch.testing.assert_close(found.total, expected / (labels[:, 1:] != -100).sum(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        found.total, expected / (labels[:, 1:] != -100).sum(), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_a_4bit_base_serves_teachers_and_student() -> None:
@@ -399,7 +514,13 @@ def test_a_4bit_base_serves_teachers_and_student() -> None:
         model = qwen()
         for name, module in list(model.named_modules()):
             if isinstance(module, nn.Linear) and name != "lm_head":
-                four = bnb.nn.Linear4bit(module.in_features, module.out_features, module.bias is not None, compute_dtype=torch.float32, quant_type="nf4")
+                four = bnb.nn.Linear4bit(
+                    module.in_features,
+                    module.out_features,
+                    module.bias is not None,
+                    compute_dtype=torch.float32,
+                    quant_type="nf4",
+                )
                 four.load_state_dict(module.state_dict())
                 model.set_submodule(name, four.to("cpu"))
         return model
@@ -408,11 +529,17 @@ def test_a_4bit_base_serves_teachers_and_student() -> None:
     teachers = Teachers(model, {"a": adapter_state(alone)})
     with teachers.switched("a"):
         torch.testing.assert_close(model(**batch()).logits, alone(**batch()).logits, rtol=0, atol=0)
-    codes = {name: m.weight.data.clone() for name, m in model.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
+    codes = {
+        name: m.weight.data.clone()
+        for name, m in model.named_modules()
+        if isinstance(m, bnb.nn.Linear4bit)
+    }
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     history = distill(teachers, [batch()] * 12, optimizer, DistillationConfig(alpha=1.0))
     assert history[-1]["total"] < 0.8 * history[0]["total"]
-    assert all(torch.equal(model.get_submodule(name).weight.data, code) for name, code in codes.items())
+    assert all(
+        torch.equal(model.get_submodule(name).weight.data, code) for name, code in codes.items()
+    )
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -449,7 +576,10 @@ def test_a_pruned_module_and_a_merged_teacher_state_are_taken() -> None:
     states = [adapter_state(adapted(seed)) for seed in (2, 3)]
     both = concatenate(states, [0.7, -0.2])
     empty = {key: t for key, t in both.items() if not key.startswith("model.layers.0.mlp.up_proj.")}
-    pruned = both | {"model.layers.0.mlp.up_proj.A": torch.zeros(0, 48), "model.layers.0.mlp.up_proj.B": torch.zeros(80, 0)}
+    pruned = both | {
+        "model.layers.0.mlp.up_proj.A": torch.zeros(0, 48),
+        "model.layers.0.mlp.up_proj.B": torch.zeros(80, 0),
+    }
     model = student()
     teachers = Teachers(model, {"empty": empty, "pruned": pruned, "both": both})
     found = []
@@ -497,7 +627,11 @@ def rows(count: int = 24, length: int = 9) -> datasets.Dataset:
     labels = ids.clone()
     for i, row in enumerate(labels):
         row[: i % 6] = -100
-    columns = {"input_ids": ids.numpy(), "labels": labels.numpy(), "domain": [i % 2 for i in range(count)]}
+    columns = {
+        "input_ids": ids.numpy(),
+        "labels": labels.numpy(),
+        "domain": [i % 2 for i in range(count)],
+    }
     return datasets.Dataset.from_dict(columns).with_format("torch")
 
 
@@ -514,19 +648,33 @@ BY_DOMAIN = [[1.0, 0.0], [0.3, 0.7]]
 SETTINGS = DistillationConfig(alpha=0.6, temperature=2.0)
 
 
-def trainer_of(folder: Path, model: nn.Module | None = None, **overrides: object) -> DistillationTrainer:
-    own = {key: overrides.pop(key) for key in ("auxiliary_loss", "callbacks", "eval_dataset", "train_dataset") if key in overrides}
+def trainer_of(
+    folder: Path, model: nn.Module | None = None, **overrides: object
+) -> DistillationTrainer:
+    own = {
+        key: overrides.pop(key)
+        for key in ("auxiliary_loss", "callbacks", "eval_dataset", "train_dataset")
+        if key in overrides
+    }
     settings, weights = overrides.pop("config", SETTINGS), overrides.pop("weights", BY_DOMAIN)
     model = student(lora_dropout=0.1) if model is None else model
     teachers = Teachers(model, overrides.pop("states", STATES), weights)
-    return DistillationTrainer(model, arguments(folder, **overrides), teachers=teachers, config=settings, **{"train_dataset": rows()} | own)
+    return DistillationTrainer(
+        model,
+        arguments(folder, **overrides),
+        teachers=teachers,
+        config=settings,
+        **{"train_dataset": rows()} | own,
+    )
 
 
 def penalty(model: nn.Module) -> torch.Tensor:
     return 0.3 * sum((layer.A**2).sum() for layer in adapter_layers(model).values())
 
 
-def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], tolerance: float = 0.0) -> None:
+def assert_same(
+    one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], tolerance: float = 0.0
+) -> None:
     assert one.keys() == other.keys()
     for name in one:
         torch.testing.assert_close(one[name], other[name], rtol=0, atol=tolerance)
@@ -556,11 +704,20 @@ def test_training_equals_a_loop_by_hand(tmp_path: Path, accumulation: int, auxil
             z = reference(input_ids=ids).logits
             for row in range(len(ids)):
                 with torch.no_grad():
-                    p = sum(w * F.softmax(t(input_ids=ids[row, None]).logits[0] / 2, -1) for w, t in zip(BY_DOMAIN[domain[row]], teachers, strict=True))
+                    p = sum(
+                        w * F.softmax(t(input_ids=ids[row, None]).logits[0] / 2, -1)
+                        for w, t in zip(BY_DOMAIN[domain[row]], teachers, strict=True)
+                    )
                 for t in range(1, ids.shape[1]):
                     if labels[row, t] != -100:
-                        kl = F.kl_div(F.log_softmax(z[row, t - 1] / 2, -1), p[t - 1], reduction="sum")
-                        total = total + (0.4 * F.cross_entropy(z[row, t - 1], labels[row, t]) + 0.6 * 4 * kl) / tokens
+                        kl = F.kl_div(
+                            F.log_softmax(z[row, t - 1] / 2, -1), p[t - 1], reduction="sum"
+                        )
+                        total = (
+                            total
+                            + (0.4 * F.cross_entropy(z[row, t - 1], labels[row, t]) + 0.6 * 4 * kl)
+                            / tokens
+                        )
         total = total + (auxiliary(reference) if auxiliary else 0)
         optimizer.zero_grad()
         total.backward()
@@ -575,7 +732,13 @@ def test_however_the_batch_is_cut_the_step_is_the_same(tmp_path: Path) -> None:
     states, histories = [], []
     for size, accumulation in [(8, 1), (2, 4)]:
         model = student()
-        trainer = trainer_of(tmp_path, model, per_device_train_batch_size=size, gradient_accumulation_steps=accumulation, auxiliary_loss=penalty)
+        trainer = trainer_of(
+            tmp_path,
+            model,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulation,
+            auxiliary_loss=penalty,
+        )
         trainer.train()
         states.append(adapter_state(model))
         histories.append(trainer.history)
@@ -585,7 +748,9 @@ def test_however_the_batch_is_cut_the_step_is_the_same(tmp_path: Path) -> None:
         assert {"divergence", "task"} < set(one)
     plain = [entry["loss"] for entry in trainer_history(tmp_path, SETTINGS)]
     for entry, without in zip(histories[0][:1], plain[:1], strict=True):
-        assert without == pytest.approx(0.4 * entry["task"] + 0.6 * 4 * entry["divergence"], rel=1e-4)
+        assert without == pytest.approx(
+            0.4 * entry["task"] + 0.6 * 4 * entry["divergence"], rel=1e-4
+        )
 
 
 def trainer_history(folder: Path, settings: DistillationConfig) -> list[dict[str, float]]:
@@ -603,13 +768,19 @@ def test_without_the_teachers_share_it_is_adapter_trainer_dropout_and_all(tmp_pa
 
 def test_the_loop_and_the_trainer_agree(tmp_path: Path) -> None:
     one, other = student(), student()
-    trainer = trainer_of(tmp_path, one, lr_scheduler_type="constant", warmup_steps=0, learning_rate=1e-3)
+    trainer = trainer_of(
+        tmp_path, one, lr_scheduler_type="constant", warmup_steps=0, learning_rate=1e-3
+    )
     batches = list(trainer.get_train_dataloader())[:4]
     trainer.train()
-    optimizer = torch.optim.AdamW([p for p in other.parameters() if p.requires_grad], lr=1e-3, weight_decay=0)
+    optimizer = torch.optim.AdamW(
+        [p for p in other.parameters() if p.requires_grad], lr=1e-3, weight_decay=0
+    )
     history = distill(Teachers(other, STATES, BY_DOMAIN), batches, optimizer, SETTINGS)
     assert_same(adapter_state(one), adapter_state(other), 1e-6)
-    assert [entry["loss"] for entry in trainer.history] == pytest.approx([entry["total"] for entry in history], abs=1e-4)
+    assert [entry["loss"] for entry in trainer.history] == pytest.approx(
+        [entry["total"] for entry in history], abs=1e-4
+    )
 
 
 def test_evaluation_gives_the_loss_without_dropout(tmp_path: Path) -> None:
@@ -636,7 +807,9 @@ def test_resumed_equals_uninterrupted(tmp_path: Path) -> None:
     trainer_of(tmp_path / "cut", callbacks=[Stop()], **saving).train()
     checkpoint = tmp_path / "cut" / "checkpoint-2"
     assert {path.name for path in checkpoint.iterdir()} >= {"adapter.safetensors", "optimizer.pt"}
-    assert (checkpoint / "adapter.safetensors").stat().st_size < 1.2 * sum(t.nbytes for t in adapter_state(whole.model).values()) + 8192
+    assert (checkpoint / "adapter.safetensors").stat().st_size < 1.2 * sum(
+        t.nbytes for t in adapter_state(whole.model).values()
+    ) + 8192
     resumed = trainer_of(tmp_path / "cut", **saving)
     resumed.train(resume_from_checkpoint=checkpoint)
     assert_same(adapter_state(resumed.model), adapter_state(whole.model))
@@ -649,4 +822,9 @@ def test_another_loss_or_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="another model"):
         DistillationTrainer(student(), arguments(tmp_path), teachers=teachers, train_dataset=rows())
     with pytest.raises(ValueError, match="another loss"):
-        DistillationTrainer(model, arguments(tmp_path, label_smoothing_factor=0.1), teachers=teachers, train_dataset=rows())
+        DistillationTrainer(
+            model,
+            arguments(tmp_path, label_smoothing_factor=0.1),
+            teachers=teachers,
+            train_dataset=rows(),
+        )

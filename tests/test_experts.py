@@ -59,7 +59,9 @@ def shuffle(model: nn.Module, seed: int = 1, size: float = 20.0) -> nn.Module:
 
 
 def mixture(num_experts: int = 3, base: nn.Module | None = None, **arguments: object) -> nn.Module:
-    return shuffle(inject(base or qwen(), config(), ExpertsLinear, num_experts=num_experts, **arguments))
+    return shuffle(
+        inject(base or qwen(), config(), ExpertsLinear, num_experts=num_experts, **arguments)
+    )
 
 
 def logits(model: nn.Module, ids: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -125,14 +127,18 @@ def test_it_starts_as_the_base_whatever_the_router(arguments: dict) -> None:
     torch.testing.assert_close(logits(model, IDS), logits(qwen(), IDS), **EXACT)
 
 
-@pytest.mark.parametrize(("arguments", "count"), [({}, 2), ({"routing": "shared"}, 1), ({"top_k": 2}, 2)], ids=str)
+@pytest.mark.parametrize(
+    ("arguments", "count"), [({}, 2), ({"routing": "shared"}, 1), ({"top_k": 2}, 2)], ids=str
+)
 def test_gates_and_layer_are_those_of_the_equation(arguments: dict, count: int) -> None:
     model = shuffle(mixture(**arguments), size=3)  # gates so soft that a dropped one is missed
     hidden, inputs, outputs = {}, {}, {}
     for i, block in enumerate(model.model.layers):
         block.register_forward_pre_hook(lambda _, args, i=i: hidden.__setitem__(i, args[0]))
     layer = model.model.layers[1].mlp.up_proj
-    layer.register_forward_hook(lambda _, args, y: inputs.update({0: args[0]}) or outputs.update({0: y}))
+    layer.register_forward_hook(
+        lambda _, args, y: inputs.update({0: args[0]}) or outputs.update({0: y})
+    )
     model(input_ids=IDS)
     assert sum(hasattr(layer, "router") for layer in adapter_layers(model).values()) == count
     h = hidden[0] if arguments.get("routing") else hidden[1]
@@ -144,20 +150,34 @@ def test_gates_and_layer_are_those_of_the_equation(arguments: dict, count: int) 
         p = p / p.sum(-1, keepdim=True)
     found = list(latest_gates(model).values())[-1]
     torch.testing.assert_close(found, p.detach(), **CLOSE)
-    assert (found >= 0).all() and torch.allclose(found.sum(-1), torch.ones(3, 9)) and found.std(1).max() > 1e-2
+    assert (
+        (found >= 0).all()
+        and torch.allclose(found.sum(-1), torch.ones(3, 9))
+        and found.std(1).max() > 1e-2
+    )
     x = inputs[0]
-    parts = [4 * p[..., e : e + 1] * (x @ layer.A[3 * e : 3 * e + 3].T @ layer.B[:, 3 * e : 3 * e + 3].T) for e in range(3)]
+    parts = [
+        4 * p[..., e : e + 1] * (x @ layer.A[3 * e : 3 * e + 3].T @ layer.B[:, 3 * e : 3 * e + 3].T)
+        for e in range(3)
+    ]
     torch.testing.assert_close(outputs[0], layer.base_layer(x) + sum(parts), **CLOSE)
 
 
 def test_gradients_are_those_of_the_equation() -> None:
-    h, gates = torch.randn(2, 5, 7, dtype=torch.float64, requires_grad=True), torch.rand(2, 5, 3, dtype=torch.float64, requires_grad=True)
+    h, gates = (
+        torch.randn(2, 5, 7, dtype=torch.float64, requires_grad=True),
+        torch.rand(2, 5, 3, dtype=torch.float64, requires_grad=True),
+    )
     ranks = torch.tensor([4, 0, 3])
     assert torch.autograd.gradcheck(lambda a, b: Weigh.apply(a, b, ranks), (h, gates))
-    equal = torch.rand(2, 5, 7, dtype=torch.float64, requires_grad=True)  # seven experts of rank 1, said as one number or as a list
+    equal = torch.rand(
+        2, 5, 7, dtype=torch.float64, requires_grad=True
+    )  # seven experts of rank 1, said as one number or as a list
     assert torch.autograd.gradcheck(lambda a, b: Weigh.apply(a, b, 1), (h, equal))
     two = torch.cat([h, h], -1).detach()
-    torch.testing.assert_close(Weigh.apply(two, equal, 2), Weigh.apply(two, equal, torch.full((7,), 2)), **EXACT)
+    torch.testing.assert_close(
+        Weigh.apply(two, equal, 2), Weigh.apply(two, equal, torch.full((7,), 2)), **EXACT
+    )
 
 
 def test_experts_of_unequal_rank_that_load_state_dict_brings_keep_their_gates() -> None:
@@ -170,7 +190,9 @@ def test_experts_of_unequal_rank_that_load_state_dict_brings_keep_their_gates() 
     layer = next(iter(adapter_layers(model).values()))
     gates, h = torch.rand(2, 5, 2), torch.randn(2, 5, 8)
     layer.gating.gates = gates
-    torch.testing.assert_close(layer.between(h), h * gates.repeat_interleave(torch.tensor([6, 2]), -1), **EXACT)
+    torch.testing.assert_close(
+        layer.between(h), h * gates.repeat_interleave(torch.tensor([6, 2]), -1), **EXACT
+    )
     assert layer.r == 6
 
 
@@ -188,10 +210,14 @@ def test_the_mixture_equals_pefts_xlora(tmp_path: Path) -> None:
     for i in range(2):
         plain = randomize(inject(qwen(), config(r=3 + i, lora_alpha=7 + i)), seed=i)
         states.append(lora.factor_state(plain))
-        folders[str(i)] = str(export_peft(plain, tmp_path / str(i)))  # X-LoRA runs only with these names
+        folders[str(i)] = str(
+            export_peft(plain, tmp_path / str(i))
+        )  # X-LoRA runs only with these names
     base = qwen()
     base.config.use_cache = False
-    theirs = get_peft_model(base, XLoraConfig(task_type="CAUSAL_LM", hidden_size=48, adapters=folders)).eval()
+    theirs = get_peft_model(
+        base, XLoraConfig(task_type="CAUSAL_LM", hidden_size=48, adapters=folders)
+    ).eval()
     gates = torch.rand(3, 9, 2, generator=torch.Generator().manual_seed(1))
     classifier = theirs.base_model.internal_xlora_classifier
     classifier.forward = lambda *_, **__: gates[:, :, None].expand(-1, -1, classifier.n_layers, -1)
@@ -212,10 +238,18 @@ def with_probabilities(p: Tensor, **arguments: object) -> nn.Module:
 
 
 @pytest.mark.parametrize("arguments", [{}, {"top_k": 2}, {"gate_by": "sequence"}], ids=str)
-def test_balance_loss_is_1_at_uniform_and_the_number_of_experts_at_collapse(arguments: dict) -> None:
-    assert balance_loss(with_probabilities(torch.full((4,), 0.25), **arguments)).item() == pytest.approx(1)
-    collapsed = balance_loss(with_probabilities(torch.tensor([0.0, 0, 1, 0]), **arguments), weight=0.5).item()
-    assert collapsed == pytest.approx(0.5 * (2 if "top_k" in arguments else 4))  # two experts share the choice where k = 2
+def test_balance_loss_is_1_at_uniform_and_the_number_of_experts_at_collapse(
+    arguments: dict,
+) -> None:
+    assert balance_loss(
+        with_probabilities(torch.full((4,), 0.25), **arguments)
+    ).item() == pytest.approx(1)
+    collapsed = balance_loss(
+        with_probabilities(torch.tensor([0.0, 0, 1, 0]), **arguments), weight=0.5
+    ).item()
+    assert collapsed == pytest.approx(
+        0.5 * (2 if "top_k" in arguments else 4)
+    )  # two experts share the choice where k = 2
 
 
 def test_balance_loss_counts_real_tokens_and_follows_a_forward_pass() -> None:
@@ -231,7 +265,9 @@ def test_balance_loss_counts_real_tokens_and_follows_a_forward_pass() -> None:
     model(input_ids=changed, attention_mask=mask)
     torch.testing.assert_close(balance_loss(model), first, **EXACT)
     losses = []
-    for router in {id(layer.gating): layer.gating for layer in adapter_layers(model).values()}.values():
+    for router in {
+        id(layer.gating): layer.gating for layer in adapter_layers(model).values()
+    }.values():
         p = router.probabilities[mask.bool()]
         f = torch.bincount(p.argmax(-1), minlength=3) / len(p)
         losses.append(3 * (f * p.mean(0)).sum())
@@ -247,7 +283,9 @@ def test_minimising_the_balance_loss_spreads_the_gates() -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert loss < 1.2 and sum(p.numel() for p in model.parameters() if p.requires_grad) == 2 * 3 * 48
+    assert (
+        loss < 1.2 and sum(p.numel() for p in model.parameters() if p.requires_grad) == 2 * 3 * 48
+    )
 
 
 # ------------------------------------------------------------------------------------------ time, padding, caches
@@ -290,9 +328,13 @@ def test_padding_changes_nothing(arguments: dict, side: str) -> None:
     ids, mask, rows = padded(side)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     with torch.no_grad():
-        together = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+        together = model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False
+        ).logits
     for i, row in enumerate(rows):
-        torch.testing.assert_close(together[i][mask[i].bool()], logits(model, row[None])[0], **CLOSE)
+        torch.testing.assert_close(
+            together[i][mask[i].bool()], logits(model, row[None])[0], **CLOSE
+        )
 
 
 @pytest.mark.parametrize("arguments", MODES, ids=str)
@@ -330,7 +372,9 @@ def test_a_cache_can_be_copied_and_one_that_the_gates_did_not_see_is_refused() -
         cache = model(input_ids=IDS[:, :5], use_cache=True).past_key_values
         again = model(input_ids=IDS[:, 5:], past_key_values=copy.deepcopy(cache)).logits
         torch.testing.assert_close(again, logits(model, IDS)[:, 5:], **CLOSE)
-        torch.testing.assert_close(model(input_ids=IDS[:, 5:], past_key_values=cache).logits, again, **EXACT)
+        torch.testing.assert_close(
+            model(input_ids=IDS[:, 5:], past_key_values=cache).logits, again, **EXACT
+        )
         with lora.disabled(model):
             foreign = model(input_ids=IDS[:, :5], use_cache=True).past_key_values
         with pytest.raises(RuntimeError, match="filled with the experts off"):
@@ -346,7 +390,10 @@ def test_labels_of_prefix_and_padding_are_not_scored() -> None:
     labels = torch.arange(10).reshape(2, 5)
     assert mask_prefix(labels, 2).tolist() == [[-100, -100, 2, 3, 4], [-100, -100, 7, 8, 9]]
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 0]])
-    assert mask_prefix(labels, 2, mask).tolist() == [[-100, -100, -100, -100, 4], [-100, -100, 7, 8, -100]]
+    assert mask_prefix(labels, 2, mask).tolist() == [
+        [-100, -100, -100, -100, 4],
+        [-100, -100, 7, 8, -100],
+    ]
 
 
 # ------------------------------------------------------------------------------------------ training
@@ -398,9 +445,15 @@ def test_autocast_leaves_the_router_in_fp32() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         loss = model(**batch()).loss
     loss.backward()
-    torch.testing.assert_close(latest_gates(model)["model.layers.0"], first, **EXACT)  # the embeddings are in fp32 either way
+    torch.testing.assert_close(
+        latest_gates(model)["model.layers.0"], first, **EXACT
+    )  # the embeddings are in fp32 either way
     assert abs(loss - expected) < 0.05  # bf16 keeps 8 bits
-    assert all(p.grad.dtype == torch.float32 and p.grad.abs().max() > 0 for p in model.parameters() if p.requires_grad)
+    assert all(
+        p.grad.dtype == torch.float32 and p.grad.abs().max() > 0
+        for p in model.parameters()
+        if p.requires_grad
+    )
 
 
 class Stop(TrainerCallback):
@@ -418,14 +471,19 @@ def test_a_run_that_is_killed_resumes_to_the_same_experts_and_routers(tmp_path: 
             learning_rate=1e-2, lr_scheduler_type="constant", bf16=False, disable_tqdm=True,
         )  # fmt: skip
         loss = functools.partial(balance_loss, weight=0.1)
-        AdapterTrainer(mixture(), arguments, train_dataset=rows, auxiliary_loss=loss, callbacks=callbacks).train()
+        AdapterTrainer(
+            mixture(), arguments, train_dataset=rows, auxiliary_loss=loss, callbacks=callbacks
+        ).train()
         again = AdapterTrainer(mixture(), arguments, train_dataset=rows, auxiliary_loss=loss)
         again.train(resume_from_checkpoint=True)
         states.append(adapter_state(again.model))
     assert sum(key.endswith("router") for key in states[0]) == 2
     for key, tensor in states[0].items():
         torch.testing.assert_close(states[1][key], tensor, atol=1e-6, rtol=1e-5)
-    assert not torch.allclose(states[0]["model.layers.1.self_attn.q_proj.router"], adapter_state(mixture())["model.layers.1.self_attn.q_proj.router"])
+    assert not torch.allclose(
+        states[0]["model.layers.1.self_attn.q_proj.router"],
+        adapter_state(mixture())["model.layers.1.self_attn.q_proj.router"],
+    )
 
 
 # ------------------------------------------------------------------------------------------ adapters brought in, saved, taken out
@@ -435,12 +493,18 @@ def three_adapters(folder: Path) -> tuple[list, list[nn.Module]]:
     """A state, a folder of this course and one of PEFT, of other ranks, scales and modules."""
     fields = [{}, {"r": 5, "lora_alpha": 3}, {"r": 2, "target_modules": ["q_proj", "down_proj"]}]
     models = [randomize(inject(qwen(), config(**f)), seed=i) for i, f in enumerate(fields)]
-    given = [lora.factor_state(models[0]), save_adapter(models[1], folder / "ours"), str(export_peft(models[2], folder / "peft"))]
+    given = [
+        lora.factor_state(models[0]),
+        save_adapter(models[1], folder / "ours"),
+        str(export_peft(models[2], folder / "peft")),
+    ]
     return given, models
 
 
 @pytest.mark.parametrize("base_in_4bit", [False, True])
-def test_adapters_of_any_origin_become_experts_and_come_out_again(tmp_path: Path, base_in_4bit: bool) -> None:
+def test_adapters_of_any_origin_become_experts_and_come_out_again(
+    tmp_path: Path, base_in_4bit: bool
+) -> None:
     given, models = three_adapters(tmp_path)
     if base_in_4bit:
         given, models = given[:2], models[:2]
@@ -449,18 +513,31 @@ def test_adapters_of_any_origin_become_experts_and_come_out_again(tmp_path: Path
         f"model.layers.{i}.self_attn.q_proj.router" for i in range(2)
     }
     for index, model in enumerate(models):
-        plain = use_adapter(inject(quantised(qwen()), lora.injection(model).config), adapter_state(model)) if base_in_4bit else model
+        plain = (
+            use_adapter(
+                inject(quantised(qwen()), lora.injection(model).config), adapter_state(model)
+            )
+            if base_in_4bit
+            else model
+        )
         with fixed_gates(mixed, torch.eye(len(given))[index]):
             torch.testing.assert_close(logits(mixed, IDS), logits(plain, IDS), atol=1e-4, rtol=1e-4)
         state, expected = lora.split_state(expert_state(mixed, index)), adapter_layers(model)
         assert state.keys() == expected.keys()
         for name, tensors in state.items():
             delta = tensors["scaling"] * tensors["B"].double() @ tensors["A"].double()
-            torch.testing.assert_close(delta.float(), expected[name].delta_weight().detach(), **CLOSE)
+            torch.testing.assert_close(
+                delta.float(), expected[name].delta_weight().detach(), **CLOSE
+            )
     gradients(mixed)
-    saved = load_adapter(quantised(qwen()) if base_in_4bit else qwen(), save_adapter(shuffle_routers(mixed), tmp_path / "mixed"))
+    saved = load_adapter(
+        quantised(qwen()) if base_in_4bit else qwen(),
+        save_adapter(shuffle_routers(mixed), tmp_path / "mixed"),
+    )
     torch.testing.assert_close(logits(saved, IDS), logits(mixed.eval(), IDS), **EXACT)
-    assert lora.trainable_parameters(saved) == lora.trainable_parameters(mixed) == 2 * len(given) * 48
+    assert (
+        lora.trainable_parameters(saved) == lora.trainable_parameters(mixed) == 2 * len(given) * 48
+    )
     assert lora.trainable_parameters(freeze_experts(saved, False)) > 5000
     with pytest.raises(ValueError, match="experts 0 to"):
         expert_state(mixed, len(given))
@@ -478,7 +555,13 @@ def quantised(model: nn.Module) -> nn.Module:
     for block in model.model.layers:
         for name in ("q_proj", "o_proj"):
             old = getattr(block.self_attn, name)
-            new = bnb.nn.Linear4bit(old.in_features, old.out_features, old.bias is not None, compute_dtype=torch.float32, quant_type="nf4")
+            new = bnb.nn.Linear4bit(
+                old.in_features,
+                old.out_features,
+                old.bias is not None,
+                compute_dtype=torch.float32,
+                quant_type="nf4",
+            )
             new.load_state_dict(old.state_dict())
             setattr(block.self_attn, name, new.to("cpu"))
     return model
@@ -539,11 +622,15 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("arguments", "words"), REFUSED, ids=str)
-def test_arguments_that_make_no_sense_are_refused_and_nothing_is_changed(arguments: dict, words: str) -> None:
+def test_arguments_that_make_no_sense_are_refused_and_nothing_is_changed(
+    arguments: dict, words: str
+) -> None:
     model = qwen()
     with pytest.raises(ValueError, match=words):
         inject(model, config(), ExpertsLinear, **arguments)
-    assert not any(isinstance(m, LoRALinear) for m in model.modules()) and all(p.requires_grad for p in model.parameters())
+    assert not any(isinstance(m, LoRALinear) for m in model.modules()) and all(
+        p.requires_grad for p in model.parameters()
+    )
 
 
 def test_models_without_one_stack_of_blocks_are_refused_and_left_as_they_were() -> None:
@@ -555,13 +642,21 @@ def test_models_without_one_stack_of_blocks_are_refused_and_left_as_they_were() 
         inject(model, config(target_modules=["q_proj", "lm_head"]), ExpertsLinear)
     for module in (plain, model):
         assert not any(isinstance(m, LoRALinear) or m._forward_pre_hooks for m in module.modules())
-        assert all(p.requires_grad for p in module.parameters()) and not hasattr(module, "lora_course")
+        assert all(p.requires_grad for p in module.parameters()) and not hasattr(
+            module, "lora_course"
+        )
 
 
 def test_what_no_fixed_matrix_equals_is_refused_by_name(tmp_path: Path) -> None:
     model = mixture()
     layer = next(iter(adapter_layers(model).values()))
-    for refused in (lora.merge, lora.factor_state, lambda m: export_peft(m, tmp_path), lambda m: layer.delta_weight(), lambda m: layer.merge()):
+    for refused in (
+        lora.merge,
+        lora.factor_state,
+        lambda m: export_peft(m, tmp_path),
+        lambda m: layer.delta_weight(),
+        lambda m: layer.merge(),
+    ):
         with pytest.raises(NotImplementedError, match=r"depends on the input.*expert_state"):
             refused(model)
     assert not layer.merged
@@ -577,7 +672,9 @@ def test_bad_experts_and_gates_are_refused(tmp_path: Path) -> None:
         mix_experts(plain, [tmp_path / "nothing"])
     state = lora.factor_state(randomize(inject(qwen(), config())))
     with pytest.raises(ValueError, match="another base model"):
-        mix_experts(plain, [{key: t[:, :-1] if key.endswith(".A") else t for key, t in state.items()}])
+        mix_experts(
+            plain, [{key: t[:, :-1] if key.endswith(".A") else t for key, t in state.items()}]
+        )
     assert not hasattr(plain, "lora_course") and all(p.requires_grad for p in plain.parameters())
     model = mix_experts(plain, [state, state])
     with pytest.raises(ValueError, match="E = 2"), fixed_gates(model, [1.0, 0, 0]):

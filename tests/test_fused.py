@@ -13,7 +13,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lora_course import lora
 from lora_course.checkpoint import export_peft, load_adapter, save_adapter
 from lora_course.fused import AdapterBatchLinear, FusedLoRA, FusedLoRALinear, load_adapters, rows
-from lora_course.lora import THIN, LoRALinear, adapter_layers, factor_state, inject, unload, use_adapter
+from lora_course.lora import (
+    THIN,
+    LoRALinear,
+    adapter_layers,
+    factor_state,
+    inject,
+    unload,
+    use_adapter,
+)
 from lora_course.qlora import quantize_model
 from tests.test_lora import batch, config, qwen, randomize, relative
 
@@ -25,7 +33,10 @@ from tests.test_lora import batch, config, qwen, randomize, relative
 def test_the_gradient_by_hand_is_the_functions_derivative(shape: tuple[int, ...], p: float) -> None:
     torch.manual_seed(0)
     base = nn.Linear(7, 5).double().requires_grad_(False)
-    x, A, B = (torch.randn(size, dtype=torch.double, requires_grad=True) for size in (shape, (3, 7), (5, 3)))
+    x, A, B = (
+        torch.randn(size, dtype=torch.double, requires_grad=True)
+        for size in (shape, (3, 7), (5, 3))
+    )
 
     def fused(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
         torch.manual_seed(1)  # the same mask at every evaluation
@@ -43,7 +54,9 @@ def both(base: nn.Module | None = None, **fields: object) -> dict[str, nn.Module
     }
 
 
-def step(model: nn.Module, autocast: bool = False, seed: int = 5) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def step(
+    model: nn.Module, autocast: bool = False, seed: int = 5
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Logits, and the gradients of a training step."""
     torch.manual_seed(seed)
     model.zero_grad()
@@ -54,8 +67,13 @@ def step(model: nn.Module, autocast: bool = False, seed: int = 5) -> tuple[torch
 
 
 def assert_equal_steps(models: dict[str, nn.Module], tolerance: float, **how: object) -> None:
-    (expected, gradients), (found, others) = step(models["plain"], **how), step(models["fused"], **how)
-    assert relative(found.float(), expected.float()) < tolerance and len(gradients) == len(others) > 0
+    (expected, gradients), (found, others) = (
+        step(models["plain"], **how),
+        step(models["fused"], **how),
+    )
+    assert (
+        relative(found.float(), expected.float()) < tolerance and len(gradients) == len(others) > 0
+    )
     for gradient, other in zip(gradients, others, strict=True):
         assert gradient.dtype == other.dtype and relative(other, gradient) < tolerance
 
@@ -69,7 +87,9 @@ def test_a_fused_step_equals_the_plain_one(fields: dict) -> None:
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_under_gradient_checkpointing_it_drops_the_same_elements_both_times(reentrant: bool) -> None:
+def test_under_gradient_checkpointing_it_drops_the_same_elements_both_times(
+    reentrant: bool,
+) -> None:
     models = both(lora_dropout=0.4)
     expected = step(models["plain"])[1]
     for model in models.values():
@@ -111,14 +131,18 @@ def test_accumulated_and_partly_frozen_gradients() -> None:
 def test_trained_steps_equal_plain_ones() -> None:
     models = both()
     for model in models.values():
-        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
+        optimizer = torch.optim.SGD(
+            [p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9
+        )
         for t in range(6):
             step(model, seed=t)
             optimizer.step()
     a, b = (factor_state(model) for model in models.values())
     start = factor_state(both()["plain"])
     for key in a:
-        assert relative(b[key], a[key]) < 1e-4 and (key.endswith("scaling") or relative(a[key], start[key]) > 1e-3)
+        assert relative(b[key], a[key]) < 1e-4 and (
+            key.endswith("scaling") or relative(a[key], start[key]) > 1e-3
+        )
 
 
 def saved_bytes(model: nn.Module, autocast: bool = False) -> int:
@@ -129,22 +153,32 @@ def saved_bytes(model: nn.Module, autocast: bool = False) -> int:
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage.nbytes(), tensor  # held, so that no address comes twice
+            kept[storage.data_ptr()] = (
+                storage.nbytes(),
+                tensor,
+            )  # held, so that no address comes twice
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+    ):
         model(torch.randn(32, 40, generator=torch.Generator().manual_seed(0)).requires_grad_())
     return sum(nbytes for nbytes, _ in kept.values())
 
 
 @pytest.mark.parametrize(("p", "autocast"), [(0.0, False), (0.3, False), (0.0, True), (0.3, True)])
-def test_it_keeps_x_and_a_byte_of_mask_an_element_whatever_the_rank(p: float, autocast: bool) -> None:
+def test_it_keeps_x_and_a_byte_of_mask_an_element_whatever_the_rank(
+    p: float, autocast: bool
+) -> None:
     for r in (2, 16):
         fused = FusedLoRALinear(nn.Linear(40, 24), r, 8, p)
         assert saved_bytes(fused, autocast) == 32 * 40 * (4 + (1 if p else 0))
         plain = saved_bytes(LoRALinear(nn.Linear(40, 24), r, 8, p), autocast)
         size = 2 if autocast else 4
-        assert plain >= 32 * 40 * size + 32 * r * size  # and x itself where it was cast, the mask, a cast weight
+        assert (
+            plain >= 32 * 40 * size + 32 * r * size
+        )  # and x itself where it was cast, the mask, a cast weight
 
 
 def test_it_is_a_plain_layer_to_checkpoints_peft_and_other_layers(tmp_path: Path) -> None:
@@ -199,17 +233,27 @@ def test_disabled_merged_and_empty() -> None:
     layer.merge()
     merged = layer(x)
     torch.testing.assert_close(merged, y, atol=1e-5, rtol=1e-5)
-    assert not merged.requires_grad and not layer.base_layer.weight.requires_grad  # nothing would train, W least of all
+    assert (
+        not merged.requires_grad and not layer.base_layer.weight.requires_grad
+    )  # nothing would train, W least of all
 
 
 # ------------------------------------------------------------------------------------------------- merging
 
 
-@pytest.mark.parametrize(("dtype", "bound", "restored"), [(torch.float32, 2e-6, 1e-6), (torch.float16, 5e-3, 5e-3), (torch.bfloat16, 4e-2, 4e-2)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "bound", "restored"),
+    [(torch.float32, 2e-6, 1e-6), (torch.float16, 5e-3, 5e-3), (torch.bfloat16, 4e-2, 4e-2)],
+    ids=str,
+)
 @pytest.mark.parametrize("kind", [LoRALinear, FusedLoRALinear])
-def test_merged_equals_unmerged_and_unmerging_restores_to_rounding(kind: type, dtype: torch.dtype, bound: float, restored: float) -> None:
+def test_merged_equals_unmerged_and_unmerging_restores_to_rounding(
+    kind: type, dtype: torch.dtype, bound: float, restored: float
+) -> None:
     model = randomize(inject(qwen().to(dtype), config(), layer=kind))
-    before = {name: layer.base_layer.weight.clone() for name, layer in adapter_layers(model).items()}
+    before = {
+        name: layer.base_layer.weight.clone() for name, layer in adapter_layers(model).items()
+    }
     base = qwen().to(dtype)(**batch()).logits
     with torch.no_grad():
         reference = model(**batch()).logits
@@ -228,7 +272,9 @@ def test_saved_while_merged_it_is_applied_once(tmp_path: Path) -> None:
     reference = model(**batch()).logits.detach()
     lora.merge(model)
     save_adapter(model, tmp_path)
-    torch.testing.assert_close(load_adapter(qwen(), tmp_path).eval()(**batch()).logits, reference, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        load_adapter(qwen(), tmp_path).eval()(**batch()).logits, reference, atol=1e-5, rtol=1e-5
+    )
     plain = unload(model)
     torch.testing.assert_close(plain(**batch()).logits, reference, atol=1e-5, rtol=1e-5)
     assert not any(isinstance(module, LoRALinear) for module in plain.modules())
@@ -251,7 +297,13 @@ NAMES = ["code", None, "law", "verse", "code"]
 
 
 def single(name: str | None) -> nn.Module:
-    return qwen() if name is None else randomize(inject(qwen(), config(**FIELDS[name])), seed=list(FIELDS).index(name) + 1).eval()
+    return (
+        qwen()
+        if name is None
+        else randomize(
+            inject(qwen(), config(**FIELDS[name])), seed=list(FIELDS).index(name) + 1
+        ).eval()
+    )
 
 
 STATES = {name: factor_state(single(name)) for name in FIELDS}
@@ -274,11 +326,17 @@ def test_a_batch_equals_its_rows_one_by_one_and_peft() -> None:
             peft = theirs.base_model.model.get_submodule(module)
             peft.lora_A[name].weight.data.copy_(tensors["A"])
             peft.lora_B[name].weight.data.copy_(tensors["B"])
-    mixed = theirs.eval()(input_ids=ids, adapter_names=[name or "__base__" for name in NAMES]).logits
+    mixed = theirs.eval()(
+        input_ids=ids, adapter_names=[name or "__base__" for name in NAMES]
+    ).logits
     torch.testing.assert_close(together, mixed, atol=1e-5, rtol=1e-5)
     for i, name in enumerate(NAMES):
-        torch.testing.assert_close(together[i], single(name)(ids[i : i + 1]).logits[0], atol=1e-5, rtol=1e-5)
-        others = [single(other)(ids[i : i + 1]).logits[0] for other in [*FIELDS, None] if other != name]
+        torch.testing.assert_close(
+            together[i], single(name)(ids[i : i + 1]).logits[0], atol=1e-5, rtol=1e-5
+        )
+        others = [
+            single(other)(ids[i : i + 1]).logits[0] for other in [*FIELDS, None] if other != name
+        ]
         assert min(relative(together[i], other) for other in others) > 0.05  # the adapters differ
 
 
@@ -293,19 +351,32 @@ def test_cached_generation_and_merged_models_write_the_same() -> None:
         if name:
             alone = unload(lora.merge(alone))
         with sdpa_kernel(SDPBackend.MATH):
-            assert torch.equal(together[i : i + 1], alone.generate(ids[i : i + 1], use_cache=True, **kwargs))
+            assert torch.equal(
+                together[i : i + 1], alone.generate(ids[i : i + 1], use_cache=True, **kwargs)
+            )
 
 
 @torch.no_grad()
 def test_several_rows_of_a_prompt() -> None:
     ids, model = batch(2, 6)["input_ids"], served()
-    kwargs = {"max_new_tokens": 5, "num_beams": 3, "num_return_sequences": 3, "pad_token_id": 0, "do_sample": False}
-    with rows(model, ["law", "code"]), pytest.raises(ValueError, match="6 rows and rows.* was given 2 names.*num_beams"):
+    kwargs = {
+        "max_new_tokens": 5,
+        "num_beams": 3,
+        "num_return_sequences": 3,
+        "pad_token_id": 0,
+        "do_sample": False,
+    }
+    with (
+        rows(model, ["law", "code"]),
+        pytest.raises(ValueError, match="6 rows and rows.* was given 2 names.*num_beams"),
+    ):
         model.generate(ids, **kwargs)
     with rows(model, ["law"] * 3 + ["code"] * 3):
         found = model.generate(ids, **kwargs)
     for i, name in enumerate(("law", "code")):
-        assert torch.equal(found[3 * i : 3 * i + 3], single(name).generate(ids[i : i + 1], **kwargs))
+        assert torch.equal(
+            found[3 * i : 3 * i + 3], single(name).generate(ids[i : i + 1], **kwargs)
+        )
 
 
 @torch.no_grad()
@@ -320,10 +391,14 @@ def test_types_and_4bit_bases() -> None:
             assert relative(exact(ids).logits.float(), found.float()) < 0.05
         again = exact(ids).logits
     with rows(exact, NAMES):
-        assert torch.equal(exact(ids).logits, again)  # bf16 factors of the block before are not kept
+        assert torch.equal(
+            exact(ids).logits, again
+        )  # bf16 factors of the block before are not kept
     with rows(model := served(quantize_model(qwen())), NAMES):
         found = model(ids).logits
-    alone = use_adapter(inject(quantize_model(qwen()), config(**FIELDS["law"])), STATES["law"]).eval()
+    alone = use_adapter(
+        inject(quantize_model(qwen()), config(**FIELDS["law"])), STATES["law"]
+    ).eval()
     assert relative(found[2:3], alone(ids[2:3]).logits) < 1e-4
 
 
@@ -347,14 +422,26 @@ def test_rows_hold_within_their_block_and_the_base_comes_back() -> None:
 def test_what_serving_refuses(tmp_path: Path) -> None:
     model = served()
     assert not any(p.requires_grad for p in model.parameters())
-    for refused in (lora.merge, lora.adapter_state, factor_state, lambda m: save_adapter(m, tmp_path), lambda m: use_adapter(m, STATES["law"])):
+    for refused in (
+        lora.merge,
+        lora.adapter_state,
+        factor_state,
+        lambda m: save_adapter(m, tmp_path),
+        lambda m: use_adapter(m, STATES["law"]),
+    ):
         with pytest.raises((NotImplementedError, ValueError)):
             refused(model)
-    with pytest.raises(ValueError, match="no adapter 'lwa'; there are law, code, verse"), rows(model, ["lwa"]):
+    with (
+        pytest.raises(ValueError, match="no adapter 'lwa'; there are law, code, verse"),
+        rows(model, ["lwa"]),
+    ):
         pass
     with pytest.raises(TypeError, match="a list with one name"), rows(model, "law"):
         pass
-    with pytest.raises(TypeError, match="LoRALinear, with one adapter"), rows(single("law"), ["law"]):
+    with (
+        pytest.raises(TypeError, match="LoRALinear, with one adapter"),
+        rows(single("law"), ["law"]),
+    ):
         pass
     with pytest.raises(ValueError, match="carries an adapter already"):
         load_adapters(model, STATES)
@@ -368,7 +455,9 @@ def test_what_serving_refuses(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"\[48, 81\]; this model has \[48, 80\] there"):
         load_adapters(base, {"law": wrong})
     with pytest.raises(ValueError, match="factor_state"):
-        load_adapters(base, {"law": STATES["law"] | {"model.layers.0.mlp.down_proj.E": torch.zeros(3)}})
+        load_adapters(
+            base, {"law": STATES["law"] | {"model.layers.0.mlp.down_proj.E": torch.zeros(3)}}
+        )
     assert not any(isinstance(module, LoRALinear) for module in base.modules())
 
 

@@ -21,9 +21,17 @@ from tests.test_lora import batch, config, qwen, randomize, relative
 RANKS = (1, 2, 5)
 
 
-def nested(base: nn.Module | None = None, weighting: str = "equal", seed: int = 1, **fields: object) -> nn.Module:
+def nested(
+    base: nn.Module | None = None, weighting: str = "equal", seed: int = 1, **fields: object
+) -> nn.Module:
     """Rank 5, scale 12/5, factors as after training."""
-    model = inject(base or qwen(), config(r=5, **fields), layer=NestedLoRALinear, ranks=RANKS, weighting=weighting)
+    model = inject(
+        base or qwen(),
+        config(r=5, **fields),
+        layer=NestedLoRALinear,
+        ranks=RANKS,
+        weighting=weighting,
+    )
     return randomize(model, seed)
 
 
@@ -46,7 +54,9 @@ def test_layer_computes_its_equation_at_every_cut(weighting: str) -> None:
     P = {"equal": [1, 1, 1, 1, 1], "matryoshka": [1, 2 / 3, 1 / 3, 1 / 3, 1 / 3]}[weighting]
     for b in range(1, 6):
         layer.rank = b
-        expected = base(x) + sum(12 / 5 * P[i] * (x @ layer.A[i])[..., None] * layer.B[:, i] for i in range(b))
+        expected = base(x) + sum(
+            12 / 5 * P[i] * (x @ layer.A[i])[..., None] * layer.B[:, i] for i in range(b)
+        )
         torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-5)
         A, B, scaling = layer.factors()
         assert A.shape == (b, 7) and B.shape == (4, b) and scaling == 12 / 5
@@ -66,7 +76,11 @@ def test_it_starts_as_the_base_and_as_lora_learns_b_first() -> None:
         assert torch.equal(model(**batch()).logits, reference)
         model(**batch()).loss.backward()
     for layer in adapter_layers(model).values():
-        assert layer.A.grad.abs().max() == 0 and layer.B.grad[:, :2].abs().max() > 0 and layer.B.grad[:, 2:].abs().max() == 0
+        assert (
+            layer.A.grad.abs().max() == 0
+            and layer.B.grad[:, :2].abs().max() > 0
+            and layer.B.grad[:, 2:].abs().max() == 0
+        )
 
 
 def test_equal_weights_at_full_rank_are_pefts_lora() -> None:
@@ -79,7 +93,13 @@ def test_equal_weights_at_full_rank_are_pefts_lora() -> None:
     torch.testing.assert_close(mine.logits, other.logits, atol=1e-5, rtol=1e-5)
     mine.loss.backward(), other.loss.backward()
     for name, layer in adapter_layers(ours).items():
-        assert relative(layer.A.grad, theirs.base_model.model.get_submodule(name).lora_A["default"].weight.grad) < 1e-4
+        assert (
+            relative(
+                layer.A.grad,
+                theirs.base_model.model.get_submodule(name).lora_A["default"].weight.grad,
+            )
+            < 1e-4
+        )
 
 
 def test_matryoshka_weights_are_the_mean_of_the_cuts_and_algorithm_1_up_to_its_scales() -> None:
@@ -101,16 +121,24 @@ def test_a_sum_of_branches_is_one_adapter_of_the_summed_rank_with_a_scale_a_bloc
     """What the notes call hierarchical: y = Σ_k s_k B_k A_k x, with ranks 16, 8 and 4."""
     torch.manual_seed(0)
     base, x = nn.Linear(40, 33), torch.randn(6, 40)
-    blocks = [(k, scale, torch.randn(k, 40), torch.randn(33, k)) for k, scale in ((16, 0.3), (8, 2.0), (4, 0.7))]
+    blocks = [
+        (k, scale, torch.randn(k, 40), torch.randn(33, k))
+        for k, scale in ((16, 0.3), (8, 2.0), (4, 0.7))
+    ]
     expected = base(x) + sum(scale * x @ A.T @ B.T for _, scale, A, B in blocks)
     whole = NestedLoRALinear(base, r=28, lora_alpha=28, ranks=(16, 24, 28))
-    whole.A.data, whole.B.data = torch.cat([A for *_, A, _ in blocks]), torch.cat([B for *_, B in blocks], 1)
+    whole.A.data, whole.B.data = (
+        torch.cat([A for *_, A, _ in blocks]),
+        torch.cat([B for *_, B in blocks], 1),
+    )
     whole.P.copy_(torch.cat([torch.full((k,), scale) for k, scale, *_ in blocks]))
     torch.testing.assert_close(whole(x), expected, atol=1e-3, rtol=1e-5)
     assert torch.linalg.matrix_rank(whole.delta_weight()) == 28
     states = [{"m.A": A, "m.B": B, "m.scaling": torch.tensor(s)} for _, s, A, B in blocks]
     joined = lora.concatenate(states)
-    torch.testing.assert_close(joined["m.B"] @ joined["m.A"], whole.delta_weight(), atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(
+        joined["m.B"] @ joined["m.A"], whole.delta_weight(), atol=1e-4, rtol=1e-5
+    )
 
 
 # ------------------------------------------------------------------------------------------------- cutting
@@ -123,15 +151,21 @@ def test_a_cut_equals_a_slice_and_cuts_are_nested_at_one_scale(weighting: str) -
     previous = None
     for b in range(1, 6):
         state = lora.split_state(cut(model, b))
-        assert torch.equal(state[name]["A"], whole[name]["A"][:b]) and torch.equal(state[name]["B"], whole[name]["B"][:, :b])
+        assert torch.equal(state[name]["A"], whole[name]["A"][:b]) and torch.equal(
+            state[name]["B"], whole[name]["B"][:, :b]
+        )
         assert float(state[name]["scaling"]) == 12 / 5
         if previous:
-            assert torch.equal(state[name]["A"][:-1], previous[name]["A"]) and torch.equal(state[name]["B"][:, :-1], previous[name]["B"])
+            assert torch.equal(state[name]["A"][:-1], previous[name]["A"]) and torch.equal(
+                state[name]["B"][:, :-1], previous[name]["B"]
+            )
         previous = state
         plain = lora.use_adapter(inject(qwen(), config()), cut(model, b))
         assert {layer.r for layer in adapter_layers(plain).values()} == {b}
         with at_rank(model, b):
-            torch.testing.assert_close(plain(**batch()).logits, model(**batch()).logits, atol=1e-6, rtol=1e-6)
+            torch.testing.assert_close(
+                plain(**batch()).logits, model(**batch()).logits, atol=1e-6, rtol=1e-6
+            )
     logits = [model(**batch()).logits]
     for b in range(1, 6):
         with at_rank(model, b):
@@ -149,8 +183,12 @@ def test_a_state_that_was_cut_is_a_copy_and_training_goes_on_at_the_cut_alone() 
     optimizer.step()
     name, layer = next(iter(adapter_layers(model).items()))
     assert torch.equal(state[f"{name}.A"], before[f"{name}.A"][:2])
-    assert torch.equal(layer.A[2:], before[f"{name}.A"][2:]) and torch.equal(layer.B[:, 2:], before[f"{name}.B"][:, 2:])
-    assert not torch.equal(layer.A[:2], before[f"{name}.A"][:2]) and not torch.equal(layer.B[:, :2], before[f"{name}.B"][:, :2])
+    assert torch.equal(layer.A[2:], before[f"{name}.A"][2:]) and torch.equal(
+        layer.B[:, 2:], before[f"{name}.B"][:, 2:]
+    )
+    assert not torch.equal(layer.A[:2], before[f"{name}.A"][:2]) and not torch.equal(
+        layer.B[:, :2], before[f"{name}.B"][:, :2]
+    )
 
 
 def test_only_last_trains_the_block_beyond_the_next_smaller_rank_with_the_same_output() -> None:
@@ -167,9 +205,14 @@ def test_only_last_trains_the_block_beyond_the_next_smaller_rank_with_the_same_o
         for i, layer in enumerate(adapter_layers(model).values()):
             assert layer.A.grad[:kept].abs().max().item() == 0 if kept else True
             assert layer.A.grad[b:].abs().max().item() == 0 if b < 5 else True
-            assert layer.A.grad[kept:b].abs().min(0).values.max() > 0 and layer.B.grad[:, kept:b].abs().max() > 0
+            assert (
+                layer.A.grad[kept:b].abs().min(0).values.max() > 0
+                and layer.B.grad[:, kept:b].abs().max() > 0
+            )
             if b == 5:
-                torch.testing.assert_close(layer.A.grad[kept:], gradients[i][kept:], atol=1e-6, rtol=1e-4)
+                torch.testing.assert_close(
+                    layer.A.grad[kept:], gradients[i][kept:], atol=1e-6, rtol=1e-4
+                )
         if b == 5:
             assert torch.equal(output.logits, expected)
 
@@ -177,10 +220,17 @@ def test_only_last_trains_the_block_beyond_the_next_smaller_rank_with_the_same_o
 def test_the_cut_is_undone_after_the_block_and_after_an_error() -> None:
     model = nested()
     before = model(**batch()).logits
-    with pytest.raises(KeyError), at_rank(model, 1), at_rank(model, 2, weighted=False, only_last=True):
+    with (
+        pytest.raises(KeyError),
+        at_rank(model, 1),
+        at_rank(model, 2, weighted=False, only_last=True),
+    ):
         raise KeyError
     assert torch.equal(model(**batch()).logits, before)
-    assert all((layer.rank, layer.weighted, layer.only_last) == (5, True, False) for layer in adapter_layers(model).values())
+    assert all(
+        (layer.rank, layer.weighted, layer.only_last) == (5, True, False)
+        for layer in adapter_layers(model).values()
+    )
 
 
 def test_merging_at_a_cut_and_taking_it_back() -> None:
@@ -193,35 +243,47 @@ def test_merging_at_a_cut_and_taking_it_back() -> None:
         pass
     lora.unmerge(model)
     for name, layer in adapter_layers(model).items():
-        torch.testing.assert_close(layer.base_layer.weight, base.get_submodule(name).weight, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(
+            layer.base_layer.weight, base.get_submodule(name).weight, atol=1e-6, rtol=1e-5
+        )
     with at_rank(nested(), 1) as again:
         lora.merge(again)
         lora.unload(again)
     with at_rank(nested(), 1) as reference:
-        torch.testing.assert_close(again(**batch()).logits, reference(**batch()).logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            again(**batch()).logits, reference(**batch()).logits, atol=1e-5, rtol=1e-5
+        )
 
 
 # ------------------------------------------------------------------------------------------------- files
 
 
 @pytest.mark.parametrize("weighting", ["equal", "matryoshka"])
-def test_peft_loads_every_cut_with_equal_logits_and_its_size_follows_the_rank(tmp_path: Path, weighting: str) -> None:
+def test_peft_loads_every_cut_with_equal_logits_and_its_size_follows_the_rank(
+    tmp_path: Path, weighting: str
+) -> None:
     model, sizes = nested(weighting=weighting), {}
     for b in range(1, 6):
         with at_rank(model, b):
             expected = model(**batch()).logits
             folder = export_peft(model, tmp_path / str(b))
         theirs = PeftModel.from_pretrained(qwen(), folder)
-        assert theirs.peft_config["default"].r == b and theirs.peft_config["default"].lora_alpha == pytest.approx(2.4 * b)
+        assert theirs.peft_config["default"].r == b and theirs.peft_config[
+            "default"
+        ].lora_alpha == pytest.approx(2.4 * b)
         torch.testing.assert_close(theirs(**batch()).logits, expected, atol=1e-5, rtol=1e-5)
         sizes[b] = (folder / "adapter_model.safetensors").stat().st_size
     steps = {sizes[b + 1] - sizes[b] for b in range(1, 5)}
-    row = 4 * sum(layer.in_features + layer.out_features for layer in adapter_layers(model).values())
+    row = 4 * sum(
+        layer.in_features + layer.out_features for layer in adapter_layers(model).values()
+    )
     assert all(abs(step - row) < 0.05 * row for step in steps)  # the rest is the header's numbers
 
 
 @pytest.mark.parametrize("weighting", ["equal", "matryoshka"])
-def test_a_saved_adapter_reloads_whole_with_its_ranks_and_weights(tmp_path: Path, weighting: str) -> None:
+def test_a_saved_adapter_reloads_whole_with_its_ranks_and_weights(
+    tmp_path: Path, weighting: str
+) -> None:
     model = nested(weighting=weighting)
     with at_rank(model, 2):
         save_adapter(model, tmp_path)
@@ -229,7 +291,9 @@ def test_a_saved_adapter_reloads_whole_with_its_ranks_and_weights(tmp_path: Path
     assert torch.equal(again(**batch()).logits, model(**batch()).logits)
     layer = next(iter(adapter_layers(again).values()))
     assert (layer.ranks, layer.weighting, layer.rank) == (RANKS, weighting, 5)
-    assert cut(again, 2).keys() == cut(model, 2).keys() and all(torch.equal(cut(again, 2)[k], v) for k, v in cut(model, 2).items())
+    assert cut(again, 2).keys() == cut(model, 2).keys() and all(
+        torch.equal(cut(again, 2)[k], v) for k, v in cut(model, 2).items()
+    )
     again(**batch()).loss.backward()
 
 
@@ -241,24 +305,36 @@ def trainer(model: nn.Module, folder: Path, callbacks: list, **fields: object) -
     defaults = {"max_steps": 9, "learning_rate": 0.1, "optim": "sgd", "lr_scheduler_type": "constant", "warmup_steps": 0, "max_grad_norm": 0,
                 "per_device_train_batch_size": 1, "save_strategy": "no", "disable_tqdm": True, "bf16": False}  # fmt: skip
     args = training_arguments(folder, device="cpu", **{**defaults, **fields})
-    return AdapterTrainer(model, args, train_dataset=data, eval_dataset=data.select(range(2)), callbacks=callbacks)
+    return AdapterTrainer(
+        model, args, train_dataset=data, eval_dataset=data.select(range(2)), callbacks=callbacks
+    )
 
 
 def test_ranks_are_drawn_by_seed_and_step_alone_and_about_equally() -> None:
     model = nested()
-    first, second, other = RankSampler(model, seed=0), RankSampler(nested(), seed=0), RankSampler(model, seed=1)
+    first, second, other = (
+        RankSampler(model, seed=0),
+        RankSampler(nested(), seed=0),
+        RankSampler(model, seed=1),
+    )
     drawn = [first.rank(t) for t in range(1, 601)]
-    assert drawn == [second.rank(t) for t in range(600, 0, -1)][::-1] and drawn != [other.rank(t) for t in range(1, 601)]
+    assert drawn == [second.rank(t) for t in range(600, 0, -1)][::-1] and drawn != [
+        other.rank(t) for t in range(1, 601)
+    ]
     # 200 of each are expected, with a deviation of 11.5
     assert set(drawn) == set(RANKS) and all(150 < drawn.count(b) < 250 for b in RANKS)
-    assert first.begin(3) == drawn[2] and all(layer.rank == drawn[2] for layer in adapter_layers(model).values())
+    assert first.begin(3) == drawn[2] and all(
+        layer.rank == drawn[2] for layer in adapter_layers(model).values()
+    )
     first.end()
     assert all(layer.rank == 5 for layer in adapter_layers(model).values())
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("only_last", [False, True])
-def test_the_callback_does_what_the_loop_does(tmp_path: Path, accumulation: int, only_last: bool) -> None:
+def test_the_callback_does_what_the_loop_does(
+    tmp_path: Path, accumulation: int, only_last: bool
+) -> None:
     model, reference, seen = nested(), nested().train(), []
 
     class Watch(TrainerCallback):
@@ -266,7 +342,9 @@ def test_the_callback_does_what_the_loop_does(tmp_path: Path, accumulation: int,
             seen.append(next(iter(adapter_layers(model).values())).rank)
 
         def on_evaluate(self, args, state, control, **_) -> None:
-            assert {(layer.rank, layer.only_last) for layer in adapter_layers(model).values()} == {(5, False)}
+            assert {(layer.rank, layer.only_last) for layer in adapter_layers(model).values()} == {
+                (5, False)
+            }
 
     run = trainer(model, tmp_path, [RankSampler(model, 3, only_last=only_last), Watch()], gradient_accumulation_steps=accumulation,
                   eval_strategy="steps", eval_steps=4)  # fmt: skip
@@ -285,16 +363,22 @@ def test_the_callback_does_what_the_loop_does(tmp_path: Path, accumulation: int,
         optimizer.step()
         optimizer.zero_grad()
     for name, tensor in lora.adapter_state(model).items():
-        torch.testing.assert_close(tensor, lora.adapter_state(reference)[name], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            tensor, lora.adapter_state(reference)[name], atol=1e-5, rtol=1e-4
+        )
 
 
 @pytest.mark.parametrize("only_last", [False, True])
-def test_rows_that_a_step_does_not_train_are_held_against_momentum_and_decay(only_last: bool) -> None:
+def test_rows_that_a_step_does_not_train_are_held_against_momentum_and_decay(
+    only_last: bool,
+) -> None:
     moved = {}
     for hold in (True, False):
         model, moved[hold] = nested().train(), set()
         layer = next(iter(adapter_layers(model).values()))
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01, weight_decay=0.1)
+        optimizer = torch.optim.AdamW(
+            [p for p in model.parameters() if p.requires_grad], lr=0.01, weight_decay=0.1
+        )
         sampler = RankSampler(model, 0, only_last=only_last, hold=hold)
         for t in range(1, 13):
             A, B, b = layer.A.detach().clone(), layer.B.detach().clone(), sampler.begin(t)
@@ -303,7 +387,11 @@ def test_rows_that_a_step_does_not_train_are_held_against_momentum_and_decay(onl
             optimizer.step()
             optimizer.zero_grad()
             sampler.end()
-            changed = {i for i in range(5) if not torch.equal(layer.A[i], A[i]) or not torch.equal(layer.B[:, i], B[:, i])}
+            changed = {
+                i
+                for i in range(5)
+                if not torch.equal(layer.A[i], A[i]) or not torch.equal(layer.B[:, i], B[:, i])
+            }
             assert changed >= set(range(kept, b))
             moved[hold] |= changed - set(range(kept, b))
     assert moved[True] == set() and {4, 3} <= moved[False]
@@ -318,7 +406,9 @@ def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_weights(tmp_path: 
     trainer(straight, tmp_path / "whole", [RankSampler(straight)], optim="adamw_torch").train()
     saving = {"save_strategy": "steps", "save_steps": 3, "optim": "adamw_torch"}
     trainer(stopped, tmp_path / "cut", [RankSampler(stopped), Stop()], **saving).train()
-    trainer(resumed, tmp_path / "cut", [RankSampler(resumed)], **saving).train(resume_from_checkpoint=True)
+    trainer(resumed, tmp_path / "cut", [RankSampler(resumed)], **saving).train(
+        resume_from_checkpoint=True
+    )
     expected, found = lora.adapter_state(straight), lora.adapter_state(resumed)
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], atol=0, rtol=0)
@@ -334,7 +424,12 @@ def test_training_by_truncation_orders_what_slicing_a_plain_adapter_does_not() -
         torch.manual_seed(1)
         model = nn.Sequential(nn.Linear(20, 24, bias=False))
         model[0].weight.data.zero_()
-        inject(model, LoraConfig(r=4, lora_alpha=4, target_modules=["0"]), layer=NestedLoRALinear, ranks=(1, 2, 3, 4))
+        inject(
+            model,
+            LoraConfig(r=4, lora_alpha=4, target_modules=["0"]),
+            layer=NestedLoRALinear,
+            ranks=(1, 2, 3, 4),
+        )
         sampler, optimizer = RankSampler(model), torch.optim.Adam(model.parameters(), lr=0.02)
         for t in range(1, 501):
             if sampled:
@@ -372,13 +467,19 @@ def test_checkpointing_autocast_and_moving_change_nothing() -> None:
 
 def test_it_works_on_a_4bit_base(tmp_path: Path) -> None:
     model = nested(quantize_model(qwen()))
-    weights = {name: layer.base_layer.weight.data.clone() for name, layer in adapter_layers(model).items()}
+    weights = {
+        name: layer.base_layer.weight.data.clone() for name, layer in adapter_layers(model).items()
+    }
     trainer(model, tmp_path, [RankSampler(model)], max_steps=3).train()
     for name, layer in adapter_layers(model).items():
-        assert is_4bit(layer.base_layer) and torch.equal(layer.base_layer.weight.data, weights[name])
+        assert is_4bit(layer.base_layer) and torch.equal(
+            layer.base_layer.weight.data, weights[name]
+        )
     with at_rank(model.eval(), 2), torch.no_grad():
         expected = model(**batch()).logits
-        theirs = PeftModel.from_pretrained(quantize_model(qwen()), export_peft(model, tmp_path / "peft"))
+        theirs = PeftModel.from_pretrained(
+            quantize_model(qwen()), export_peft(model, tmp_path / "peft")
+        )
         torch.testing.assert_close(theirs(**batch()).logits, expected, atol=1e-4, rtol=1e-4)
         with pytest.raises(TypeError, match="4-bit"):
             lora.merge(model)
@@ -395,7 +496,9 @@ def test_it_works_on_a_4bit_base(tmp_path: Path) -> None:
     ({"ranks": ()}, "the last is r"),
     ({"weighting": "sum"}, "weighting='sum'"),
 ])  # fmt: skip
-def test_ranks_that_cannot_be_served_are_refused_and_nothing_is_changed(arguments: dict, words: str) -> None:
+def test_ranks_that_cannot_be_served_are_refused_and_nothing_is_changed(
+    arguments: dict, words: str
+) -> None:
     model = qwen()
     names = [name for name, _ in model.named_parameters()]
     with pytest.raises(ValueError, match=words):
@@ -424,5 +527,7 @@ def test_what_has_no_such_cut_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="another model"):
         trainer(nested(), tmp_path, [RankSampler(model)]).train()
     with pytest.raises(ValueError, match="needs rank 5"):
-        lora.use_adapter(model, lora.adapter_state(inject(qwen(), config(r=4), layer=NestedLoRALinear)))
+        lora.use_adapter(
+            model, lora.adapter_state(inject(qwen(), config(r=4), layer=NestedLoRALinear))
+        )
     assert isinstance(next(iter(adapter_layers(model).values())), LoRALinear)

@@ -9,8 +9,16 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
-from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+)
 
 from lora_course import lora
 from lora_course.lora import LoRALinear, adapter_layers, adapter_state, inject, use_adapter
@@ -36,7 +44,10 @@ def randomize(model: nn.Module, seed: int = 1) -> nn.Module:
 
 
 def config(**fields: object) -> LoraConfig:
-    return LoraConfig(**{"r": 3, "lora_alpha": 12, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | fields)
+    return LoraConfig(
+        **{"r": 3, "lora_alpha": 12, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+        | fields
+    )
 
 
 def pair(base: nn.Module | None = None, **fields: object) -> tuple[nn.Module, PeftModel]:
@@ -85,7 +96,11 @@ PARITY = [
     {"target_modules": ["q_proj", "down_proj"]},
     {"target_modules": r".*layers\.1\..*(gate|v)_proj"},
     {"rank_pattern": {"q_proj": 5, "layers.1.mlp.up_proj": 2}, "alpha_pattern": {"k_proj": 7}},
-    {"exclude_modules": ["o_proj"], "layers_to_transform": [1], "target_modules": ["o_proj", "up_proj"]},
+    {
+        "exclude_modules": ["o_proj"],
+        "layers_to_transform": [1],
+        "target_modules": ["o_proj", "up_proj"],
+    },
 ]
 
 
@@ -102,7 +117,9 @@ def test_forward_gradients_and_merged_weights_equal_pefts(fields: dict) -> None:
         peft = theirs.base_model.model.get_submodule(name)
         assert relative(layer.A.grad, peft.lora_A["default"].weight.grad) < 1e-5
         assert relative(layer.B.grad, peft.lora_B["default"].weight.grad) < 1e-5
-        torch.testing.assert_close(layer.base_layer.weight, peft.base_layer.weight, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(
+            layer.base_layer.weight, peft.base_layer.weight, atol=1e-6, rtol=1e-6
+        )
 
 
 def test_trained_steps_equal_pefts() -> None:
@@ -118,7 +135,9 @@ def test_trained_steps_equal_pefts() -> None:
         # Adam divides by the gradient's own size, which amplifies the last bits of small gradients.
         torch.testing.assert_close(layer.A, peft.lora_A["default"].weight, atol=1e-4, rtol=1e-3)
         torch.testing.assert_close(layer.B, peft.lora_B["default"].weight, atol=1e-4, rtol=1e-3)
-    torch.testing.assert_close(ours(**batch()).logits, theirs(**batch()).logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        ours(**batch()).logits, theirs(**batch()).logits, atol=1e-4, rtol=1e-4
+    )
 
 
 def test_dropout_drops_the_same_elements_as_pefts_and_none_in_eval() -> None:
@@ -151,7 +170,9 @@ def test_a_thin_gradient_of_B_is_computed_transposed(r: int) -> None:
     with Calls() as calls:
         layer(torch.randn(5, 31)).square().sum().backward()
     shapes = {tuple(out.shape) for name, _, out in calls.made if name == "aten.mm.default"}
-    assert ((r, 47) in shapes, (47, r) in shapes) == ((True, False) if r <= lora.THIN else (False, True))
+    assert ((r, 47) in shapes, (47, r) in shapes) == (
+        (True, False) if r <= lora.THIN else (False, True)
+    )
 
 
 def randomize_layer(layer: LoRALinear) -> LoRALinear:
@@ -170,7 +191,9 @@ def test_it_starts_as_the_base_and_both_factors_learn() -> None:
         model(**batch()).loss.backward()
         for layer in adapter_layers(model).values():
             assert layer.B.grad.abs().max() > 0
-            assert (layer.A.grad.abs().max() > 0) == (step > 0)  # A's gradient passes through B, which was zero
+            assert (layer.A.grad.abs().max() > 0) == (
+                step > 0
+            )  # A's gradient passes through B, which was zero
             assert layer.base_layer.weight.grad is None
         optimizer.step()
         optimizer.zero_grad()
@@ -178,7 +201,9 @@ def test_it_starts_as_the_base_and_both_factors_learn() -> None:
 
 def test_gaussian_initialisation_has_deviation_one_over_r() -> None:
     layer = LoRALinear(nn.Linear(4000, 3), r=8, lora_alpha=8, init_lora_weights="gaussian")
-    assert layer.A.std().item() == pytest.approx(1 / 8, rel=0.05)  # 32,000 draws: 0.4% standard error
+    assert layer.A.std().item() == pytest.approx(
+        1 / 8, rel=0.05
+    )  # 32,000 draws: 0.4% standard error
     assert layer.B.abs().max() == 0
 
 
@@ -250,7 +275,9 @@ def test_merged_equals_unmerged_and_unmerge_restores(dtype: torch.dtype, toleran
         pass
     lora.unmerge(model)
     for name, layer in adapter_layers(model).items():
-        torch.testing.assert_close(layer.base_layer.weight, before[name], atol=tolerance / 10, rtol=tolerance / 10)
+        torch.testing.assert_close(
+            layer.base_layer.weight, before[name], atol=tolerance / 10, rtol=tolerance / 10
+        )
     with pytest.raises(RuntimeError, match="merged"):
         lora.unmerge(model)
 
@@ -259,7 +286,10 @@ def test_disabled_and_unload_give_the_base_back() -> None:
     base = qwen()
     for parameter in base.model.embed_tokens.parameters():
         parameter.requires_grad_(False)
-    names, flags = [n for n, _ in base.named_parameters()], [p.requires_grad for p in base.parameters()]
+    names, flags = (
+        [n for n, _ in base.named_parameters()],
+        [p.requires_grad for p in base.parameters()],
+    )
     reference = base(**batch()).logits
     model = randomize(inject(base, config()))
     adapted = model(**batch()).logits
@@ -283,11 +313,18 @@ def test_states_switch_and_are_copies() -> None:
     use_adapter(model, first)
     torch.testing.assert_close(model(**batch()).logits, logits, atol=0, rtol=0)
     randomize(model, seed=3)
-    assert torch.equal(first["model.layers.0.mlp.up_proj.A"], adapter_state(use_adapter(model, first))["model.layers.0.mlp.up_proj.A"])
-    assert not torch.equal(first["model.layers.0.mlp.up_proj.A"], second["model.layers.0.mlp.up_proj.A"])
+    assert torch.equal(
+        first["model.layers.0.mlp.up_proj.A"],
+        adapter_state(use_adapter(model, first))["model.layers.0.mlp.up_proj.A"],
+    )
+    assert not torch.equal(
+        first["model.layers.0.mlp.up_proj.A"], second["model.layers.0.mlp.up_proj.A"]
+    )
 
 
-def states(count: int = 3) -> tuple[nn.Module, list[lora.AdapterState], list[dict[str, torch.Tensor]]]:
+def states(
+    count: int = 3,
+) -> tuple[nn.Module, list[lora.AdapterState], list[dict[str, torch.Tensor]]]:
     """`count` adapters of different rank and scale on one base, and their ΔW."""
     made, deltas = [], []
     for seed in range(count):
@@ -309,7 +346,9 @@ def test_concatenation_is_the_weighted_sum_of_updates() -> None:
 def test_truncation_is_the_best_cut_and_exact_at_full_rank() -> None:
     model, made, _ = states()
     whole = lora.concatenate(made)
-    deltas = {n: layer.delta_weight() for n, layer in adapter_layers(use_adapter(model, whole)).items()}
+    deltas = {
+        n: layer.delta_weight() for n, layer in adapter_layers(use_adapter(model, whole)).items()
+    }
     for r in (9, 4, 1):
         for name, layer in adapter_layers(use_adapter(model, lora.truncate(whole, r))).items():
             U, S, Vh = torch.linalg.svd(deltas[name])
@@ -328,7 +367,9 @@ def test_pattern_for_one_module_of_the_state_only() -> None:
 
 def linear4bit(quant_type: str = "nf4") -> nn.Module:
     torch.manual_seed(0)
-    layer = bnb.nn.Linear4bit(128, 192, bias=True, compute_dtype=torch.float32, quant_type=quant_type)
+    layer = bnb.nn.Linear4bit(
+        128, 192, bias=True, compute_dtype=torch.float32, quant_type=quant_type
+    )
     return layer.to("cpu").requires_grad_(False)
 
 
@@ -386,7 +427,9 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("fields", "error", "message"), REFUSED, ids=str)
-def test_what_cannot_be_honoured_is_refused_and_nothing_is_changed(fields: dict, error: type, message: str) -> None:
+def test_what_cannot_be_honoured_is_refused_and_nothing_is_changed(
+    fields: dict, error: type, message: str
+) -> None:
     model = qwen()
     with pytest.raises(error, match=message):
         inject(model, config(**fields))
@@ -416,7 +459,9 @@ def test_a_variant_names_its_own_rank_and_factors() -> None:
     assert {layer.r for layer in adapter_layers(model).values()} == {5, 6}
     layer = model.model.layers[0].mlp.up_proj
     x = torch.randn(2, 48)
-    torch.testing.assert_close(layer(x), layer.base_layer(x) + x @ layer.delta_weight().T, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        layer(x), layer.base_layer(x) + x @ layer.delta_weight().T, atol=1e-5, rtol=1e-5
+    )
 
 
 def test_rank_below_one_second_injection_and_foreign_adapters_are_refused() -> None:
@@ -434,7 +479,9 @@ def test_rank_below_one_second_injection_and_foreign_adapters_are_refused() -> N
 
 
 def test_layers_that_are_no_linear_are_refused_by_name() -> None:
-    gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=50, n_positions=16))
+    gpt2 = GPT2LMHeadModel(
+        GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=50, n_positions=16)
+    )
     with pytest.raises(TypeError, match="Conv1D"):
         inject(gpt2, config(target_modules=["c_attn"]))
     with pytest.raises(TypeError, match="Conv1D"):
@@ -457,7 +504,10 @@ def test_layers_that_are_no_linear_are_refused_by_name() -> None:
 
 def test_states_of_other_models_are_refused_before_anything_changes() -> None:
     model = randomize(inject(qwen(), config()))
-    before, other = adapter_state(model), Qwen2ForCausalLM(Qwen2Config(**SHAPE | {"intermediate_size": 96}))
+    before, other = (
+        adapter_state(model),
+        Qwen2ForCausalLM(Qwen2Config(**SHAPE | {"intermediate_size": 96})),
+    )
     with pytest.raises(ValueError, match=r"\[48, r\].*|A \[r, "):
         use_adapter(model, adapter_state(inject(other, config())))
     with pytest.raises(ValueError, match="same layers"):
@@ -473,7 +523,9 @@ def test_states_of_other_models_are_refused_before_anything_changes() -> None:
 def test_other_architectures_work_as_they_are() -> None:
     base = LlamaForCausalLM(LlamaConfig(**SHAPE, attention_bias=False)).eval()
     ours, theirs = pair(base)
-    torch.testing.assert_close(ours(**batch()).logits, theirs(**batch()).logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        ours(**batch()).logits, theirs(**batch()).logits, atol=1e-5, rtol=1e-5
+    )
     assert "lm_head" not in adapter_layers(ours)
     copied = copy.deepcopy(ours)
     torch.testing.assert_close(ours(**batch()).logits, copied(**batch()).logits, atol=0, rtol=0)
@@ -501,10 +553,14 @@ def test_a_variant_can_weigh_components_and_connect_its_layers() -> None:
     halved, whole = randomize(inject(qwen(), config(), Half)), randomize(inject(qwen(), config()))
     for layer in adapter_layers(whole).values():
         layer.scaling /= 2
-    torch.testing.assert_close(halved(**batch()).logits, whole(**batch()).logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        halved(**batch()).logits, whole(**batch()).logits, atol=1e-5, rtol=1e-5
+    )
     lora.unload(halved)
     model = qwen()
     with pytest.raises(ValueError, match="too few"):
         inject(model, config(target_modules=["q_proj"]), Half)
     assert calls == ["connect", "disconnect", "connect", "disconnect"]
-    assert not any(isinstance(m, LoRALinear) for m in model.modules()) and all(p.requires_grad for p in model.parameters())
+    assert not any(isinstance(m, LoRALinear) for m in model.modules()) and all(
+        p.requires_grad for p in model.parameters()
+    )

@@ -13,17 +13,33 @@ from torch import Tensor
 
 from lora_course import lora
 from lora_course.checkpoint import export_peft, load_adapter, save_adapter
-from lora_course.lora import AdapterState, adapter_layers, adapter_state, concatenate, inject, split_state, truncate, use_adapter
+from lora_course.lora import (
+    AdapterState,
+    adapter_layers,
+    adapter_state,
+    concatenate,
+    inject,
+    split_state,
+    truncate,
+    use_adapter,
+)
 from lora_course.merging import average_factors, cross_term_error, dare, relative_error, ties
 from tests.test_lora import batch, config, qwen, randomize
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]  # square, out < in, and out < in with another width
 
 
-def make(ranks: tuple[int, ...] = (3, 3), alphas: tuple[int, ...] | None = None, **fields: object) -> list[AdapterState]:
+def make(
+    ranks: tuple[int, ...] = (3, 3), alphas: tuple[int, ...] | None = None, **fields: object
+) -> list[AdapterState]:
     alphas = alphas or tuple(4 * r for r in ranks)
     return [
-        adapter_state(randomize(inject(qwen(), config(r=r, lora_alpha=alpha, target_modules=TARGETS, **fields)), seed))
+        adapter_state(
+            randomize(
+                inject(qwen(), config(r=r, lora_alpha=alpha, target_modules=TARGETS, **fields)),
+                seed,
+            )
+        )
         for seed, (r, alpha) in enumerate(zip(ranks, alphas, strict=True))
     ]
 
@@ -37,7 +53,9 @@ def weighted(states: list[AdapterState], weights: list[float]) -> dict[str, Tens
     return {m: sum(w * part[m] for w, part in zip(weights, parts, strict=True)) for m in parts[0]}
 
 
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-5) -> None:
+def assert_same(
+    found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-5
+) -> None:
     """1e-5: an SVD in fp32 of matrices whose entries are about 0.1."""
     assert list(found) == list(expected)
     for module in expected:
@@ -53,14 +71,19 @@ def test_the_mean_of_the_factors_is_off_by_the_root_of_one_minus_one_over_n(coun
     error = cross_term_error(states)
     assert error == pytest.approx(math.sqrt(1 - 1 / count), abs=0.03)  # .71 and .87
     mean, wrong = weighted(states, [1 / count] * count), deltas(average_factors(states))
-    dense = math.sqrt(sum((wrong[m] - mean[m]).square().sum() for m in mean) / sum(d.square().sum() for d in mean.values()))
+    dense = math.sqrt(
+        sum((wrong[m] - mean[m]).square().sum() for m in mean)
+        / sum(d.square().sum() for d in mean.values())
+    )
     assert error == pytest.approx(dense, rel=1e-5)
 
 
 def test_averaged_factors_hold_each_pair_of_adapters() -> None:
     states = make()
     merged = split_state(average_factors(states, [0.5, 2.0]))
-    for module, (a, b) in {m: (split_state(states[0])[m], split_state(states[1])[m]) for m in merged}.items():
+    for module, (a, b) in {
+        m: (split_state(states[0])[m], split_state(states[1])[m]) for m in merged
+    }.items():
         found = merged[module]["B"] @ merged[module]["A"]
         expected = 0.25 * a["B"] @ a["A"] + 4 * b["B"] @ b["A"] + a["B"] @ b["A"] + b["B"] @ a["A"]
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
@@ -91,21 +114,34 @@ def test_concatenation_is_exact_and_the_cut_is_from_the_sum_of_ranks_on(count: i
 def test_relative_error_is_that_of_the_dense_updates() -> None:
     a, b = make()
     one, other = deltas(a), deltas(b)
-    dense = math.sqrt(sum((one[m] - other[m]).square().sum() for m in one) / sum(d.square().sum() for d in other.values()))
+    dense = math.sqrt(
+        sum((one[m] - other[m]).square().sum() for m in one)
+        / sum(d.square().sum() for d in other.values())
+    )
     assert relative_error(a, b) == pytest.approx(dense, rel=1e-5)
     assert relative_error(a, a) < 1e-12
     nothing = {key: tensor * 0 if key.endswith(".B") else tensor for key, tensor in a.items()}
     assert relative_error(nothing, nothing) == 0 and relative_error(a, nothing) == math.inf
 
 
-@pytest.mark.parametrize("merge", [concatenate, lambda s: truncate(s[0], 5), lambda s: ties(s, 5, 1.0).state, lambda s: dare(s, 5, 1.0).state])
+@pytest.mark.parametrize(
+    "merge",
+    [
+        concatenate,
+        lambda s: truncate(s[0], 5),
+        lambda s: ties(s, 5, 1.0).state,
+        lambda s: dare(s, 5, 1.0).state,
+    ],
+)
 def test_one_adapter_of_weight_one_comes_out_as_it_was(merge) -> None:
     (state,) = make((5,), (7,))
     model = inject(qwen(), config(r=5, lora_alpha=7, target_modules=TARGETS))
     expected = use_adapter(model, state)(**batch()).logits
     merged = merge([state])
     assert_same(deltas(merged), deltas(state))
-    torch.testing.assert_close(use_adapter(model, merged)(**batch()).logits, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        use_adapter(model, merged)(**batch()).logits, expected, atol=1e-5, rtol=1e-5
+    )
 
 
 # ------------------------------------------------------------------------------------------ TIES
@@ -114,7 +150,11 @@ def test_one_adapter_of_weight_one_comes_out_as_it_was(merge) -> None:
 def rank_one(values: list[list[float]]) -> AdapterState:
     """A state whose update is the matrix given, for cases that can be worked out by hand: A is the identity."""
     matrix = torch.tensor(values)
-    return {"m.A": torch.eye(matrix.shape[1]), "m.B": matrix / 2, "m.scaling": torch.tensor(2.0, dtype=torch.float64)}
+    return {
+        "m.A": torch.eye(matrix.shape[1]),
+        "m.B": matrix / 2,
+        "m.scaling": torch.tensor(2.0, dtype=torch.float64),
+    }
 
 
 def test_ties_trims_elects_and_averages_what_agrees() -> None:
@@ -126,12 +166,17 @@ def test_ties_trims_elects_and_averages_what_agrees() -> None:
     torch.testing.assert_close(deltas(merged.state)["m"], expected, atol=1e-5, rtol=0)
     assert merged.truncation_error == 0
     half = ties([one, two, three], None, 0.5, weights=[2, 7, 1])  # the elected signs are as before
-    torch.testing.assert_close(deltas(half.state)["m"][0, 0], torch.tensor((2 * 5 + 4) / 2), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        deltas(half.state)["m"][0, 0], torch.tensor((2 * 5 + 4) / 2), atol=1e-5, rtol=0
+    )
 
 
 def test_ties_at_density_one_with_agreeing_signs_is_the_mean() -> None:
     states = make((3, 3, 3))
-    agreeing = [{key: value.abs() if not key.endswith("scaling") else value for key, value in state.items()} for state in states]
+    agreeing = [
+        {key: value.abs() if not key.endswith("scaling") else value for key, value in state.items()}
+        for state in states
+    ]
     merged = ties(agreeing, None, 1.0)
     assert_same(deltas(merged.state), weighted(agreeing, [1 / 3] * 3), 1e-4)
     assert relative_error(ties(states, None, 1.0).state, concatenate(states, [1 / 3] * 3)) > 0.3
@@ -143,9 +188,13 @@ def test_the_cut_loses_what_it_says() -> None:
     for r in (1, 6, 20):
         cut = ties(states, r, 0.2)
         assert split_state(cut.state)["model.layers.0.self_attn.q_proj"]["A"].shape[0] == r
-        assert cut.truncation_error == pytest.approx(relative_error(cut.state, full.state), rel=1e-3)
+        assert cut.truncation_error == pytest.approx(
+            relative_error(cut.state, full.state), rel=1e-3
+        )
     assert full.truncation_error == 0
-    assert ties(states, 6, 0.2).truncation_error > 0.3  # the rank of the sum is not that of its largest entries
+    assert (
+        ties(states, 6, 0.2).truncation_error > 0.3
+    )  # the rank of the sum is not that of its largest entries
 
 
 # ------------------------------------------------------------------------------------------ DARE
@@ -162,10 +211,14 @@ def test_dare_is_unbiased_and_as_noisy_as_it_says() -> None:
             total[module] += found[module] / runs
             squares += (found[module] - expected[module]).square().sum().item() / runs
     parts = [weighted([state], [weight]) for state, weight in zip(states, weights, strict=True)]
-    variance = (1 / density - 1) * sum(delta.square().sum().item() for part in parts for delta in part.values())
+    variance = (1 / density - 1) * sum(
+        delta.square().sum().item() for part in parts for delta in part.values()
+    )
     assert squares == pytest.approx(variance, rel=0.02)
     bias = sum((total[m] - expected[m]).square().sum().item() for m in expected)
-    assert bias == pytest.approx(variance / runs, rel=0.15)  # what is left of the noise, and nothing else
+    assert bias == pytest.approx(
+        variance / runs, rel=0.15
+    )  # what is left of the noise, and nothing else
     assert_same(deltas(dare(states, None, 1.0, weights).state), expected)
 
 
@@ -185,8 +238,16 @@ def peft_model(states: list[AdapterState], **fields: object) -> PeftModel:
     model: PeftModel | None = None
     for i, state in enumerate(states):
         tensors = split_state(state)
-        r, scaling = next(iter(tensors.values()))["A"].shape[0], float(next(iter(tensors.values()))["scaling"])
-        settings = config(r=r, lora_alpha=scaling * (math.sqrt(r) if fields.get("use_rslora") else r), target_modules=TARGETS, **fields)
+        r, scaling = (
+            next(iter(tensors.values()))["A"].shape[0],
+            float(next(iter(tensors.values()))["scaling"]),
+        )
+        settings = config(
+            r=r,
+            lora_alpha=scaling * (math.sqrt(r) if fields.get("use_rslora") else r),
+            target_modules=TARGETS,
+            **fields,
+        )
         if model is None:
             model = get_peft_model(qwen(), settings, str(i))
         else:
@@ -198,14 +259,24 @@ def peft_model(states: list[AdapterState], **fields: object) -> PeftModel:
     return model
 
 
-def peft_merge(states: list[AdapterState], kind: str, weights: list[float], fields: dict | None = None, **arguments: object) -> dict[str, Tensor]:
+def peft_merge(
+    states: list[AdapterState],
+    kind: str,
+    weights: list[float],
+    fields: dict | None = None,
+    **arguments: object,
+) -> dict[str, Tensor]:
     """The updates of PEFT's merged adapter."""
     model = peft_model(states, **(fields or {}))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # density 1: nothing is pruned
-        model.base_model.add_weighted_adapter([str(i) for i in range(len(states))], weights, "merged", kind, **arguments)
+        model.base_model.add_weighted_adapter(
+            [str(i) for i in range(len(states))], weights, "merged", kind, **arguments
+        )
     modules = dict(model.base_model.model.named_modules())
-    return {name: modules[name].get_delta_weight("merged").detach() for name in split_state(states[0])}
+    return {
+        name: modules[name].get_delta_weight("merged").detach() for name in split_state(states[0])
+    }
 
 
 def test_cat_and_svd_are_pefts() -> None:
@@ -240,13 +311,20 @@ def test_pefts_linear_holds_the_cross_terms() -> None:
     states = make((3, 3, 3, 3))
     theirs, right = peft_merge(states, "linear", [0.25] * 4), weighted(states, [0.25] * 4)
     assert_same(theirs, deltas(average_factors(states, [0.5] * 4)))
-    error = math.sqrt(sum((theirs[m] - right[m]).square().sum() for m in right) / sum(d.square().sum() for d in right.values()))
-    assert error == pytest.approx(math.sqrt(4 - 1), rel=0.05)  # n − 1 wrong terms for each right one
+    error = math.sqrt(
+        sum((theirs[m] - right[m]).square().sum() for m in right)
+        / sum(d.square().sum() for d in right.values())
+    )
+    assert error == pytest.approx(
+        math.sqrt(4 - 1), rel=0.05
+    )  # n − 1 wrong terms for each right one
     opposed = peft_merge(states[:2], "linear", [1.0, -1.0])
     parts = [split_state(state) for state in states[:2]]
     for module, delta in opposed.items():
         (a, b), s = (part[module] for part in parts), 4.0
-        torch.testing.assert_close(delta, s * (a["B"] + b["B"]) @ (a["A"] - b["A"]), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            delta, s * (a["B"] + b["B"]) @ (a["A"] - b["A"]), atol=1e-4, rtol=1e-4
+        )
 
 
 def test_pefts_ties_and_dare_act_on_the_factors() -> None:
@@ -272,7 +350,9 @@ def test_peft_over_scales_rank_stabilised_adapters_and_concatenation_does_not() 
     assert_same(theirs, {module: math.sqrt(8) * delta for module, delta in right.items()}, 1e-4)
 
 
-def test_a_merge_of_adapters_with_a_rank_pattern_can_be_saved_loaded_and_exported(tmp_path: Path) -> None:
+def test_a_merge_of_adapters_with_a_rank_pattern_can_be_saved_loaded_and_exported(
+    tmp_path: Path,
+) -> None:
     states = make((3, 5), rank_pattern={"q_proj": 2})
     model = use_adapter(inject(qwen(), config(target_modules=TARGETS)), ties(states, 4, 0.5).state)
     expected = model(**batch()).logits
@@ -285,7 +365,9 @@ def test_a_merge_of_adapters_with_a_rank_pattern_can_be_saved_loaded_and_exporte
 # ------------------------------------------------------------------------------------------ states and refusals
 
 
-def test_a_module_that_one_state_lacks_is_merged_from_the_others_and_nothing_given_changes() -> None:
+def test_a_module_that_one_state_lacks_is_merged_from_the_others_and_nothing_given_changes() -> (
+    None
+):
     states = make((3, 3))
     partial = {key: value for key, value in states[1].items() if "v_proj" in key}
     before = copy.deepcopy([states[0], partial])
@@ -302,7 +384,9 @@ def test_a_module_that_one_state_lacks_is_merged_from_the_others_and_nothing_giv
 def test_a_state_of_zeros_merges_to_zero() -> None:
     state = adapter_state(inject(qwen(), config(target_modules=TARGETS)))
     merged = ties([state, state], 3)
-    assert merged.truncation_error == 0 and all(delta.abs().max() == 0 for delta in deltas(merged.state).values())
+    assert merged.truncation_error == 0 and all(
+        delta.abs().max() == 0 for delta in deltas(merged.state).values()
+    )
 
 
 def test_bad_input_is_refused_in_a_sentence() -> None:
@@ -320,7 +404,9 @@ def test_bad_input_is_refused_in_a_sentence() -> None:
         dare(states, 0)
     with pytest.raises(ValueError, match="factor_state"):
         ties([{"m.A": torch.zeros(1, 2), "m.B": torch.zeros(3, 1)}], 1)
-    other = {key: value.repeat(1, 2) if key.endswith(".A") else value for key, value in states[1].items()}
+    other = {
+        key: value.repeat(1, 2) if key.endswith(".A") else value for key, value in states[1].items()
+    }
     with pytest.raises(ValueError, match="different base models"):
         ties([states[0], other], 4)
 

@@ -9,8 +9,17 @@ from tools import pages
 from tools.run_chapters import ROOT, Result
 from tools.sphinx_extension import escape, render
 
-CLAIM = {"id": "a", "statement": "NF4 beats | FP4", "source": "QLoRA", "expected": "less", "predicate": "mean(a) < mean(b)",
-         "values": {"a": [1.0, 2.0]}, "outcome": "a 1.5", "holds": True, "explanation": ""}
+CLAIM = {
+    "id": "a",
+    "statement": "NF4 beats | FP4",
+    "source": "QLoRA",
+    "expected": "less",
+    "predicate": "mean(a) < mean(b)",
+    "values": {"a": [1.0, 2.0]},
+    "outcome": "a 1.5",
+    "holds": True,
+    "explanation": "",
+}
 
 
 @pytest.fixture
@@ -18,20 +27,38 @@ def project(tmp_path: Path) -> tuple[Path, list[Result]]:
     folder = tmp_path / "build" / "executed" / "1_1_qlora-0"
     (folder / "claims").mkdir(parents=True)
     (folder / "run.json").write_text(json.dumps({"cells": 7, "profile": "tiny", "seconds": 150.0}))
-    (folder / "claims" / "1_1_qlora.json").write_text(json.dumps({
-        "profile": "tiny", "claims": [CLAIM, CLAIM | {"id": "b", "holds": False, "explanation": "too small a model"}]}))
+    (folder / "claims" / "1_1_qlora.json").write_text(
+        json.dumps(
+            {
+                "profile": "tiny",
+                "claims": [
+                    CLAIM,
+                    CLAIM | {"id": "b", "holds": False, "explanation": "too small a model"},
+                ],
+            }
+        )
+    )
     (tmp_path / "notebooks").mkdir()
-    (tmp_path / "notebooks" / "1_1_qlora.md").write_text("# QLoRA\n\nSee [it](https://arxiv.org/abs/2305.14314).\n")
+    (tmp_path / "notebooks" / "1_1_qlora.md").write_text(
+        "# QLoRA\n\nSee [it](https://arxiv.org/abs/2305.14314).\n"
+    )
     (tmp_path / "book" / "_data").mkdir(parents=True)
     (tmp_path / "book" / "_static").mkdir()
-    (tmp_path / "book" / "_static" / "ahead.svg").write_text((ROOT / "book" / "_static" / "ahead.svg").read_text())
-    (tmp_path / "book" / "_data" / "coverage.yml").write_text((ROOT / "book" / "_data" / "coverage.yml").read_text())
+    (tmp_path / "book" / "_static" / "ahead.svg").write_text(
+        (ROOT / "book" / "_static" / "ahead.svg").read_text()
+    )
+    (tmp_path / "book" / "_data" / "coverage.yml").write_text(
+        (ROOT / "book" / "_data" / "coverage.yml").read_text()
+    )
     (tmp_path / "book" / "_data" / "bibliography.yml").write_text(
-        "- {arxiv: '2305.14314', authors: A, title: T, year: 2023}\n- {arxiv: '2303.10512', authors: A, title: U, year: 2023}\n")
+        "- {arxiv: '2305.14314', authors: A, title: T, year: 2023}\n- {arxiv: '2303.10512', authors: A, title: U, year: 2023}\n"
+    )
     return tmp_path, [Result("1_1_qlora", folder, 150.0, fresh=False)]
 
 
-def test_the_ledger_says_of_each_claim_whether_it_holds_and_why_not(project: tuple[Path, list[Result]]) -> None:
+def test_the_ledger_says_of_each_claim_whether_it_holds_and_why_not(
+    project: tuple[Path, list[Result]],
+) -> None:
     text = pages.ledger(*project)
     assert "1 of 2 hold" in text and "✓ NF4 beats" in text and "✗ NF4 beats" in text
     assert "`mean(a) < mean(b)`" in text and "a: 1, 2" in text and "too small a model" in text
@@ -39,7 +66,10 @@ def test_the_ledger_says_of_each_claim_whether_it_holds_and_why_not(project: tup
 
 def test_run_times_name_each_chapter_and_add_up(project: tuple[Path, list[Result]]) -> None:
     text = pages.run_times(*project)
-    assert "| [QLoRA](../notebooks/1_1_qlora.ipynb) | 7 | `tiny` | 2.5 min |" in text and "**2.5 min**" in text
+    assert (
+        "| [QLoRA](../notebooks/1_1_qlora.ipynb) | 7 | `tiny` | 2.5 min |" in text
+        and "**2.5 min**" in text
+    )
 
 
 def test_coverage_links_what_exists_only(project: tuple[Path, list[Result]]) -> None:
@@ -48,15 +78,17 @@ def test_coverage_links_what_exists_only(project: tuple[Path, list[Result]]) -> 
     assert "[1.1 QLoRA](../notebooks/1_1_qlora.ipynb)" in rows[2] and rows[3].count("to come") == 3
 
 
-def test_the_bibliography_lists_cited_papers_with_their_chapters(project: tuple[Path, list[Result]]) -> None:
+def test_the_bibliography_lists_cited_papers_with_their_chapters(
+    project: tuple[Path, list[Result]],
+) -> None:
     text = pages.bibliography(*project)
     assert "arXiv:2305.14314" in text and "In: [QLoRA]" in text and "2303.10512" not in text
 
 
 def test_the_picture_links_the_chapters_that_exist(project: tuple[Path, list[Result]]) -> None:
     text = pages.picture(*project)
-    assert text.count("class=\"ready\"") == 1 and "../notebooks/1_1_qlora.html" in text
-    assert text.count("class=\"system\"") == 11
+    assert text.count('class="ready"') == 1 and "../notebooks/1_1_qlora.html" in text
+    assert text.count('class="system"') == 11
 
 
 def test_an_unknown_generated_part_is_refused(project: tuple[Path, list[Result]]) -> None:
@@ -65,10 +97,17 @@ def test_an_unknown_generated_part_is_refused(project: tuple[Path, list[Result]]
         pages.fill("<!-- generated: recipes -->", *project)
 
 
-@pytest.mark.parametrize(("plain", "rst"), [
-    ("a `list[int]` of", "a ``list[int]`` of"), ("several `A`s", "several ``A``\\ s"), ("|w·∇w| * 2", r"\|w·∇w\| \* 2"),
-    ("field_ and field_name", r"field\_ and field_name"), ("already ``code``.", "already ``code``."), ("`|x|` stays", "``|x|`` stays"),
-])
+@pytest.mark.parametrize(
+    ("plain", "rst"),
+    [
+        ("a `list[int]` of", "a ``list[int]`` of"),
+        ("several `A`s", "several ``A``\\ s"),
+        ("|w·∇w| * 2", r"\|w·∇w\| \* 2"),
+        ("field_ and field_name", r"field\_ and field_name"),
+        ("already ``code``.", "already ``code``."),
+        ("`|x|` stays", "``|x|`` stays"),
+    ],
+)
 def test_docstrings_are_read_as_plain_text(plain: str, rst: str) -> None:
     assert escape(plain) == rst
 

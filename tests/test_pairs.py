@@ -9,7 +9,11 @@ from tests.test_chapters import TOY
 from tools import pairs
 from tools.run_chapters import ROOT, chapters
 
-SOLUTION = TOY + '\n```{code-cell} ipython3\n:tags: [solution, hide-cell]\n\n#@title Solution\n1 + 1\n```\n' * 2
+SOLUTION = (
+    TOY
+    + "\n```{code-cell} ipython3\n:tags: [solution, hide-cell]\n\n#@title Solution\n1 + 1\n```\n"
+    * 2
+)
 
 
 @pytest.fixture
@@ -35,7 +39,11 @@ def test_the_notebook_is_valid_without_outputs_and_the_same_each_time(toy: Path)
     notebook = nbformat.reads(text, as_version=4)
     nbformat.validate(notebook)
     assert len({cell.id for cell in notebook.cells}) == len(notebook.cells)
-    assert all(not cell.outputs and cell.execution_count is None for cell in notebook.cells if cell.cell_type == "code")
+    assert all(
+        not cell.outputs and cell.execution_count is None
+        for cell in notebook.cells
+        if cell.cell_type == "code"
+    )
 
 
 def test_solutions_fold_on_colab_and_in_jupyterlab(toy: Path) -> None:

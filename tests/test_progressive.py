@@ -13,14 +13,22 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from lora_course import lora, progressive
 from lora_course.checkpoint import export_peft, load_adapter, read_extra, save_adapter
 from lora_course.lora import adapter_layers, adapter_state, factor_state, inject
-from lora_course.progressive import Stage, StackedLoRALinear, begin_stage, inject_stages, load_stage, multiplier, train_stages
+from lora_course.progressive import (
+    StackedLoRALinear,
+    Stage,
+    begin_stage,
+    inject_stages,
+    load_stage,
+    multiplier,
+    train_stages,
+)
 from lora_course.qlora import quantize_model
 from lora_course.training import AdapterTrainer, training_arguments
 from tests.test_lora import batch, config, linear4bit, qwen, relative
@@ -50,8 +58,20 @@ def rows(count: int = 24) -> datasets.Dataset:
     return datasets.Dataset.from_dict({"input_ids": ids, "labels": ids}).with_format("torch")
 
 
-def train(model: nn.Module, folder: Path, mode: str = "stack", stages: list[Stage] = STAGES, **fields: object) -> list[dict]:
-    settings = {"per_device_train_batch_size": 4, "save_steps": 2, "disable_tqdm": True, "device": "cpu", "bf16": False}
+def train(
+    model: nn.Module,
+    folder: Path,
+    mode: str = "stack",
+    stages: list[Stage] = STAGES,
+    **fields: object,
+) -> list[dict]:
+    settings = {
+        "per_device_train_batch_size": 4,
+        "save_steps": 2,
+        "disable_tqdm": True,
+        "device": "cpu",
+        "bf16": False,
+    }
     return train_stages(model, stages, rows(), folder, mode, **settings | fields)
 
 
@@ -61,7 +81,11 @@ def logits(model: nn.Module) -> Tensor:
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
-    return {name.replace(".base_layer", ""): p.detach().clone() for name, p in model.named_parameters() if not name.endswith((".A", ".B"))}
+    return {
+        name.replace(".base_layer", ""): p.detach().clone()
+        for name, p in model.named_parameters()
+        if not name.endswith((".A", ".B"))
+    }
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -76,7 +100,12 @@ def fill(model: nn.Module, seed: int) -> None:
         layer.B.data.normal_(std=0.1, generator=generator)
 
 
-def stacked(base: nn.Module | None = None, mode: str = "stack", stages: list[Stage] = STAGES, **fields: object) -> nn.Module:
+def stacked(
+    base: nn.Module | None = None,
+    mode: str = "stack",
+    stages: list[Stage] = STAGES,
+    **fields: object,
+) -> nn.Module:
     """All stages gone through, with random factors instead of a training."""
     model = inject_stages(base or qwen(), stages, **fields)
     for index, stage in enumerate(stages):
@@ -131,7 +160,9 @@ def test_the_layer_computes_the_sum_of_its_stages_at_one_scale() -> None:
     torch.testing.assert_close(layer.delta_weight(), delta, atol=1e-5, rtol=1e-5)
     A, B, scaling = layer.factors()
     assert A.shape == (6, 7) and B.shape == (5, 6) and scaling == 1.5 and layer.lora_alpha == 6
-    assert all(torch.equal(a, b) for found, kept in zip(layer.stages(), pairs) for a, b in zip(found, kept))
+    assert all(
+        torch.equal(a, b) for found, kept in zip(layer.stages(), pairs) for a, b in zip(found, kept)
+    )
     layer.merge()
     torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-5)
 
@@ -145,13 +176,21 @@ def test_dropout_is_for_the_stage_that_trains_and_gradients_are_too() -> None:
     torch.manual_seed(3)
     dropped = layer.lora_dropout(x)
     frozen = sum(1.5 * x @ (B @ A).t() for A, B in pairs[:2])
-    torch.testing.assert_close(found, layer.base_layer(x) + frozen + 1.5 * dropped @ (pairs[2][1] @ pairs[2][0]).t(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        found,
+        layer.base_layer(x) + frozen + 1.5 * dropped @ (pairs[2][1] @ pairs[2][0]).t(),
+        atol=1e-5,
+        rtol=1e-5,
+    )
     layer.training = False  # dropout that is left on in evaluation, for several samples, is still for what trains
     torch.manual_seed(3)
     torch.testing.assert_close(layer(x), found, atol=0, rtol=0)
     found.sum().backward()
     assert layer.A.grad.abs().max() > 0 and layer.B.grad.abs().max() > 0
-    assert {name for name, _ in layer.named_parameters() if not name.startswith("base")} == {"A", "B"}
+    assert {name for name, _ in layer.named_parameters() if not name.startswith("base")} == {
+        "A",
+        "B",
+    }
     assert not layer.frozen_A.requires_grad and layer.base_layer.weight.grad is None
 
 
@@ -170,7 +209,13 @@ def test_with_one_stage_it_is_lora() -> None:
 
 @pytest.mark.parametrize("kind", ["autocast", "bf16", "4bit"])
 def test_other_precisions_agree_with_plain_lora_of_the_same_factors(kind: str) -> None:
-    base = qwen().to(torch.bfloat16) if kind == "bf16" else quantize_model(qwen()) if kind == "4bit" else qwen()
+    base = (
+        qwen().to(torch.bfloat16)
+        if kind == "bf16"
+        else quantize_model(qwen())
+        if kind == "4bit"
+        else qwen()
+    )
     ours = stacked(copy.deepcopy(base))
     one = inject(base, config(r=1, target_modules=sorted(adapter_layers(ours))))
     lora.use_adapter(one, factor_state(ours))
@@ -185,14 +230,28 @@ def test_other_precisions_agree_with_plain_lora_of_the_same_factors(kind: str) -
 def test_checkpointed_gradients_and_cached_generation_are_those_of_the_full_pass() -> None:
     model = stacked()
     model(**batch()).loss.backward()
-    expected = {name: layer.B.grad.clone() for name, layer in adapter_layers(model).items() if layer.r}
+    expected = {
+        name: layer.B.grad.clone() for name, layer in adapter_layers(model).items() if layer.r
+    }
     model.zero_grad()
     model.train().activation_checkpointing_enable({"use_reentrant": False})
     model(**batch(), use_cache=False).loss.backward()
-    assert all(relative(adapter_layers(model)[name].B.grad, grad) < 1e-5 for name, grad in expected.items())
+    assert all(
+        relative(adapter_layers(model)[name].B.grad, grad) < 1e-5 for name, grad in expected.items()
+    )
     model.eval().activation_checkpointing_disable()
     ids = batch()["input_ids"][:1]
-    written = [model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, use_cache=c, pad_token_id=0) for c in (True, False)]
+    written = [
+        model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=8,
+            do_sample=False,
+            use_cache=c,
+            pad_token_id=0,
+        )
+        for c in (True, False)
+    ]
     assert torch.equal(*written)
 
 
@@ -211,10 +270,15 @@ def test_the_function_is_unchanged_at_a_boundary_and_the_new_stage_can_learn(mod
         # fp32: what was one product is now two sums, or a weight rounded once more
         torch.testing.assert_close(logits(model), before, atol=2e-6, rtol=2e-6)
         layers = adapter_layers(model)
-        assert all(layer.scaling == 2 and (layer.A != 0).all() and not layer.B.any() for layer in layers.values())
+        assert all(
+            layer.scaling == 2 and (layer.A != 0).all() and not layer.B.any()
+            for layer in layers.values()
+        )
         assert sum(layer.r for layer in layers.values()) == stage.r * {0: 4, 1: 4, 2: 2}[index]
         fill(model, index)
-        assert relative(logits(model), before) > 1e-2  # so that the next boundary has something to keep
+        assert (
+            relative(logits(model), before) > 1e-2
+        )  # so that the next boundary has something to keep
 
 
 def test_both_modes_and_the_reloaded_adapter_are_one_function(tmp_path: Path) -> None:
@@ -227,7 +291,15 @@ def test_both_modes_and_the_reloaded_adapter_are_one_function(tmp_path: Path) ->
 
 def test_all_linear_leaves_the_head_to_a_stage_that_names_it() -> None:
     stages = [Stage(2), Stage(2, ["lm_head"])]
-    ranks = [{name: layer.r for name, layer in adapter_layers(begin_stage(inject_stages(qwen(), stages), stage)).items()} for stage in stages]
+    ranks = [
+        {
+            name: layer.r
+            for name, layer in adapter_layers(
+                begin_stage(inject_stages(qwen(), stages), stage)
+            ).items()
+        }
+        for stage in stages
+    ]
     assert ranks[0]["lm_head"] == 0 and sum(r == 0 for r in ranks[0].values()) == 1
     assert ranks[1]["lm_head"] == 2 and sum(r > 0 for r in ranks[1].values()) == 1
 
@@ -241,7 +313,9 @@ def test_fresh_factors_come_from_the_seed_and_are_new_parameters() -> None:
         states.append(adapter_state(model))
         old = [p for p in model.parameters() if p.requires_grad]
     assert same(*states)
-    assert not same(states[0], adapter_state(begin_stage(inject_stages(qwen(), STAGES), STAGES[0], seed=8)))
+    assert not same(
+        states[0], adapter_state(begin_stage(inject_stages(qwen(), STAGES), STAGES[0], seed=8))
+    )
     begin_stage(model, STAGES[1], seed=8)
     assert not {id(p) for p in old} & {id(p) for p in model.parameters() if p.requires_grad}
 
@@ -255,7 +329,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple]:
     runs = {}
     for mode in MODES:
         folder, model, watch = tmp_path_factory.mktemp(mode), qwen(), Watch()
-        runs[mode] = folder, model, watch, train(model, folder, mode, trainer={"callbacks": [watch]})
+        runs[mode] = (
+            folder,
+            model,
+            watch,
+            train(model, folder, mode, trainer={"callbacks": [watch]}),
+        )
     return runs
 
 
@@ -267,7 +346,10 @@ def test_a_run_through_all_stages(finished: dict, mode: str) -> None:
     assert [len(result["history"]) for result in results] == [4, 5, 3]
     # no moment is left of the stage before, and the rate starts at 0 (the last stage has no warm-up)
     assert watch.moments == [0, 0, 0]
-    assert watch.rates == [[s.learning_rate * multiplier(STAGES, k, step) for step in range(s.steps)] for k, s in enumerate(STAGES)]
+    assert watch.rates == [
+        [s.learning_rate * multiplier(STAGES, k, step) for step in range(s.steps)]
+        for k, s in enumerate(STAGES)
+    ]
     assert [rates[0] == 0 for rates in watch.rates] == [True, True, False]
     assert torch.equal(watch.begins[0], logits(qwen()))
     for end, begin in zip(watch.ends, watch.begins[1:]):
@@ -276,29 +358,57 @@ def test_a_run_through_all_stages(finished: dict, mode: str) -> None:
     if mode == "stack":
         assert same(weights(model), base)
     else:
-        assert not same(weights(model), base) and all(layer.merged for layer in adapter_layers(model).values())
+        assert not same(weights(model), base) and all(
+            layer.merged for layer in adapter_layers(model).values()
+        )
     for k, end in enumerate(watch.ends):
         reloaded = load_stage(qwen(), tmp_path, k)
         torch.testing.assert_close(logits(reloaded), end, atol=2e-6, rtol=2e-6)
         assert same(weights(reloaded), base)
         assert len(progressive.stage_states(reloaded)) == k + 1
     final = progressive.stage_states(load_stage(qwen(), tmp_path))
-    assert all(same(kept, final[j]) for k in range(3) for j, kept in enumerate(progressive.stage_states(load_stage(qwen(), tmp_path, k))))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["stage-0", "stage-1", "stage-2", "start"]
-    assert sorted(path.name for path in (tmp_path / "stage-2").iterdir()) == ["adapter.json", "adapter.safetensors"]
+    assert all(
+        same(kept, final[j])
+        for k in range(3)
+        for j, kept in enumerate(progressive.stage_states(load_stage(qwen(), tmp_path, k)))
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "stage-0",
+        "stage-1",
+        "stage-2",
+        "start",
+    ]
+    assert sorted(path.name for path in (tmp_path / "stage-2").iterdir()) == [
+        "adapter.json",
+        "adapter.safetensors",
+    ]
 
 
 def test_one_stage_is_lora_trained_by_transformers_linear_schedule(tmp_path: Path) -> None:
     model = qwen()
-    train(model, tmp_path / "ours", stages=[Stage(3, ["q_proj", "down_proj"], 1e-2, 6, warmup=0.25)])
+    train(
+        model, tmp_path / "ours", stages=[Stage(3, ["q_proj", "down_proj"], 1e-2, 6, warmup=0.25)]
+    )
     plain = inject(qwen(), config(r=3, lora_alpha=6, target_modules=["q_proj", "down_proj"]))
     start = inject_stages(qwen(), STAGES[:1])
     lora.use_adapter(plain, factor_state(begin_stage(start, STAGES[0], seed=0)))
-    args = training_arguments(tmp_path / "plain", "cpu", bf16=False, disable_tqdm=True, per_device_train_batch_size=4, max_steps=6,
-                              learning_rate=1e-2, warmup_steps=0.25, lr_scheduler_type="linear", save_strategy="no")
+    args = training_arguments(
+        tmp_path / "plain",
+        "cpu",
+        bf16=False,
+        disable_tqdm=True,
+        per_device_train_batch_size=4,
+        max_steps=6,
+        learning_rate=1e-2,
+        warmup_steps=0.25,
+        lr_scheduler_type="linear",
+        save_strategy="no",
+    )
     AdapterTrainer(plain, args, train_dataset=rows()).train()
     ours, theirs = factor_state(model), factor_state(plain)
-    assert max((ours[name] - theirs[name]).abs().max().item() for name in ours) < 1e-5  # the products are summed in another order
+    assert (
+        max((ours[name] - theirs[name]).abs().max().item() for name in ours) < 1e-5
+    )  # the products are summed in another order
 
 
 def test_a_4bit_base_is_stacked_on_to_the_byte(tmp_path: Path) -> None:
@@ -306,30 +416,65 @@ def test_a_4bit_base_is_stacked_on_to_the_byte(tmp_path: Path) -> None:
     before = weights(model)
     train(model, tmp_path, gradient_checkpointing=True, gradient_accumulation_steps=2)
     assert same(weights(model), before) and any(p.dtype == torch.uint8 for p in before.values())
-    torch.testing.assert_close(logits(load_stage(quantize_model(qwen()), tmp_path)), logits(model), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(
+        logits(load_stage(quantize_model(qwen()), tmp_path)), logits(model), atol=1e-6, rtol=1e-6
+    )
 
 
 def test_datasets_and_orders_differ_between_stages(tmp_path: Path) -> None:
     seen: list[Tensor] = []
-    collect = lambda examples: seen.append(torch.stack([e["input_ids"] for e in examples])) or {k: torch.stack([e[k] for e in examples]) for k in examples[0]}  # noqa: E731
+
+    def collect(examples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        seen.append(torch.stack([e["input_ids"] for e in examples]))
+        return {k: torch.stack([e[k] for e in examples]) for k in examples[0]}
+
     stages = [Stage(2, ["q_proj"], 1e-2, 2)] * 2
     train(qwen(), tmp_path / "one", stages=stages, trainer={"data_collator": collect})
     assert len(seen) == 6  # two a stage, and one that is fetched ahead
     assert not torch.equal(torch.cat(seen[:2]), torch.cat(seen[3:5]))
     seen.clear()
     parts = [rows().select(range(8)), rows().select(range(8, 16))]
-    train_stages(qwen(), stages, parts, tmp_path / "two", per_device_train_batch_size=4, train_sampling_strategy="sequential", disable_tqdm=True,
-                 device="cpu", bf16=False, trainer={"data_collator": collect})
+    train_stages(
+        qwen(),
+        stages,
+        parts,
+        tmp_path / "two",
+        per_device_train_batch_size=4,
+        train_sampling_strategy="sequential",
+        disable_tqdm=True,
+        device="cpu",
+        bf16=False,
+        trainer={"data_collator": collect},
+    )
     assert torch.equal(torch.cat(seen), rows()[:16]["input_ids"])
 
 
 def test_the_learning_rate_is_warmed_at_each_restart_and_decays_over_the_run_or_the_stage() -> None:
-    stages = [Stage(1, steps=10, warmup=0.2), Stage(1, steps=10, warmup=4), Stage(1, steps=5, warmup=0)]
-    run = [multiplier(stages, k, step) for k, stage in enumerate(stages) for step in range(stage.steps)]
+    stages = [
+        Stage(1, steps=10, warmup=0.2),
+        Stage(1, steps=10, warmup=4),
+        Stage(1, steps=5, warmup=0),
+    ]
+    run = [
+        multiplier(stages, k, step) for k, stage in enumerate(stages) for step in range(stage.steps)
+    ]
     assert run[0] == run[10] == 0 and run[2] == 1 and run[1] == 0.5
-    assert run[12] == pytest.approx(2 / 4 * 13 / 23) and run[20] == pytest.approx(5 / 23) and run[24] == pytest.approx(1 / 23)
-    own = [multiplier(stages, k, step, "stage") for k, stage in enumerate(stages) for step in range(stage.steps)]
-    assert own[:3] == [0, 0.5, 1] and own[10] == 0 and own[14] == 1 and own[20:] == pytest.approx([1, 0.8, 0.6, 0.4, 0.2])
+    assert (
+        run[12] == pytest.approx(2 / 4 * 13 / 23)
+        and run[20] == pytest.approx(5 / 23)
+        and run[24] == pytest.approx(1 / 23)
+    )
+    own = [
+        multiplier(stages, k, step, "stage")
+        for k, stage in enumerate(stages)
+        for step in range(stage.steps)
+    ]
+    assert (
+        own[:3] == [0, 0.5, 1]
+        and own[10] == 0
+        and own[14] == 1
+        and own[20:] == pytest.approx([1, 0.8, 0.6, 0.4, 0.2])
+    )
 
 
 # ------------------------------------------------------------------------------------------ kills
@@ -356,7 +501,9 @@ def shot() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def run_to_the_end(folder: Path, mode: str, *callbacks: TrainerCallback) -> tuple[dict[str, Tensor], dict[str, Tensor], list[dict]]:
+def run_to_the_end(
+    folder: Path, mode: str, *callbacks: TrainerCallback
+) -> tuple[dict[str, Tensor], dict[str, Tensor], list[dict]]:
     """The command that is repeated after a kill."""
     model = qwen()
     results = train(model, folder, mode, lora_dropout=0.2, trainer={"callbacks": list(callbacks)})
@@ -370,15 +517,29 @@ def assert_equal_runs(one: tuple, other: tuple) -> None:
 
 
 def test_after_a_kill_the_same_command_reaches_the_same_weights_bit_for_bit(tmp_path: Path) -> None:
-    code = ("from tests.test_progressive import *; torch.set_num_threads(1); "
-            f"run_to_the_end(Path({str(tmp_path / 'killed')!r}), 'merge', Kill(1, 3, shot))")
+    code = (
+        "from tests.test_progressive import *; torch.set_num_threads(1); "
+        f"run_to_the_end(Path({str(tmp_path / 'killed')!r}), 'merge', Kill(1, 3, shot))"
+    )
     root = Path(__file__).parents[1]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
-    process = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True, check=False)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]),
+    }
+    process = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=root,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert process.returncode == -signal.SIGKILL, process.stderr
     assert (tmp_path / "killed/stage-1/checkpoints/checkpoint-2/complete.json").is_file()
     assert not (tmp_path / "killed/stage-1/adapter.json").exists()
-    assert_equal_runs(run_to_the_end(tmp_path / "killed", "merge"), run_to_the_end(tmp_path / "straight", "merge"))
+    assert_equal_runs(
+        run_to_the_end(tmp_path / "killed", "merge"), run_to_the_end(tmp_path / "straight", "merge")
+    )
 
 
 def torn(model: nn.Module, folder: Path, extra: object = None) -> None:
@@ -405,7 +566,9 @@ POINTS = {
 }
 
 
-def test_no_point_at_which_it_stops_changes_the_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_point_at_which_it_stops_changes_the_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = {mode: run_to_the_end(tmp_path / mode, mode) for mode in MODES}
     for name, (mode, callback, patch) in POINTS.items():
         with monkeypatch.context() as context, pytest.raises(Killed):
@@ -416,7 +579,10 @@ def test_no_point_at_which_it_stops_changes_the_result(tmp_path: Path, monkeypat
             run_to_the_end(tmp_path / name, mode, *([callback] if callback else []))
         assert_equal_runs(run_to_the_end(tmp_path / name, mode), expected[mode])
     for mode in MODES:  # finished: nothing is trained, all comes back
-        assert_equal_runs(run_to_the_end(tmp_path / mode, mode, Kill(0, 1, killed), Kill(2, 1, killed)), expected[mode])
+        assert_equal_runs(
+            run_to_the_end(tmp_path / mode, mode, Kill(0, 1, killed), Kill(2, 1, killed)),
+            expected[mode],
+        )
 
 
 def test_another_plan_or_base_in_a_begun_folder_is_noticed(finished: dict) -> None:
@@ -432,13 +598,19 @@ def test_another_plan_or_base_in_a_begun_folder_is_noticed(finished: dict) -> No
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_all_stages_export_as_one_adapter_of_the_summed_rank(finished: dict, tmp_path: Path, mode: str) -> None:
+def test_all_stages_export_as_one_adapter_of_the_summed_rank(
+    finished: dict, tmp_path: Path, mode: str
+) -> None:
     model = finished[mode][1]
     expected = logits(model)
     export_peft(model, tmp_path / "peft")
     theirs = PeftModel.from_pretrained(qwen(), tmp_path / "peft")
     torch.testing.assert_close(logits(theirs), expected, atol=5e-6, rtol=5e-6)
-    ranks = {n.removeprefix("base_model.model."): m.r["default"] for n, m in theirs.named_modules() if hasattr(m, "lora_A")}
+    ranks = {
+        n.removeprefix("base_model.model."): m.r["default"]
+        for n, m in theirs.named_modules()
+        if hasattr(m, "lora_A")
+    }
     assert {(n.split(".")[2], n.rsplit(".")[-1]): r for n, r in ranks.items()} == {
         ("0", "q_proj"): 5, ("1", "q_proj"): 10, ("0", "v_proj"): 2, ("1", "v_proj"): 2, ("0", "down_proj"): 3, ("1", "down_proj"): 3, ("1", "up_proj"): 5,
     }  # fmt: skip
@@ -452,7 +624,9 @@ def test_a_stage_can_be_left_out_of_the_sum() -> None:
     torch.testing.assert_close(logits(without), logits(model), atol=1e-5, rtol=1e-5)
     first = inject(qwen(), config(target_modules=["q_proj", "down_proj"]))
     lora.use_adapter(first, states[0])
-    torch.testing.assert_close(logits(first), logits(stacked(stages=STAGES[:1])), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        logits(first), logits(stacked(stages=STAGES[:1])), atol=1e-5, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("keep_original", [True, False])
@@ -463,7 +637,9 @@ def test_unmerging_gives_the_base_back_to_the_bit_only_from_a_copy(keep_original
     lora.unmerge(model)
     assert same(weights(model), base) == keep_original
     assert all((found - base[name]).abs().max() < 1e-6 for name, found in weights(model).items())
-    torch.testing.assert_close(logits(model), expected, atol=5e-6, rtol=5e-6)  # the stages act beside the base again
+    torch.testing.assert_close(
+        logits(model), expected, atol=5e-6, rtol=5e-6
+    )  # the stages act beside the base again
     lora.merge(model)
     lora.unmerge(model)
     assert same(weights(lora.unload(model)), base) == keep_original
@@ -474,14 +650,25 @@ def test_the_spectrum_is_that_of_the_update_and_two_stages_exceed_the_rank_of_on
     values = progressive.singular_values(model)
     for name, layer in adapter_layers(model).items():
         expected = torch.linalg.svdvals(layer.delta_weight().double())
-        assert len(values[name]) == 6 and torch.linalg.matrix_rank(layer.delta_weight()) == 6 > layer.r
+        assert (
+            len(values[name]) == 6 and torch.linalg.matrix_rank(layer.delta_weight()) == 6 > layer.r
+        )
         torch.testing.assert_close(values[name], expected[:6], atol=1e-6, rtol=1e-5)
     assert "model.layers.0.mlp.down_proj" not in values
     assert progressive.effective_rank(torch.ones(7)) == pytest.approx(7)
     assert progressive.effective_rank(torch.tensor([3.0, 0, 0])) == pytest.approx(1)
-    assert progressive.effective_rank(torch.tensor([0.9, 0.1])) == pytest.approx(math.exp(-0.9 * math.log(0.9) - 0.1 * math.log(0.1)))
+    assert progressive.effective_rank(torch.tensor([0.9, 0.1])) == pytest.approx(
+        math.exp(-0.9 * math.log(0.9) - 0.1 * math.log(0.1))
+    )
     # wider than the layer: as many values as the weight has
-    assert len(progressive.singular_values(stacked(stages=[Stage(30, ["k_proj"])] * 2))["model.layers.0.self_attn.k_proj"]) == 24
+    assert (
+        len(
+            progressive.singular_values(stacked(stages=[Stage(30, ["k_proj"])] * 2))[
+                "model.layers.0.self_attn.k_proj"
+            ]
+        )
+        == 24
+    )
 
 
 # ------------------------------------------------------------------------------------------ what is refused
@@ -503,11 +690,17 @@ def test_an_impossible_stage_is_refused(fields: dict, message: str) -> None:
     ({"stages": [Stage(2, ["q_proj"]), Stage(2, ["q_prj"])]}, "q_prj.*matches no linear layer"),
     ({"max_steps": 3, "warmup_steps": 1}, "max_steps, warmup_steps: decided by the stages"),
 ])  # fmt: skip
-def test_what_cannot_be_run_is_refused_before_anything_changes(tmp_path: Path, arguments: dict, message: str) -> None:
+def test_what_cannot_be_run_is_refused_before_anything_changes(
+    tmp_path: Path, arguments: dict, message: str
+) -> None:
     model = qwen()
     with pytest.raises(ValueError, match=message):
         train(model, tmp_path / "run", **arguments)
-    assert not (tmp_path / "run").exists() and not hasattr(model, "lora_course") and all(p.requires_grad for p in model.parameters())
+    assert (
+        not (tmp_path / "run").exists()
+        and not hasattr(model, "lora_course")
+        and all(p.requires_grad for p in model.parameters())
+    )
 
 
 def test_two_datasets_for_three_stages_are_refused(tmp_path: Path) -> None:
@@ -515,12 +708,18 @@ def test_two_datasets_for_three_stages_are_refused(tmp_path: Path) -> None:
         train_stages(qwen(), STAGES, [rows(), rows()], tmp_path)
 
 
-def test_merging_into_a_4bit_base_is_refused_and_into_a_half_precision_one_warned_of(tmp_path: Path) -> None:
+def test_merging_into_a_4bit_base_is_refused_and_into_a_half_precision_one_warned_of(
+    tmp_path: Path,
+) -> None:
     model = quantize_model(qwen())
     before = weights(model)
     with pytest.raises(TypeError, match="q_proj' is 4-bit.*Use mode='stack'"):
         train(model, tmp_path, "merge")
-    assert same(weights(model), before) and not hasattr(model, "lora_course") and not list(tmp_path.iterdir())
+    assert (
+        same(weights(model), before)
+        and not hasattr(model, "lora_course")
+        and not list(tmp_path.iterdir())
+    )
     with pytest.warns(UserWarning, match="torch.bfloat16: each merge rounds"):
         train(qwen().to(torch.bfloat16), tmp_path, "merge")
 

@@ -32,7 +32,19 @@ from lora_course.qlora import (
     stored_bytes,
 )
 
-SHAPES = [(64,), (1,), (7,), (65,), (3, 5), (33, 31), (129, 257), (128, 192), (256, 704), (5, 13108), (1000, 577)]
+SHAPES = [
+    (64,),
+    (1,),
+    (7,),
+    (65,),
+    (3, 5),
+    (33, 31),
+    (129, 257),
+    (128, 192),
+    (256, 704),
+    (5, 13108),
+    (1000, 577),
+]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -51,14 +63,24 @@ def quick() -> Iterator[None]:
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Equal in type, shape and every bit: 0.0 and -0.0 differ, as `torch.equal` would not tell."""
     view = {4: torch.int32, 2: torch.int16, 1: torch.uint8}[a.element_size()]
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.contiguous().view(view), b.contiguous().view(view))
+    return (
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and torch.equal(a.contiguous().view(view), b.contiguous().view(view))
+    )
 
 
-def quantize_bnb(weight: Tensor, block_size: int = 64, double_quant: bool = True) -> tuple[Tensor, bnbf.QuantState]:
-    return bnbf.quantize_4bit(weight, blocksize=block_size, compress_statistics=double_quant, quant_type="nf4")
+def quantize_bnb(
+    weight: Tensor, block_size: int = 64, double_quant: bool = True
+) -> tuple[Tensor, bnbf.QuantState]:
+    return bnbf.quantize_4bit(
+        weight, blocksize=block_size, compress_statistics=double_quant, quant_type="nf4"
+    )
 
 
-def assert_equals_bitsandbytes(weight: Tensor, block_size: int = 64, double_quant: bool = True) -> None:
+def assert_equals_bitsandbytes(
+    weight: Tensor, block_size: int = 64, double_quant: bool = True
+) -> None:
     ours = quantize_nf4(weight, block_size, double_quant)
     packed, state = quantize_bnb(weight, block_size, double_quant)
     assert same_bits(ours.codes, packed)
@@ -81,15 +103,21 @@ def test_codebooks_derived_from_their_definitions_equal_the_tables_of_bitsandbyt
 
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_codes_and_constants_equal_bitsandbytes_on_any_shape(dtype: torch.dtype, double_quant: bool) -> None:
+def test_codes_and_constants_equal_bitsandbytes_on_any_shape(
+    dtype: torch.dtype, double_quant: bool
+) -> None:
     for shape in SHAPES:
         generator = torch.Generator().manual_seed(math.prod(shape))
-        assert_equals_bitsandbytes((0.02 * torch.randn(shape, generator=generator)).to(dtype), double_quant=double_quant)
+        assert_equals_bitsandbytes(
+            (0.02 * torch.randn(shape, generator=generator)).to(dtype), double_quant=double_quant
+        )
 
 
 @pytest.mark.parametrize("block_size", [32, 128, 4096])
 def test_codes_and_constants_equal_bitsandbytes_at_other_block_sizes(block_size: int) -> None:
-    assert_equals_bitsandbytes(torch.randn(100, 700, generator=torch.Generator().manual_seed(1)), block_size)
+    assert_equals_bitsandbytes(
+        torch.randn(100, 700, generator=torch.Generator().manual_seed(1)), block_size
+    )
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
@@ -99,15 +127,21 @@ def test_special_blocks_equal_bitsandbytes(double_quant: bool) -> None:
     sizes = torch.rand(40, 1, generator=generator)
     special = {
         "ties up to the rounding of a division": (sizes * ties).flatten(),
-        **{f"the same in the last, partial block, {i}": sizes[i] * ties[:33] for i in range(len(sizes))},
+        **{
+            f"the same in the last, partial block, {i}": sizes[i] * ties[:33]
+            for i in range(len(sizes))
+        },
         "zeros": torch.zeros(200),
-        "a block of zeros among others": torch.cat([torch.randn(64, generator=generator), torch.zeros(64), torch.ones(70)]),
+        "a block of zeros among others": torch.cat(
+            [torch.randn(64, generator=generator), torch.zeros(64), torch.ones(70)]
+        ),
         "zeros at the end": torch.cat([torch.randn(64, generator=generator), torch.zeros(9)]),
         "ties": ties,
         "ties in the last, partial block": ties[:33],
         "all blocks alike, so that no constant differs from the mean": torch.ones(64 * 300),
         "subnormal": torch.full((130,), 1e-40),
-        "heavy tails: many constants near their mean": torch.randn(64 * 2000, generator=generator) ** 5,
+        "heavy tails: many constants near their mean": torch.randn(64 * 2000, generator=generator)
+        ** 5,
         "negative zero": torch.tensor([-0.0, 1.0, -1.0]),
     }
     for name, weight in special.items():
@@ -121,11 +155,17 @@ def test_every_entry_of_the_table_behind_the_constants_equals_bitsandbytes() -> 
     edges = ((torch.arange(1, 65536).double() - 0.5) / 65535 * 2 - 1).float()
     for values in (edges, edges.nextafter(torch.tensor(-2.0)), edges.nextafter(torch.tensor(2.0))):
         blocks = nn.functional.pad(values, (0, 1)).view(-1, 256)
-        blocks = torch.cat([torch.ones(256, 1), -torch.ones(256, 1), blocks[:, 2:]], 1)  # every constant 1, the mean about 0
+        blocks = torch.cat(
+            [torch.ones(256, 1), -torch.ones(256, 1), blocks[:, 2:]], 1
+        )  # every constant 1, the mean about 0
         absmax = torch.cat([blocks.flatten(), -blocks.flatten()])
         codes, nested, offset = qlora._quantize_constants(absmax)
         expected, state = bnbf.quantize_blockwise(absmax - absmax.mean(), blocksize=256)
-        assert same_bits(codes, expected) and same_bits(nested, state.absmax) and same_bits(offset, absmax.mean())
+        assert (
+            same_bits(codes, expected)
+            and same_bits(nested, state.absmax)
+            and same_bits(offset, absmax.mean())
+        )
 
 
 def test_error_is_at_most_half_the_widest_gap_without_double_quantisation() -> None:
@@ -144,18 +184,26 @@ def test_quantising_again_changes_nothing_without_double_quantisation() -> None:
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
-@pytest.mark.parametrize("n", [1, 7, 64, 65, 128, 1000, 64 * 256, 64 * 256 + 1, 256 * 704, 3 * 64 * 256 + 5])
+@pytest.mark.parametrize(
+    "n", [1, 7, 64, 65, 128, 1000, 64 * 256, 64 * 256 + 1, 256 * 704, 3 * 64 * 256 + 5]
+)
 def test_stored_bytes_equal_the_formula_exactly(n: int, double_quant: bool) -> None:
     weight = torch.randn(1, n)
     bits = storage_bits(n, double_quant=double_quant)
-    assert 8 * quantize_nf4(weight, double_quant=double_quant).nbytes == pytest.approx(bits * n, abs=1e-6)
+    assert 8 * quantize_nf4(weight, double_quant=double_quant).nbytes == pytest.approx(
+        bits * n, abs=1e-6
+    )
     model = nn.ModuleDict({"linear": nn.Linear(n, 1, bias=False)})
-    assert 8 * stored_bytes(quantize_model(model, double_quant=double_quant)) == pytest.approx(bits * n, abs=1e-6)
+    assert 8 * stored_bytes(quantize_model(model, double_quant=double_quant)) == pytest.approx(
+        bits * n, abs=1e-6
+    )
 
 
 def test_storage_is_the_formula_of_the_paper_for_whole_blocks() -> None:
     for n in (64, 4096, 64 * 257, 3584 * 3584):
-        assert storage_bits(n) == pytest.approx(4 + 8 / 64 + 32 * (math.ceil(n / 64 / 256) + 1) / n, rel=1e-15)
+        assert storage_bits(n) == pytest.approx(
+            4 + 8 / 64 + 32 * (math.ceil(n / 64 / 256) + 1) / n, rel=1e-15
+        )
         assert storage_bits(n, double_quant=False) == 4.5
     assert storage_bits(3584 * 18944) == pytest.approx(4.127, abs=5e-4)
 
@@ -169,7 +217,9 @@ def test_storage_is_the_formula_of_the_paper_for_whole_blocks() -> None:
         (torch.zeros(4, dtype=torch.float64), TypeError, "float64"),
     ],
 )
-def test_weights_that_have_no_codes_are_refused(weight: Tensor, error: type[Exception], words: str) -> None:
+def test_weights_that_have_no_codes_are_refused(
+    weight: Tensor, error: type[Exception], words: str
+) -> None:
     with pytest.raises(error, match=words):
         quantize_nf4(weight)
     with pytest.raises(ValueError, match="block_size=0"):
@@ -215,7 +265,9 @@ def base_bytes(model: nn.Module) -> dict[str, list[Tensor]]:
     for name, module in model.named_modules():
         if isinstance(module, Linear4bit):
             s = module.weight.quant_state
-            found[name] = [t.clone() for t in (module.weight.data, s.absmax, s.offset, s.state2.absmax)]
+            found[name] = [
+                t.clone() for t in (module.weight.data, s.absmax, s.offset, s.state2.absmax)
+            ]
     return found
 
 
@@ -234,16 +286,27 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("double_quant", [True, False])
-def test_loads_a_folder_with_all_linears_but_the_head_in_4_bits(saved: str, quant_type: str, double_quant: bool) -> None:
+def test_loads_a_folder_with_all_linears_but_the_head_in_4_bits(
+    saved: str, quant_type: str, double_quant: bool
+) -> None:
     model = load_4bit(saved, quant_type=quant_type, double_quant=double_quant)
-    kinds = {name: isinstance(m, Linear4bit) for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    kinds = {
+        name: isinstance(m, Linear4bit)
+        for name, m in model.named_modules()
+        if isinstance(m, nn.Linear)
+    }
     assert kinds.pop("lm_head") is False and len(kinds) == 21 and all(kinds.values())
     for module in model.modules():
         if isinstance(module, Linear4bit):
-            assert module.weight.quant_state.quant_type == quant_type and module.weight.quant_state.nested == double_quant
+            assert (
+                module.weight.quant_state.quant_type == quant_type
+                and module.weight.quant_state.nested == double_quant
+            )
             assert module.support_avx512bf16_for_cpu is False
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert all(p.dtype in (torch.float32, torch.uint8) and not p.requires_grad for p in model.parameters())
+    assert all(
+        p.dtype in (torch.float32, torch.uint8) and not p.requires_grad for p in model.parameters()
+    )
 
 
 def test_loaded_codes_are_those_of_our_own_format(saved: str) -> None:
@@ -251,26 +314,36 @@ def test_loaded_codes_are_those_of_our_own_format(saved: str) -> None:
     for name, module in model.named_modules():
         if isinstance(module, Linear4bit):
             ours: NF4Weight = quantize_nf4(original.get_submodule(name).weight)
-            assert same_bits(ours.codes, module.weight.data) and same_bits(ours.absmax, module.weight.quant_state.absmax)
+            assert same_bits(ours.codes, module.weight.data) and same_bits(
+                ours.absmax, module.weight.quant_state.absmax
+            )
 
 
 def test_default_compute_type_is_the_devices_and_a_given_one_is_obeyed(saved: str) -> None:
     default = qlora.fastest_dtype()
-    for given, expected in ((None, default), (torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32)):
+    for given, expected in (
+        (None, default),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float32, torch.float32),
+    ):
         model = load_4bit(saved, compute_dtype=given)
         assert model.model.layers[0].mlp.up_proj.compute_dtype == expected
         with torch.no_grad():
             assert torch.isfinite(model(input_ids=TOKENS).logits).all()
 
 
-def test_gradient_checkpointing_recomputes_the_layers_and_gives_the_same_gradients(saved: str) -> None:
+def test_gradient_checkpointing_recomputes_the_layers_and_gives_the_same_gradients(
+    saved: str,
+) -> None:
     calls = {}
     grads = {}
     for on in (True, False):
         model = adapted(load_4bit(saved, compute_dtype=torch.float32, gradient_checkpointing=on))
         assert model.is_gradient_checkpointing is on
         count = calls.setdefault(on, [])
-        model.model.layers[0].mlp.up_proj.base_layer.register_forward_hook(lambda *_, count=count: count.append(1))
+        model.model.layers[0].mlp.up_proj.base_layer.register_forward_hook(
+            lambda *_, count=count: count.append(1)
+        )
         grads[on] = gradients(model)
     assert (len(calls[True]), len(calls[False])) == (2, 1)
     # The recomputation repeats the same operations on the same numbers.
@@ -298,13 +371,18 @@ def test_quantising_in_memory_equals_loading(saved: str) -> None:
 
 def test_quantising_leaves_the_head_the_adapter_and_what_is_skipped() -> None:
     untied = quantize_model(tiny_qwen(tied=False), skip=("down_proj",))
-    assert isinstance(untied.lm_head, Linear4bit) and type(untied.model.layers[0].mlp.down_proj) is nn.Linear
+    assert (
+        isinstance(untied.lm_head, Linear4bit)
+        and type(untied.model.layers[0].mlp.down_proj) is nn.Linear
+    )
     layers = [module for module in untied.modules() if isinstance(module, Linear4bit)]
     assert not any(parameter.requires_grad for layer in layers for parameter in layer.parameters())
     tied = quantize_model(tiny_qwen(), skip=())
     assert type(tied.lm_head) is nn.Linear
     model = adapted(tiny_qwen())
-    expected = {name: (layer.A.clone(), layer.B.clone()) for name, layer in adapter_layers(model).items()}
+    expected = {
+        name: (layer.A.clone(), layer.B.clone()) for name, layer in adapter_layers(model).items()
+    }
     quantize_model(model)
     for name, layer in adapter_layers(model).items():
         assert isinstance(layer.base_layer, Linear4bit)
@@ -424,23 +502,32 @@ def test_dequantised_weights_are_those_that_the_4_bit_layers_computed_with(saved
     with torch.no_grad():
         expected = model.eval()(input_ids=TOKENS).logits
     plain = dequantize_model(model, torch.float32)
-    assert not any(isinstance(m, Linear4bit) for m in plain.modules()) and len(adapter_layers(plain)) == 21
+    assert (
+        not any(isinstance(m, Linear4bit) for m in plain.modules())
+        and len(adapter_layers(plain)) == 21
+    )
     assert output_error(plain, expected) < 1e-6
     assert not getattr(plain, "is_quantized", False)
     assert getattr(plain.config, "quantization_config", None) is None
-    assert not any(p.requires_grad for n, p in plain.named_parameters() if not n.endswith((".A", ".B")))
+    assert not any(
+        p.requires_grad for n, p in plain.named_parameters() if not n.endswith((".A", ".B"))
+    )
     with pytest.raises(ValueError, match="no 4-bit layer"):
         dequantize_model(plain)
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("double_quant", [True, False])
-def test_a_requantised_merge_is_the_quantised_sum_in_the_bases_own_type(quant_type: str, double_quant: bool) -> None:
+def test_a_requantised_merge_is_the_quantised_sum_in_the_bases_own_type(
+    quant_type: str, double_quant: bool
+) -> None:
     model = adapted(quantize_model(tiny_qwen(), quant_type=quant_type, double_quant=double_quant))
     name = "model.layers.2.mlp.down_proj"
     layer = adapter_layers(model)[name]
     total = qlora._dequantized(layer.base_layer) + layer.delta_weight().detach()
-    packed, state = bnbf.quantize_4bit(total, compress_statistics=double_quant, quant_type=quant_type)
+    packed, state = bnbf.quantize_4bit(
+        total, compress_statistics=double_quant, quant_type=quant_type
+    )
     merged = merge_requantized(model).get_submodule(name)
     assert isinstance(merged, Linear4bit) and merged.weight.quant_state.nested == double_quant
     assert same_bits(qlora._dequantized(merged), bnbf.dequantize_4bit(packed, state))
@@ -465,7 +552,10 @@ def test_merges_that_make_no_sense_are_refused_before_anything_changes() -> None
 
 def test_optimizer_names_are_ones_that_transformers_knows() -> None:
     assert optimizer_name("cpu") == optimizer_name(torch.device("cpu"), bits=8) == "adamw_torch"
-    assert optimizer_name("cuda:0") == "paged_adamw_32bit" and optimizer_name("cuda", bits=8) == "paged_adamw_8bit"
+    assert (
+        optimizer_name("cuda:0") == "paged_adamw_32bit"
+        and optimizer_name("cuda", bits=8) == "paged_adamw_8bit"
+    )
     for name in (optimizer_name("cpu"), optimizer_name("cuda"), optimizer_name("cuda", bits=8)):
         assert TrainingArguments(output_dir="unused", optim=name, use_cpu=True).optim == name
     with pytest.raises(ValueError, match="bits=4"):
@@ -488,10 +578,14 @@ def test_the_paged_optimiser_takes_torchs_steps() -> None:
 
 @pytest.mark.gpu
 def test_on_a_gpu_a_4_bit_model_trains_generates_from_its_cache_and_merges(saved: str) -> None:
-    model = inject(qlora.load_4bit(saved), LoraConfig(r=4, lora_alpha=12, target_modules="all-linear"))
+    model = inject(
+        qlora.load_4bit(saved), LoraConfig(r=4, lora_alpha=12, target_modules="all-linear")
+    )
     packed = {n: p.clone() for n, p in model.named_parameters() if p.dtype == torch.uint8}
     ids = torch.arange(24, device="cuda").view(2, 12)
-    optimizer = bnb.optim.PagedAdamW32bit([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    optimizer = bnb.optim.PagedAdamW32bit(
+        [p for p in model.parameters() if p.requires_grad], lr=1e-2
+    )
     losses = []
     for _ in range(5):
         loss = model.train()(input_ids=ids, labels=ids, use_cache=False).loss
@@ -503,7 +597,10 @@ def test_on_a_gpu_a_4_bit_model_trains_generates_from_its_cache_and_merges(saved
     assert all(torch.equal(p, packed[n]) for n, p in model.named_parameters() if n in packed)
     model.eval()
     settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-    assert torch.equal(model.generate(ids[:1], use_cache=True, **settings), model.generate(ids[:1], use_cache=False, **settings))
+    assert torch.equal(
+        model.generate(ids[:1], use_cache=True, **settings),
+        model.generate(ids[:1], use_cache=False, **settings),
+    )
     with torch.no_grad():
         before = model(input_ids=ids).logits.float()
         after = merge(qlora.dequantize_model(model))(input_ids=ids).logits.float()

@@ -44,7 +44,9 @@ def randomize(model: nn.Module, seed: int = 1) -> nn.Module:
     return model
 
 
-def adapted(kind: type[LoRALinear], seed: int = 1, base: nn.Module | None = None, **fields: object) -> nn.Module:
+def adapted(
+    kind: type[LoRALinear], seed: int = 1, base: nn.Module | None = None, **fields: object
+) -> nn.Module:
     arguments = {key: fields.pop(key) for key in ("sparsity", "mask", "gate_init") if key in fields}
     return randomize(inject(base or qwen(), config(**fields), layer=kind, **arguments), seed)
 
@@ -71,7 +73,9 @@ def test_it_starts_as_the_base_and_then_learns(kind: type) -> None:
         optimizer.step()
         optimizer.zero_grad()
     assert losses[2] < losses[0]
-    assert all(not torch.equal(p, start[name]) for name, p in model.named_parameters() if p.requires_grad)
+    assert all(
+        not torch.equal(p, start[name]) for name, p in model.named_parameters() if p.requires_grad
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -111,7 +115,9 @@ def test_checkpointing_accumulation_autocast_cache_and_dropout(kind: type) -> No
     model.zero_grad()
     model.gradient_checkpointing_enable({"use_reentrant": False})
     for i in range(2):
-        (model(**{k: v[i : i + 1] for k, v in batch().items()}, use_cache=False).loss / 2).backward()
+        (
+            model(**{k: v[i : i + 1] for k, v in batch().items()}, use_cache=False).loss / 2
+        ).backward()
     for parameter, gradient in zip(trained_parameters(model), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, atol=1e-6, rtol=1e-4)
     model.gradient_checkpointing_disable()
@@ -124,11 +130,16 @@ def test_checkpointing_accumulation_autocast_cache_and_dropout(kind: type) -> No
     rounded.loss.backward()
     found = [p.grad.flatten() for p in trained_parameters(model)]
     assert {gradient.dtype for gradient in found} == {torch.float32}
-    assert relative(torch.cat(found), torch.cat([gradient.flatten() for gradient in expected])) < 0.1
+    assert (
+        relative(torch.cat(found), torch.cat([gradient.flatten() for gradient in expected])) < 0.1
+    )
     kwargs = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     with sdpa_kernel(SDPBackend.MATH):
         ids = batch(1, 6)["input_ids"]
-        assert torch.equal(model.generate(ids, use_cache=True, **kwargs), model.generate(ids, use_cache=False, **kwargs))
+        assert torch.equal(
+            model.generate(ids, use_cache=True, **kwargs),
+            model.generate(ids, use_cache=False, **kwargs),
+        )
     layer = kind(nn.Linear(6, 5), r=2, lora_alpha=6, lora_dropout=0.5)
     for parameter in layer.parameters():
         nn.init.normal_(parameter)
@@ -145,7 +156,9 @@ def test_it_is_saved_reloaded_switched_and_taken_out(kind: type, tmp_path: Path)
     again = load_adapter(qwen(), save_adapter(model, tmp_path))
     assert torch.equal(again(**batch()).logits, expected)
     state, reloaded = lora.adapter_state(model), lora.adapter_state(again)
-    assert state.keys() == reloaded.keys() and all(torch.equal(state[k], reloaded[k]) and state[k].dtype == reloaded[k].dtype for k in state)
+    assert state.keys() == reloaded.keys() and all(
+        torch.equal(state[k], reloaded[k]) and state[k].dtype == reloaded[k].dtype for k in state
+    )
     other = adapted(kind, seed=5, rank_pattern={"q_proj": 2}, use_rslora=True)
     assert relative(other(**batch()).logits, expected) > 0.01
     assert torch.equal(lora.use_adapter(other, state)(**batch()).logits, expected)
@@ -170,7 +183,9 @@ def test_it_works_on_a_4bit_base(kind: type, tmp_path: Path) -> None:
         assert is_4bit(layer.base_layer) and torch.equal(layer.base_layer.weight.data, weight)
     model.eval()
     again = load_adapter(quantize_model(qwen()), save_adapter(model, tmp_path))
-    torch.testing.assert_close(again.eval()(**batch()).logits, model(**batch()).logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        again.eval()(**batch()).logits, model(**batch()).logits, atol=1e-5, rtol=1e-5
+    )
     with pytest.raises(TypeError, match="4-bit"):
         lora.merge(model)
 
@@ -180,7 +195,9 @@ def test_peft_loads_the_exported_factors_with_equal_logits(kind: type, tmp_path:
     model = adapted(kind, rank_pattern={"q_proj": 2})
     theirs = PeftModel.from_pretrained(qwen(), export_peft(model, tmp_path))
     assert theirs.peft_config["default"].peft_type == "LORA"
-    torch.testing.assert_close(theirs(**batch()).logits, model(**batch()).logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        theirs(**batch()).logits, model(**batch()).logits, atol=1e-5, rtol=1e-5
+    )
 
 
 # ------------------------------------------------------------------------------------------------- gates
@@ -194,7 +211,9 @@ def test_the_threshold_is_the_proximal_operator_and_its_zeros_are_exact() -> Non
     # argmin over z of (z − x)²/2 + τ|z|, on a grid
     grid = torch.linspace(-2, 2, 40_001, dtype=torch.float64)
     objective = (grid[:, None] - x.double()).square() / 2 + 0.3 * grid.abs()[:, None]
-    torch.testing.assert_close(soft_threshold(x, 0.3).double(), grid[objective.argmin(0)], atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        soft_threshold(x, 0.3).double(), grid[objective.argmin(0)], atol=1e-4, rtol=0
+    )
 
 
 @pytest.mark.parametrize("make", [
@@ -214,12 +233,23 @@ def test_a_step_is_the_optimisers_and_then_the_threshold_at_its_rate(make) -> No
         opened = sparsity.step(optimizer, t)
         for layer in adapter_layers(plain).values():
             g = layer.gate.data
-            layer.gate.data = torch.where(g.abs() > rate * 0.5 * t, g - g.sign() * rate * 0.5 * t, torch.zeros_like(g))
-        for layer, other in zip(adapter_layers(model).values(), adapter_layers(plain).values(), strict=True):
+            layer.gate.data = torch.where(
+                g.abs() > rate * 0.5 * t, g - g.sign() * rate * 0.5 * t, torch.zeros_like(g)
+            )
+        for layer, other in zip(
+            adapter_layers(model).values(), adapter_layers(plain).values(), strict=True
+        ):
             torch.testing.assert_close(layer.gate, other.gate)
             assert torch.equal(layer.gate == 0, other.gate == 0)
-            torch.testing.assert_close(layer.A, other.A), torch.testing.assert_close(layer.B, other.B)
-        assert opened == sum(ranks(model).values()) == sum(int((layer.gate != 0).sum()) for layer in adapter_layers(model).values())
+            (
+                torch.testing.assert_close(layer.A, other.A),
+                torch.testing.assert_close(layer.B, other.B),
+            )
+        assert (
+            opened
+            == sum(ranks(model).values())
+            == sum(int((layer.gate != 0).sum()) for layer in adapter_layers(model).values())
+        )
     assert 0 < opened < 3 * 14
 
 
@@ -228,7 +258,13 @@ def test_each_gate_is_thresholded_at_the_rate_of_its_own_group() -> None:
     layers = list(adapter_layers(model).values())
     for layer in layers:
         layer.gate.data.fill_(1.0)
-    optimizer = torch.optim.SGD([{"params": [layers[0].gate], "lr": 0.5}, {"params": [l.gate for l in layers[1:]], "lr": 0.01}], lr=1.0)
+    optimizer = torch.optim.SGD(
+        [
+            {"params": [layers[0].gate], "lr": 0.5},
+            {"params": [l.gate for l in layers[1:]], "lr": 0.01},
+        ],
+        lr=1.0,
+    )
     GateSparsity(model, 1.0).step(optimizer)
     assert layers[0].gate.tolist() == [0.5] * 3
     torch.testing.assert_close(layers[1].gate, torch.full((3,), 0.99))
@@ -251,7 +287,9 @@ def test_a_closed_rank_stands_still_and_its_gate_can_open_again() -> None:
 def test_gates_start_normal_or_at_one_and_then_the_layer_is_lora() -> None:
     torch.manual_seed(0)
     gate = GatedLoRALinear(nn.Linear(4, 4), r=4000, lora_alpha=1).gate
-    assert abs(gate.mean().item()) < 0.06 and gate.std().item() == pytest.approx(1, abs=0.05)  # four standard errors
+    assert abs(gate.mean().item()) < 0.06 and gate.std().item() == pytest.approx(
+        1, abs=0.05
+    )  # four standard errors
     torch.manual_seed(0)
     ours = inject(qwen(), config(), layer=GatedLoRALinear, gate_init="ones")
     torch.manual_seed(0)
@@ -259,7 +297,9 @@ def test_gates_start_normal_or_at_one_and_then_the_layer_is_lora() -> None:
     for model in (ours, plain):
         for layer in adapter_layers(model).values():
             nn.init.normal_(layer.B, generator=torch.Generator().manual_seed(2))
-    for layer, other in zip(adapter_layers(ours).values(), adapter_layers(plain).values(), strict=True):
+    for layer, other in zip(
+        adapter_layers(ours).values(), adapter_layers(plain).values(), strict=True
+    ):
         other.A.data.copy_(layer.A)
     torch.testing.assert_close(ours(**batch()).logits, plain(**batch()).logits)
 
@@ -277,8 +317,16 @@ def test_a_pruned_adapter_is_smaller_of_equal_output_and_goes_on(tmp_path: Path)
     assert prune(model) is model
     torch.testing.assert_close(model(**batch()).logits, expected, atol=1e-5, rtol=1e-5)
     layers = adapter_layers(model)
-    assert {name: layer.r for name, layer in layers.items()} == kept == ranks(model) and 0 in kept.values() and 3 in kept.values()
-    assert lora.trainable_parameters(model) == sum(l.r * (l.in_features + l.out_features + 1) for l in layers.values()) < before
+    assert (
+        {name: layer.r for name, layer in layers.items()} == kept == ranks(model)
+        and 0 in kept.values()
+        and 3 in kept.values()
+    )
+    assert (
+        lora.trainable_parameters(model)
+        == sum(l.r * (l.in_features + l.out_features + 1) for l in layers.values())
+        < before
+    )
     assert {layer.scaling for layer in layers.values()} == {4.0}
     again = load_adapter(qwen(), save_adapter(model, tmp_path / "ours"))
     assert torch.equal(again(**batch()).logits, model(**batch()).logits) and ranks(again) == kept
@@ -290,13 +338,20 @@ def test_a_pruned_adapter_is_smaller_of_equal_output_and_goes_on(tmp_path: Path)
     torch.testing.assert_close(theirs(**batch()).logits, expected, atol=1e-5, rtol=1e-5)
     assert not hasattr(theirs.base_model.model.model.layers[0].self_attn.q_proj, "lora_A")  # rank 0
     export_peft(closed(adapted(GatedLoRALinear)), tmp_path / "unpruned")
-    size = {f: (tmp_path / f / "adapter_model.safetensors").stat().st_size for f in ("unpruned", "pruned")}
+    size = {
+        f: (tmp_path / f / "adapter_model.safetensors").stat().st_size
+        for f in ("unpruned", "pruned")
+    }
     assert size["pruned"] < 0.8 * size["unpruned"]
 
 
-def trainer(model: nn.Module, folder: Path, *callbacks: TrainerCallback, **fields: object) -> AdapterTrainer:
+def trainer(
+    model: nn.Module, folder: Path, *callbacks: TrainerCallback, **fields: object
+) -> AdapterTrainer:
     ids = torch.randint(97, (64, 12), generator=torch.Generator().manual_seed(7))
-    data = Dataset.from_dict({"input_ids": ids.tolist(), "labels": ids.tolist()}).with_format("torch")
+    data = Dataset.from_dict({"input_ids": ids.tolist(), "labels": ids.tolist()}).with_format(
+        "torch"
+    )
     defaults = {
         "max_steps": 8, "per_device_train_batch_size": 2, "learning_rate": 0.1, "save_strategy": "no", "bf16": False, "warmup_steps": 2,
         "lr_scheduler_type": "linear", "disable_tqdm": True, "max_grad_norm": 0.0, "weight_decay": 0.0,
@@ -306,14 +361,24 @@ def trainer(model: nn.Module, folder: Path, *callbacks: TrainerCallback, **field
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_the_callback_does_what_the_loop_does_under_a_schedule_of_rates(tmp_path: Path, accumulation: int) -> None:
+def test_the_callback_does_what_the_loop_does_under_a_schedule_of_rates(
+    tmp_path: Path, accumulation: int
+) -> None:
     model, reference = adapted(GatedLoRALinear), adapted(GatedLoRALinear).train()
     penalty = lambda t: 0.3 * t  # noqa: E731
-    run = trainer(model, tmp_path, GateSparsity(model, penalty), optim="sgd", gradient_accumulation_steps=accumulation)
+    run = trainer(
+        model,
+        tmp_path,
+        GateSparsity(model, penalty),
+        optim="sgd",
+        gradient_accumulation_steps=accumulation,
+    )
     batches = list(run.get_train_dataloader())
     run.train()
     optimizer = torch.optim.SGD(trained_parameters(reference), lr=0.1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: t / 2 if t < 2 else (8 - t) / 6)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda t: t / 2 if t < 2 else (8 - t) / 6
+    )
     sparsity = GateSparsity(reference, penalty)
     for t in range(1, 9):
         for micro in batches[(t - 1) * accumulation : t * accumulation]:
@@ -324,18 +389,32 @@ def test_the_callback_does_what_the_loop_does_under_a_schedule_of_rates(tmp_path
         optimizer.zero_grad()
     assert ranks(model) == ranks(reference) and 0 < sum(ranks(model).values()) < 42
     for name, tensor in lora.adapter_state(model).items():
-        torch.testing.assert_close(tensor, lora.adapter_state(reference)[name], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            tensor, lora.adapter_state(reference)[name], atol=1e-5, rtol=1e-4
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_weights_and_masks(kind: type, tmp_path: Path) -> None:
+def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_weights_and_masks(
+    kind: type, tmp_path: Path
+) -> None:
     class Stop(TrainerCallback):
         def on_step_end(self, args, state, control, **_) -> None:
             control.should_training_stop = state.global_step == 5
 
-    def run(model: nn.Module, folder: str, *more: TrainerCallback, resume: bool = False) -> nn.Module:
+    def run(
+        model: nn.Module, folder: str, *more: TrainerCallback, resume: bool = False
+    ) -> nn.Module:
         callbacks = [GateSparsity(model, lambda t: 0.3 * t)] if kind is GatedLoRALinear else []
-        one = trainer(model, tmp_path / folder, *callbacks, *more, save_strategy="steps", save_steps=3, weight_decay=0.1)
+        one = trainer(
+            model,
+            tmp_path / folder,
+            *callbacks,
+            *more,
+            save_strategy="steps",
+            save_steps=3,
+            weight_decay=0.1,
+        )
         one.train(resume_from_checkpoint=resume)
         return model
 
@@ -354,7 +433,10 @@ def test_a_step_that_overflowed_shrinks_no_gate() -> None:
     optimizer.step_was_skipped = True
     before = [layer.gate.clone() for layer in adapter_layers(model).values()]
     GateSparsity(model, 0.5).step(optimizer)
-    assert all(torch.equal(layer.gate, gate) for layer, gate in zip(adapter_layers(model).values(), before, strict=True))
+    assert all(
+        torch.equal(layer.gate, gate)
+        for layer, gate in zip(adapter_layers(model).values(), before, strict=True)
+    )
 
 
 # ------------------------------------------------------------------------------------------------- masks
@@ -366,9 +448,14 @@ def test_the_masks_have_the_stated_number_of_places_and_differ_between_layers() 
         for name, (m, n) in {"A": (8, layer.in_features), "B": (layer.out_features, 8)}.items():
             mask, matrix = layer.mask(name), layer.matrix(name)
             assert mask.shape == matrix.shape == (m, n) and mask.dtype == torch.bool
-            assert int(mask.sum()) == round(0.25 * m * n) == getattr(layer, f"values_{name}").numel()
+            assert (
+                int(mask.sum()) == round(0.25 * m * n) == getattr(layer, f"values_{name}").numel()
+            )
             assert torch.equal(matrix != 0, mask)
-    expected = sum(round(8 * l.in_features / 4) + round(8 * l.out_features / 4) for l in adapter_layers(model).values())
+    expected = sum(
+        round(8 * l.in_features / 4) + round(8 * l.out_features / 4)
+        for l in adapter_layers(model).values()
+    )
     assert lora.trainable_parameters(model) == expected
     layers = list(adapter_layers(model).values())
     assert not torch.equal(layers[0].mask("A"), layers[7].mask("A"))
@@ -378,7 +465,12 @@ def test_nnz_of_delta_w_is_the_size_of_the_mask_and_its_rank_is_not_bounded_by_r
     model = adapted(SparseDeltaLinear, r=2)
     for layer in adapter_layers(model).values():
         delta, count = layer.delta_weight(), 2 * (layer.in_features + layer.out_features)
-        assert int((delta != 0).sum()) == int(layer.mask("delta").sum()) == layer.values_delta.numel() == count
+        assert (
+            int((delta != 0).sum())
+            == int(layer.mask("delta").sum())
+            == layer.values_delta.numel()
+            == count
+        )
         assert torch.linalg.matrix_rank(delta) > 20
     plain = inject(qwen(), config(r=2))
     assert lora.trainable_parameters(model) == lora.trainable_parameters(plain)
@@ -421,8 +513,15 @@ def test_masked_entries_never_move_and_masks_stay(kind: type, make) -> None:
         for name in layer.shapes():
             now = layer.matrix(name)
             assert torch.equal(layer.mask(name), mask[name])
-            assert (now[~mask[name]] == 0).all() and (now[mask[name]] != old[name][mask[name]]).all()
-    states = sum(v.numel() for state in optimizer.state.values() for v in state.values() if torch.is_tensor(v) and v.numel() > 1)
+            assert (now[~mask[name]] == 0).all() and (
+                now[mask[name]] != old[name][mask[name]]
+            ).all()
+    states = sum(
+        v.numel()
+        for state in optimizer.state.values()
+        for v in state.values()
+        if torch.is_tensor(v) and v.numel() > 1
+    )
     assert states in (lora.trainable_parameters(model), 2 * lora.trainable_parameters(model))
 
 
@@ -432,12 +531,18 @@ def test_masks_are_buffers_that_move_and_keep_their_type(kind: type) -> None:
     layer = next(iter(adapter_layers(model).values()))
     name = next(iter(layer.shapes()))
     mask = layer.mask(name)
-    assert f"indices_{name}" in dict(layer.named_buffers()) and f"indices_{name}" in layer.state_dict()
+    assert (
+        f"indices_{name}" in dict(layer.named_buffers()) and f"indices_{name}" in layer.state_dict()
+    )
     assert not any("indices" in n for n, _ in layer.named_parameters())
     double = copy.deepcopy(model).to(torch.float64)
     moved = next(iter(adapter_layers(double).values()))
-    assert getattr(moved, f"indices_{name}").dtype == torch.int32 and torch.equal(moved.mask(name), mask)
-    torch.testing.assert_close(double(**batch()).logits.float(), model(**batch()).logits, atol=1e-4, rtol=1e-4)
+    assert getattr(moved, f"indices_{name}").dtype == torch.int32 and torch.equal(
+        moved.mask(name), mask
+    )
+    torch.testing.assert_close(
+        double(**batch()).logits.float(), model(**batch()).logits, atol=1e-4, rtol=1e-4
+    )
     meta = copy.deepcopy(layer).to("meta")
     assert {t.device.type for t in (*meta.parameters(), *meta.buffers())} == {"meta"}
 
@@ -447,7 +552,9 @@ def test_the_sparse_products_gradients_are_those_of_a_masked_dense_matrix() -> N
     x, values = torch.randn(2, 3, 6, dtype=torch.double), torch.randn(9, dtype=torch.double)
     indices = random_places(30, 9).sort().values.int()
     places = Places.of(indices.long(), 5, 6)
-    assert len(places.rows.unique()) < 5 or len(places.columns.unique()) < 6  # a row or column without entries is among them
+    assert (
+        len(places.rows.unique()) < 5 or len(places.columns.unique()) < 6
+    )  # a row or column without entries is among them
     x.requires_grad_(), values.requires_grad_()
     assert torch.autograd.gradcheck(lambda x, v: SparseProduct.apply(x, v, places), (x, values))
     dense = torch.zeros(30, dtype=torch.double)
@@ -473,7 +580,9 @@ def test_forward_and_trained_steps_equal_pefts_shira_with_the_same_mask(scaling:
         peft.shira_indices["default"] = places
         peft.shira_weight["default"].data = layer.values_delta.data.clone()
         peft.set_scale("default", scaling)
-    optimizers = [torch.optim.AdamW(trained_parameters(m), lr=0.02, weight_decay=0.1) for m in (ours, theirs)]
+    optimizers = [
+        torch.optim.AdamW(trained_parameters(m), lr=0.02, weight_decay=0.1) for m in (ours, theirs)
+    ]
     for t in range(4):
         mine, other = ours(**batch(length=8 + t)), theirs(**batch(length=8 + t))
         torch.testing.assert_close(mine.logits, other.logits, atol=1e-9, rtol=1e-9)
@@ -483,7 +592,9 @@ def test_forward_and_trained_steps_equal_pefts_shira_with_the_same_mask(scaling:
             optimizer.zero_grad()
     for name, layer in adapter_layers(ours).items():
         found = theirs.base_model.model.get_submodule(name).shira_weight["default"]
-        torch.testing.assert_close(layer.values_delta, found, atol=1e-8, rtol=1e-7)  # Adam divides by the gradient's size
+        torch.testing.assert_close(
+            layer.values_delta, found, atol=1e-8, rtol=1e-7
+        )  # Adam divides by the gradient's size
 
 
 def test_training_makes_no_dense_delta_w() -> None:
@@ -492,8 +603,15 @@ def test_training_makes_no_dense_delta_w() -> None:
     x = torch.randn(2, 40, requires_grad=True)
     with Calls() as calls:
         layer(x).sum().backward()
-    computed = [out for name, _, out in calls.made if name != "aten.t.default"]  # the base's weight, seen from the other side
-    sizes = [t.numel() for out in computed for t in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(t, torch.Tensor)]
+    computed = [
+        out for name, _, out in calls.made if name != "aten.t.default"
+    ]  # the base's weight, seen from the other side
+    sizes = [
+        t.numel()
+        for out in computed
+        for t in (out if isinstance(out, (tuple, list)) else [out])
+        if isinstance(t, torch.Tensor)
+    ]
     assert x.grad is not None and len(sizes) > 20 and max(sizes) < 30 * 40
 
 
@@ -504,11 +622,15 @@ def test_a_gradient_of_16_bits_is_summed_in_32(dtype: torch.dtype) -> None:
     x = torch.randn(3, 12).to(dtype).requires_grad_()
     with Calls() as calls:
         layer(x).float().square().sum().backward()
-    assert [args[0].dtype for name, args, _ in calls.made if "per_sample_weights_backward" in name] == [torch.float32]
+    assert [
+        args[0].dtype for name, args, _ in calls.made if "per_sample_weights_backward" in name
+    ] == [torch.float32]
     assert x.grad.dtype == dtype and layer.values_delta.grad.dtype == torch.float32
     exact = copy.deepcopy(layer).double()
     exact(x.detach().double()).square().sum().backward()
-    torch.testing.assert_close(layer.values_delta.grad.double(), exact.values_delta.grad, atol=0.1, rtol=0.05)  # y has 8 bits
+    torch.testing.assert_close(
+        layer.values_delta.grad.double(), exact.values_delta.grad, atol=0.1, rtol=0.05
+    )  # y has 8 bits
 
 
 def test_a_mask_that_is_loaded_or_moved_after_a_forward_pass_is_the_one_that_counts() -> None:
@@ -527,13 +649,27 @@ def test_a_mask_that_is_loaded_or_moved_after_a_forward_pass_is_the_one_that_cou
     with torch.inference_mode():
         fresh(x)
     fresh(x).sum().backward()
-    fresh.load_state_dict({**one.state_dict(), "indices_delta": one.indices_delta.flip(0).sub(119).neg().contiguous()}, assign=True)
+    fresh.load_state_dict(
+        {
+            **one.state_dict(),
+            "indices_delta": one.indices_delta.flip(0).sub(119).neg().contiguous(),
+        },
+        assign=True,
+    )
     torch.testing.assert_close(fresh(x), fresh.base_layer(x) + x @ fresh.delta_weight().T)
-    for indices in (torch.arange(44), torch.arange(60, 104)):  # two that are equal in version, and perhaps in place of memory
+    for indices in (
+        torch.arange(44),
+        torch.arange(60, 104),
+    ):  # two that are equal in version, and perhaps in place of memory
         fresh.load_state_dict({**fresh.state_dict(), "indices_delta": indices.int()}, assign=True)
         torch.testing.assert_close(fresh(x), fresh.base_layer(x) + x @ fresh.delta_weight().T)
     twin = copy.deepcopy(one).double()
-    torch.testing.assert_close(twin(x.double()), twin.base_layer(x.double()) + x.double() @ twin.delta_weight().double().T, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(
+        twin(x.double()),
+        twin.base_layer(x.double()) + x.double() @ twin.delta_weight().double().T,
+        atol=1e-6,
+        rtol=1e-6,
+    )
 
 
 # ------------------------------------------------------------------------------------------------- refusals
@@ -548,7 +684,9 @@ def test_a_mask_that_is_loaded_or_moved_after_a_forward_pass_is_the_one_that_cou
     (SparseDeltaLinear, {"init_lora_weights": "gaussian"}, "ΔW starts at zero"),
     (SparseLoRALinear, {"r": 0}, "PEFT|r=0|positive"),
 ])  # fmt: skip
-def test_impossible_arguments_are_refused_and_nothing_is_changed(kind: type, fields: dict, words: str) -> None:
+def test_impossible_arguments_are_refused_and_nothing_is_changed(
+    kind: type, fields: dict, words: str
+) -> None:
     model = qwen()
     names = [name for name, _ in model.named_parameters()]
     with pytest.raises(ValueError, match=words):
@@ -589,7 +727,12 @@ def test_states_that_do_not_fit_are_refused(kind: type) -> None:
     model = adapted(kind)
     name, layer = next(iter(adapter_layers(model).items()))
     state, key = lora.adapter_state(model), f"{name}.indices_{next(iter(layer.shapes()))}"
-    for damaged in (state[key].flip(0), state[key] + 48 * 48, state[key] - 48 * 48, state[key].float()):
+    for damaged in (
+        state[key].flip(0),
+        state[key] + 48 * 48,
+        state[key] - 48 * 48,
+        state[key].float(),
+    ):
         with pytest.raises(ValueError, match="mask is damaged"):
             lora.use_adapter(model, state | {key: damaged})
     other = lora.adapter_state(adapted(kind, r=2))

@@ -20,19 +20,31 @@ from tools.run_chapters import ROOT
 GROUND = ("lora", "checkpoint", "training")
 ROOF = ("compare", "cli", "classroom")
 CHAPTERS = run_chapters.chapters()
-PROSE = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "book").rglob("*.md")), *CHAPTERS]
+PROSE = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "book").rglob("*.md")),
+    *CHAPTERS,
+]
 LINK = re.compile(r"(?<!`)\]\(([^)\s]+)\)")
 
 
 def contracts(package: Path) -> str:
     """DESIGN's import rules as an import-linter configuration, for the modules that are there."""
-    there = {path.stem for path in package.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()} - {"__init__"}
+    there = {
+        path.stem
+        for path in package.iterdir()
+        if path.suffix == ".py" or (path / "__init__.py").exists()
+    } - {"__init__"}
     ground = [name for name in GROUND if name in there]
     roof = [name for name in ROOF if name in there]
     lab = ["lab"] if "lab" in there else []
     variants = sorted(there - set(GROUND) - set(ROOF) - {"lab"})
-    rules = [("a variant knows no lab and no roof", variants, lab + roof), ("the lab knows no variant and no roof", lab, variants + roof),
-             ("the ground floor knows nothing above it", ground, variants + lab + roof)]
+    rules = [
+        ("a variant knows no lab and no roof", variants, lab + roof),
+        ("the lab knows no variant and no roof", lab, variants + roof),
+        ("the ground floor knows nothing above it", ground, variants + lab + roof),
+    ]
     text = "[importlinter]\nroot_package = lora_course\n"
     for number, (name, sources, targets) in enumerate(rules):
         if sources and targets:
@@ -50,8 +62,14 @@ def lint(root: Path, folder: Path) -> subprocess.CompletedProcess:
     config = folder / "contracts.ini"
     config.write_text(contracts(root / "lora_course"))
     program = Path(sys.executable).with_name("lint-imports")
-    return subprocess.run([program, "--config", config, "--no-cache"], cwd=root, env=os.environ | {"PYTHONPATH": str(root)},
-                          capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [program, "--config", config, "--no-cache"],
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def test_imports_run_one_way(tmp_path: Path) -> None:
@@ -59,14 +77,30 @@ def test_imports_run_one_way(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-@pytest.mark.parametrize(("module", "line"), [
-    ("sparse", "from lora_course import lab"), ("sparse", "import lora_course.fused"), ("lora", "import lora_course.sparse"),
-    ("training", "from lora_course.lab import plots"), ("lab/plots", "import lora_course.fused"), ("fused", "import lora_course.cli"),
-])
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("sparse", "from lora_course import lab"),
+        ("sparse", "import lora_course.fused"),
+        ("lora", "import lora_course.sparse"),
+        ("training", "from lora_course.lab import plots"),
+        ("lab/plots", "import lora_course.fused"),
+        ("fused", "import lora_course.cli"),
+    ],
+)
 def test_an_import_the_other_way_is_found(tmp_path: Path, module: str, line: str) -> None:
     package = tmp_path / "lora_course"
     (package / "lab").mkdir(parents=True)
-    for name in ("__init__", "lora", "training", "sparse", "fused", "cli", "lab/__init__", "lab/plots"):
+    for name in (
+        "__init__",
+        "lora",
+        "training",
+        "sparse",
+        "fused",
+        "cli",
+        "lab/__init__",
+        "lab/plots",
+    ):
         (package / f"{name}.py").write_text("")
     (package / "sparse.py").write_text("import lora_course.lora\n")
     assert lint(tmp_path, tmp_path).returncode == 0
@@ -80,22 +114,30 @@ def test_links_lead_somewhere(path: Path) -> None:
     text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
     for target in LINK.findall(text):
         if "://" in target:
-            assert re.fullmatch(r"https://[\w.-]+\.\w+(/\S*)?", target), f"{path.name}: {target} is no https address"
+            assert re.fullmatch(r"https://[\w.-]+\.\w+(/\S*)?", target), (
+                f"{path.name}: {target} is no https address"
+            )
             continue
         name, _, anchor = target.partition("#")
         page = (path.parent / name).resolve() if name else path
         assert page.exists(), f"{path.name}: {target} leads nowhere"
         if anchor:
             headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
-            slugs = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
-            assert anchor in slugs, f"{path.name}: {target}: no such heading; there are {sorted(slugs)}"
+            slugs = {
+                re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings
+            }
+            assert anchor in slugs, (
+                f"{path.name}: {target}: no such heading; there are {sorted(slugs)}"
+            )
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
 def test_a_chapter_is_plain_markdown_so_that_colab_and_github_show_it_too(path: Path) -> None:
     for cell in jupytext.read(path).cells:
         if cell.cell_type == "markdown":
-            found = re.search(r"^(:::|```\{|\$\$.*\(.*\)\s*$)|\{[a-z:-]+\}`|^\(.+\)=$", cell.source, re.MULTILINE)
+            found = re.search(
+                r"^(:::|```\{|\$\$.*\(.*\)\s*$)|\{[a-z:-]+\}`|^\(.+\)=$", cell.source, re.MULTILINE
+            )
             assert not found, f"{path.name}: {found[0]!r} is MyST, which Colab shows raw"
 
 
@@ -105,11 +147,17 @@ def test_exercises_have_stub_and_folded_solution_under_one_id(path: Path) -> Non
     for cell in jupytext.read(path).cells:
         kinds = {"exercise", "check", "solution"} & set(cell.metadata.get("tags", []))
         if kinds:
-            assert "exercise_id" in cell.metadata, f"{path.name}: a cell tagged {kinds} has no exercise_id"
+            assert "exercise_id" in cell.metadata, (
+                f"{path.name}: a cell tagged {kinds} has no exercise_id"
+            )
             found.setdefault(cell.metadata["exercise_id"], set()).update(kinds)
         if "solution" in kinds and cell.cell_type == "code":
-            assert "hide-cell" in cell.metadata["tags"] and re.match(r"# ?@title Solution", cell.source)
-    assert len(found) >= 3 and all({"exercise", "solution"} <= kinds for kinds in found.values()), found
+            assert "hide-cell" in cell.metadata["tags"] and re.match(
+                r"# ?@title Solution", cell.source
+            )
+    assert len(found) >= 3 and all({"exercise", "solution"} <= kinds for kinds in found.values()), (
+        found
+    )
 
 
 def test_facts_are_stated_as_in_pyproject() -> None:
@@ -124,26 +172,43 @@ def test_a_new_address_and_version_reach_every_file_that_states_them(tmp_path: P
         shutil.copytree(ROOT / folder, tmp_path / folder)
     old = facts.read()
     project = (tmp_path / "pyproject.toml").read_text()
-    (tmp_path / "pyproject.toml").write_text(project.replace(old.url, "https://github.com/someone/elsewhere").replace(f'"{old.version}"', '"9.8.7"'))
+    (tmp_path / "pyproject.toml").write_text(
+        project.replace(old.url, "https://github.com/someone/elsewhere").replace(
+            f'"{old.version}"', '"9.8.7"'
+        )
+    )
     new = facts.updated(tmp_path)
     assert not [path.name for path, text in new.items() if old.slug in text]
-    assert "9.8.7" in new[tmp_path / "CITATION.cff"] and "9.8.7" in new[tmp_path / "README.md"] and '"9.8.7"' in new[tmp_path / "_config.yml"]
+    assert (
+        "9.8.7" in new[tmp_path / "CITATION.cff"]
+        and "9.8.7" in new[tmp_path / "README.md"]
+        and '"9.8.7"' in new[tmp_path / "_config.yml"]
+    )
     for chapter in (tmp_path / "notebooks").glob("*.md"):
-        assert f"https://colab.research.google.com/github/someone/elsewhere/blob/main/notebooks/{chapter.stem}.ipynb" in new[chapter]
+        assert (
+            f"https://colab.research.google.com/github/someone/elsewhere/blob/main/notebooks/{chapter.stem}.ipynb"
+            in new[chapter]
+        )
 
 
 def test_the_contents_list_the_chapters_that_exist() -> None:
     contents = yaml.safe_load((ROOT / "_toc.yml").read_text())
     files = [entry["file"] for part in contents["parts"] for entry in part["chapters"]]
-    assert [name for name in files if name.startswith("notebooks/")] == [f"notebooks/{path.stem}" for path in CHAPTERS]
+    assert [name for name in files if name.startswith("notebooks/")] == [
+        f"notebooks/{path.stem}" for path in CHAPTERS
+    ]
     assert all((ROOT / f"{name}.md").exists() for name in [contents["root"], *files])
 
 
 def test_the_bibliography_holds_the_papers_that_chapters_cite() -> None:
     cited = {number for path in CHAPTERS for number in pages.ARXIV.findall(path.read_text())}
     listed_papers = {paper["arxiv"] for paper in pages.data(ROOT, "bibliography.yml")}
-    assert cited <= listed_papers, f"book/_data/bibliography.yml lacks {sorted(cited - listed_papers)}"
-    assert listed_papers <= cited, f"no chapter cites {sorted(listed_papers - cited)} of book/_data/bibliography.yml"
+    assert cited <= listed_papers, (
+        f"book/_data/bibliography.yml lacks {sorted(cited - listed_papers)}"
+    )
+    assert listed_papers <= cited, (
+        f"no chapter cites {sorted(listed_papers - cited)} of book/_data/bibliography.yml"
+    )
 
 
 def test_the_coverage_table_follows_the_notes_and_names_what_exists() -> None:
@@ -152,9 +217,13 @@ def test_the_coverage_table_follows_the_notes_and_names_what_exists() -> None:
     for row in rows:
         source = ROOT / "lora_course" / f"{row['module']}.py"
         if source.exists():
-            assert row["names"], f"coverage.yml: which names in {source.name} answer {row['heading']}?"
+            assert row["names"], (
+                f"coverage.yml: which names in {source.name} answer {row['heading']}?"
+            )
             for name in row["names"]:
-                assert re.search(rf"^(class|def) {name}\b", source.read_text(), re.MULTILINE), f"coverage.yml: {source.name} has no {name}"
+                assert re.search(rf"^(class|def) {name}\b", source.read_text(), re.MULTILINE), (
+                    f"coverage.yml: {source.name} has no {name}"
+                )
 
 
 def test_every_module_has_its_test_file() -> None:
@@ -164,17 +233,27 @@ def test_every_module_has_its_test_file() -> None:
         if path.name != "__init__.py":
             flat = "_".join([*name.parent.parts, name.name])
             names = [f"test_{flat}", f"{name.parent}/test_{name.name}", f"test_{name.name}"]
-            assert any((ROOT / "tests" / test).exists() for test in names), f"lora_course/{name} has none of tests/{', tests/'.join(names)}"
+            assert any((ROOT / "tests" / test).exists() for test in names), (
+                f"lora_course/{name} has none of tests/{', tests/'.join(names)}"
+            )
 
 
 def test_pinned_versions_lie_in_the_stated_ranges() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and not line.startswith("#")]
+    lines = [
+        line
+        for line in (ROOT / "requirements.txt").read_text().splitlines()
+        if line and not line.startswith("#")
+    ]
     pins = dict(line.split("==") for line in lines)
     assert "ipywidgets" not in pins
-    for text in project["dependencies"] + [text for extra in project["optional-dependencies"].values() for text in extra]:
+    for text in project["dependencies"] + [
+        text for extra in project["optional-dependencies"].values() for text in extra
+    ]:
         wanted = Requirement(text)
-        assert wanted.name in pins and wanted.specifier.contains(pins[wanted.name]), f"requirements.txt: {wanted} is not met"
+        assert wanted.name in pins and wanted.specifier.contains(pins[wanted.name]), (
+            f"requirements.txt: {wanted} is not met"
+        )
 
 
 @pytest.mark.slow
@@ -183,12 +262,31 @@ def test_the_wheel_holds_code_data_and_licence(tmp_path: Path) -> None:
     copy.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
-    shutil.copytree(ROOT / "lora_course", copy / "lora_course", ignore=shutil.ignore_patterns("__pycache__"))
-    subprocess.run([sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path, copy],
-                   check=True, capture_output=True)
+    shutil.copytree(
+        ROOT / "lora_course", copy / "lora_course", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "--no-deps",
+            "--no-build-isolation",
+            "--wheel-dir",
+            tmp_path,
+            copy,
+        ],
+        check=True,
+        capture_output=True,
+    )
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    wanted = {path.relative_to(copy).as_posix() for path in (copy / "lora_course").rglob("*") if path.is_file()}
+    wanted = {
+        path.relative_to(copy).as_posix()
+        for path in (copy / "lora_course").rglob("*")
+        if path.is_file()
+    }
     assert wanted <= names, f"the wheel lacks {sorted(wanted - names)}"
     assert not [name for name in names if name.startswith(("tests", "tools", "notebooks"))]
     assert any(name.endswith("licenses/LICENSE") for name in names)

@@ -19,7 +19,13 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from lora_course import training
 from lora_course.lora import adapter_layers, adapter_state, inject, merge
 from lora_course.qlora import load_4bit, quantize_model
-from lora_course.training import COMPLETE, AdapterTrainer, compute_dtype, last_checkpoint, training_arguments
+from lora_course.training import (
+    COMPLETE,
+    AdapterTrainer,
+    compute_dtype,
+    last_checkpoint,
+    training_arguments,
+)
 
 NANO = Path(training.__file__).parent / "data" / "nano"
 LENGTH = 16
@@ -41,7 +47,9 @@ def injected(dropout: float = 0.0, model: torch.nn.Module | None = None) -> torc
     """Half of nano, or `model`, with LoRA on two kinds of layers; factors are non-zero, so that both get gradients."""
     torch.manual_seed(5)
     model = copy.deepcopy(MODEL) if model is None else model
-    config = LoraConfig(r=4, lora_alpha=6, lora_dropout=dropout, target_modules=["q_proj", "down_proj"])
+    config = LoraConfig(
+        r=4, lora_alpha=6, lora_dropout=dropout, target_modules=["q_proj", "down_proj"]
+    )
     inject(model, config)
     for layer in adapter_layers(model).values():
         torch.nn.init.normal_(layer.B, std=0.02)
@@ -55,7 +63,9 @@ def rows(count: int = 24, ragged: bool = False) -> datasets.Dataset:
     if ragged:
         for i, row in enumerate(labels):
             row[: i % 11] = -100
-    return datasets.Dataset.from_dict({"input_ids": ids.numpy(), "labels": labels.numpy()}).with_format("torch")
+    return datasets.Dataset.from_dict(
+        {"input_ids": ids.numpy(), "labels": labels.numpy()}
+    ).with_format("torch")
 
 
 def arguments(folder: Path, **overrides):
@@ -71,10 +81,18 @@ def penalty(model: torch.nn.Module) -> torch.Tensor:
     return 0.3 * sum(((layer.A @ layer.A.T) ** 2).sum() for layer in adapter_layers(model).values())
 
 
-def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], tolerance: float = 0.0) -> None:
+def assert_same(
+    one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], tolerance: float = 0.0
+) -> None:
     assert one.keys() == other.keys()
     for name in one:
-        torch.testing.assert_close(one[name], other[name], rtol=0, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            one[name],
+            other[name],
+            rtol=0,
+            atol=tolerance,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
 
 
 def difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
@@ -108,7 +126,10 @@ def test_training_equals_a_loop_by_hand(tmp_path: Path, accumulation: int, auxil
         for batch in micro:
             logits = reference(input_ids=batch["input_ids"]).logits[:, :-1]
             labels = batch["labels"][:, 1:].flatten()
-            total += torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels, reduction="sum") / tokens
+            total += (
+                torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels, reduction="sum")
+                / tokens
+            )
         total += auxiliary(reference) if auxiliary else 0
         total.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -123,10 +144,16 @@ def test_the_auxiliary_loss_counts_once_a_step_however_the_batch_is_cut(tmp_path
     states, losses = [], []
     for batch, accumulation in [(8, 1), (2, 4)]:
         args = arguments(
-            tmp_path, max_steps=3, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, max_grad_norm=0
+            tmp_path,
+            max_steps=3,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+            max_grad_norm=0,
         )
         model = injected()
-        trainer = AdapterTrainer(model, args, train_dataset=rows(24, ragged=True), auxiliary_loss=penalty)
+        trainer = AdapterTrainer(
+            model, args, train_dataset=rows(24, ragged=True), auxiliary_loss=penalty
+        )
         trainer.train()
         states.append(adapter_state(model))
         losses.append([entry["loss"] for entry in trainer.history])
@@ -140,7 +167,12 @@ def test_the_auxiliary_loss_counts_once_a_step_however_the_batch_is_cut(tmp_path
 def test_evaluation_leaves_the_auxiliary_loss_out(tmp_path: Path) -> None:
     data, args = rows(8), arguments(tmp_path)
     plain = AdapterTrainer(injected(), args, eval_dataset=data).evaluate()["eval_loss"]
-    assert AdapterTrainer(injected(), args, eval_dataset=data, auxiliary_loss=penalty).evaluate()["eval_loss"] == plain
+    assert (
+        AdapterTrainer(injected(), args, eval_dataset=data, auxiliary_loss=penalty).evaluate()[
+            "eval_loss"
+        ]
+        == plain
+    )
 
 
 def test_the_seed_decides_the_run_and_nothing_that_was_drawn_before(tmp_path: Path) -> None:
@@ -160,7 +192,9 @@ def test_gradient_checkpointing_gives_the_same_weights(tmp_path: Path) -> None:
     states = []
     for checkpointing in (False, True):
         model = injected(dropout=0.2)
-        trainer = AdapterTrainer(model, arguments(tmp_path, activation_checkpointing=checkpointing), train_dataset=rows())
+        trainer = AdapterTrainer(
+            model, arguments(tmp_path, activation_checkpointing=checkpointing), train_dataset=rows()
+        )
         trainer.train()
         states.append(adapter_state(model))
         assert model.is_activation_checkpointing == checkpointing
@@ -180,7 +214,11 @@ def test_a_model_without_adapters_and_a_merged_one_are_refused(tmp_path: Path) -
 
 @pytest.mark.parametrize("loaded", [True, False], ids=["loaded in 4 bits", "quantised in memory"])
 def test_a_4bit_base_is_trained_and_its_bytes_stay(tmp_path: Path, loaded: bool) -> None:
-    base = load_4bit(NANO, compute_dtype=torch.float32) if loaded else quantize_model(copy.deepcopy(MODEL))
+    base = (
+        load_4bit(NANO, compute_dtype=torch.float32)
+        if loaded
+        else quantize_model(copy.deepcopy(MODEL))
+    )
     model = injected(model=base)
     before = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
     first = adapter_state(model)
@@ -221,9 +259,13 @@ def test_each_training_of_one_model_has_its_own_precision(tmp_path: Path) -> Non
     def run(*precisions: bool) -> list[dict[str, torch.Tensor]]:
         model, states = injected(), []
         for bf16 in precisions:
-            for layer, start in zip(adapter_layers(model).values(), adapter_layers(injected()).values(), strict=True):
+            for layer, start in zip(
+                adapter_layers(model).values(), adapter_layers(injected()).values(), strict=True
+            ):
                 layer.load_tensors(start.tensors())
-            AdapterTrainer(model, arguments(tmp_path, bf16=bf16, max_steps=2), train_dataset=rows()).train()
+            AdapterTrainer(
+                model, arguments(tmp_path, bf16=bf16, max_steps=2), train_dataset=rows()
+            ).train()
             states.append(adapter_state(model))
         return states
 
@@ -239,7 +281,9 @@ def test_each_training_of_one_model_has_its_own_precision(tmp_path: Path) -> Non
 
 def test_a_checkpoint_holds_the_adapter_and_no_base(tmp_path: Path) -> None:
     model = injected()
-    AdapterTrainer(model, arguments(tmp_path, save_strategy="steps", save_steps=6), train_dataset=rows()).train()
+    AdapterTrainer(
+        model, arguments(tmp_path, save_strategy="steps", save_steps=6), train_dataset=rows()
+    ).train()
     folder = last_checkpoint(tmp_path)
     with safe_open(folder / "adapter.safetensors", "pt") as saved:
         assert set(saved.keys()) == set(adapter_state(model))
@@ -263,9 +307,20 @@ def run_to_the_end(folder: Path, kill: bool = False) -> dict[str, torch.Tensor]:
     """The command that is repeated after a kill; 14 steps of 4 over 24 rows are three epochs."""
     model = injected(dropout=0.2)
     args = arguments(
-        folder, max_steps=14, gradient_accumulation_steps=2, save_strategy="steps", save_steps=3, save_total_limit=1
+        folder,
+        max_steps=14,
+        gradient_accumulation_steps=2,
+        save_strategy="steps",
+        save_steps=3,
+        save_total_limit=1,
     )
-    trainer = AdapterTrainer(model, args, train_dataset=rows(), auxiliary_loss=penalty, callbacks=[Kill()] if kill else None)
+    trainer = AdapterTrainer(
+        model,
+        args,
+        train_dataset=rows(),
+        auxiliary_loss=penalty,
+        callbacks=[Kill()] if kill else None,
+    )
     trainer.train(resume_from_checkpoint=True)
     assert [entry["step"] for entry in trainer.history] == list(range(1, 15))
     (folder / "history.json").write_text(json.dumps(trainer.history))
@@ -280,15 +335,22 @@ def test_after_a_kill_the_same_command_reaches_the_same_weights(tmp_path: Path) 
 
     code = f"from tests.test_training import *; torch.set_num_threads(1); run_to_the_end(Path({str(killed)!r}), kill=True)"
     root = Path(__file__).parents[1]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
-    process = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]),
+    }
+    process = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True
+    )
     assert process.returncode == -signal.SIGKILL, process.stderr
     assert last_checkpoint(killed).name == "checkpoint-6"
     assert_same(run_to_the_end(killed), expected)
     assert (killed / "history.json").read_text() == (straight / "history.json").read_text()
 
 
-def test_a_checkpoint_cut_short_is_passed_over_and_nothing_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_cut_short_is_passed_over_and_nothing_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Killed(BaseException):
         pass
 
@@ -303,7 +365,11 @@ def test_a_checkpoint_cut_short_is_passed_over_and_nothing_is_lost(tmp_path: Pat
         saved = getattr(AdapterTrainer, part)
         count = iter(range(100))
         with monkeypatch.context() as patch:
-            patch.setattr(AdapterTrainer, part, lambda self, *a, **k: saved(self, *a, **k) if next(count) < 2 else killed())
+            patch.setattr(
+                AdapterTrainer,
+                part,
+                lambda self, *a, **k: saved(self, *a, **k) if next(count) < 2 else killed(),
+            )
             with pytest.raises(Killed):
                 run_to_the_end(folder)
         complete = part == "_rotate"  # by then the new one is written to its end
@@ -321,11 +387,16 @@ def test_a_finished_run_is_not_trained_further(tmp_path: Path) -> None:
     expected = run_to_the_end(tmp_path)
     files = sorted((path, path.stat().st_mtime_ns) for path in tmp_path.glob("checkpoint-*/*"))
     assert_same(run_to_the_end(tmp_path), expected)
-    assert sorted((path, path.stat().st_mtime_ns) for path in tmp_path.glob("checkpoint-*/*")) == files
+    assert (
+        sorted((path, path.stat().st_mtime_ns) for path in tmp_path.glob("checkpoint-*/*")) == files
+    )
 
 
 def test_the_last_checkpoint_is_the_last_written_not_the_one_of_most_steps(tmp_path: Path) -> None:
-    long, short = (arguments(tmp_path, max_steps=n, save_strategy="steps", save_steps=n, save_total_limit=None) for n in (4, 2))
+    long, short = (
+        arguments(tmp_path, max_steps=n, save_strategy="steps", save_steps=n, save_total_limit=None)
+        for n in (4, 2)
+    )
     for args in (long, short):
         AdapterTrainer(injected(), args, train_dataset=rows()).train()
     assert last_checkpoint(tmp_path).name == "checkpoint-2"
@@ -335,7 +406,10 @@ def test_the_last_checkpoint_is_the_last_written_not_the_one_of_most_steps(tmp_p
 def test_only_so_many_checkpoints_are_kept(tmp_path: Path) -> None:
     args = arguments(tmp_path, max_steps=5, save_strategy="steps", save_steps=1, save_total_limit=2)
     AdapterTrainer(injected(), args, train_dataset=rows()).train()
-    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-5"]
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [
+        "checkpoint-4",
+        "checkpoint-5",
+    ]
 
 
 def test_a_folder_that_is_no_complete_checkpoint_is_refused(tmp_path: Path) -> None:
@@ -361,8 +435,12 @@ def test_the_best_adapter_is_kept_and_brought_back_at_the_end(tmp_path: Path) ->
 # --- what it shows ------------------------------------------------------------------------------------------------------
 
 
-def test_progress_goes_to_the_error_stream_with_the_loss(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    trainer = AdapterTrainer(injected(), arguments(tmp_path, disable_tqdm=False), train_dataset=rows())
+def test_progress_goes_to_the_error_stream_with_the_loss(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = AdapterTrainer(
+        injected(), arguments(tmp_path, disable_tqdm=False), train_dataset=rows()
+    )
     trainer.train()
     shown = capsys.readouterr()
     assert "6/6" in shown.err and "loss=" in shown.err
@@ -371,15 +449,23 @@ def test_progress_goes_to_the_error_stream_with_the_loss(tmp_path: Path, capsys:
 
 def test_a_loss_that_is_not_finite_is_shown_as_such(tmp_path: Path) -> None:
     args = arguments(tmp_path, max_steps=3)
-    trainer = AdapterTrainer(injected(), args, train_dataset=rows(), auxiliary_loss=lambda model: penalty(model) * float("nan"))
+    trainer = AdapterTrainer(
+        injected(),
+        args,
+        train_dataset=rows(),
+        auxiliary_loss=lambda model: penalty(model) * float("nan"),
+    )
     trainer.train()
     assert all(entry["loss"] != entry["loss"] for entry in trainer.history)
 
 
 @pytest.mark.parametrize(
-    ("avx512", "amx", "dtype"), [(False, False, torch.float32), (True, False, torch.bfloat16), (False, True, torch.bfloat16)]
+    ("avx512", "amx", "dtype"),
+    [(False, False, torch.float32), (True, False, torch.bfloat16), (False, True, torch.bfloat16)],
 )
-def test_a_cpu_computes_in_bf16_only_where_its_hardware_does(monkeypatch, tmp_path, avx512, amx, dtype) -> None:
+def test_a_cpu_computes_in_bf16_only_where_its_hardware_does(
+    monkeypatch, tmp_path, avx512, amx, dtype
+) -> None:
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     assert compute_dtype("cpu") == dtype
@@ -390,5 +476,9 @@ def test_a_cpu_computes_in_bf16_only_where_its_hardware_does(monkeypatch, tmp_pa
 def test_a_gpu_without_bf16_computes_in_fp16(monkeypatch, native, dtype) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     # a T4 claims bf16 unless emulation is left out
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation)
+    monkeypatch.setattr(
+        torch.cuda,
+        "is_bf16_supported",
+        lambda including_emulation=True: native or including_emulation,
+    )
     assert compute_dtype() == compute_dtype("cuda:0") == dtype

@@ -29,13 +29,22 @@ def published(result: Result) -> str:
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
         if "skip-execution" in cell.metadata.get("tags", []):
-            cell.metadata["tags"] = [tag for tag in cell.metadata["tags"] if tag != "skip-execution"]
+            cell.metadata["tags"] = [
+                tag for tag in cell.metadata["tags"] if tag != "skip-execution"
+            ]
         if "solution" in cell.metadata.get("tags", []):
-            cell.metadata["mystnb"] = {"code_prompt_show": "Show the solution", "code_prompt_hide": "Hide the solution"}
+            cell.metadata["mystnb"] = {
+                "code_prompt_show": "Show the solution",
+                "code_prompt_hide": "Hide the solution",
+            }
         if cell.cell_type == "code":
             cell.outputs = [out for out in cell.outputs if out.get("name") != "stderr"]
     notebook.metadata.pop("jupytext", None)
-    notebook.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    notebook.metadata["kernelspec"] = {
+        "display_name": "Python 3",
+        "language": "python",
+        "name": "python3",
+    }
     return nbformat.writes(notebook) + "\n"
 
 
@@ -48,7 +57,12 @@ def staged_files(root: Path, results: list[Result]) -> Iterator[tuple[str, bytes
         if path.is_dir() or "_data" in name.parts:
             continue
         content = path.read_bytes()
-        yield name.as_posix(), pages.fill(content.decode(), root, results).encode() if path.suffix == ".md" else content
+        yield (
+            name.as_posix(),
+            pages.fill(content.decode(), root, results).encode()
+            if path.suffix == ".md"
+            else content,
+        )
     for module in pages.api_modules(root):
         yield f"book/api/{pages.api_stem(module)}.md", pages.api_page(module).encode()
     for result in results:
@@ -63,7 +77,13 @@ def stage(root: Path, results: list[Result]) -> tuple[str, str]:
     """
     target = root / "build" / "book"
     digest, frame = hashlib.sha256(), hashlib.sha256()
-    for distribution in ("jupyter-book", "sphinx-book-theme", "pydata-sphinx-theme", "myst-nb", "Sphinx"):
+    for distribution in (
+        "jupyter-book",
+        "sphinx-book-theme",
+        "pydata-sphinx-theme",
+        "myst-nb",
+        "Sphinx",
+    ):
         frame.update(importlib.metadata.version(distribution).encode())
     frame.update((ROOT / "tools" / "sphinx_extension.py").read_bytes())
     wanted = set()
@@ -105,12 +125,23 @@ def build(root: Path = ROOT) -> Path:
             shutil.rmtree(root / "_build", ignore_errors=True)
         say("building the pages")
         subprocess.run(
-            [str(Path(sys.executable).with_name("jupyter-book")), "build", str(root / "build" / "book"), "--path-output", str(root),
-             "--warningiserror", "--keep-going"],
-            env=os.environ | {"PYTHONPATH": str(root), "HF_HUB_OFFLINE": "1"}, cwd=root, check=True,
+            [
+                str(Path(sys.executable).with_name("jupyter-book")),
+                "build",
+                str(root / "build" / "book"),
+                "--path-output",
+                str(root),
+                "--warningiserror",
+                "--keep-going",
+            ],
+            env=os.environ | {"PYTHONPATH": str(root), "HF_HUB_OFFLINE": "1"},
+            cwd=root,
+            check=True,
         )
         stamp.write_text(f"{digest}\n{frame}\n")
-        say(f"built in {time.perf_counter() - start:.0f} s, of which chapters {sum(r.seconds for r in results if r.fresh):.0f} s")
+        say(
+            f"built in {time.perf_counter() - start:.0f} s, of which chapters {sum(r.seconds for r in results if r.fresh):.0f} s"
+        )
     return html / "index.html"
 
 

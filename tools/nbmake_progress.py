@@ -20,7 +20,9 @@ TERMINAL = os.fdopen(os.dup(2), "w", buffering=1)  # stderr as it is before pyte
 class ReportingClient(NotebookClient):
     """nbclient's notebook client, with a line for each cell that takes its time."""
 
-    async def async_execute_cell(self, cell: NotebookNode, cell_index: int, *args: Any, **kwargs: Any) -> NotebookNode:
+    async def async_execute_cell(
+        self, cell: NotebookNode, cell_index: int, *args: Any, **kwargs: Any
+    ) -> NotebookNode:
         if cell.cell_type != "code" or "skip-execution" in cell.metadata.get("tags", []):
             return await super().async_execute_cell(cell, cell_index, *args, **kwargs)
         number = sum(c.cell_type == "code" for c in self.nb.cells[: cell_index + 1])
@@ -37,7 +39,11 @@ class ReportingClient(NotebookClient):
             seconds = time.perf_counter() - start
             clear = "\r\x1b[K" if live else ""
             if seconds >= REPORTED_SECONDS or number == total:
-                print(f"{clear}  cell {number}/{total}  {seconds:6.1f} s  {first}", file=TERMINAL, flush=True)
+                print(
+                    f"{clear}  cell {number}/{total}  {seconds:6.1f} s  {first}",
+                    file=TERMINAL,
+                    flush=True,
+                )
 
 
 nbmake.nb_run.NotebookClient = ReportingClient

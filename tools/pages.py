@@ -18,9 +18,12 @@ ARXIV = re.compile(r"arxiv\.org/(?:abs|pdf)/(\d{4}\.\d{4,5})")
 
 def fill(text: str, root: Path, results: list[Result]) -> str:
     """A page with its generated parts filled in."""
+
     def part(match: re.Match[str]) -> str:
         if match[1] not in PARTS:
-            raise ValueError(f"<!-- generated: {match[1]} -->: unknown; there are {', '.join(sorted(PARTS))}")
+            raise ValueError(
+                f"<!-- generated: {match[1]} -->: unknown; there are {', '.join(sorted(PARTS))}"
+            )
         return PARTS[match[1]](root, results)
 
     return MARKER.sub(part, text)
@@ -51,12 +54,15 @@ def picture(root: Path, results: list[Result]) -> str:
     for parent in list(svg.iter()):
         for index, child in enumerate(list(parent)):
             if child.get("class") == "system" and child.get("id") in there:
-                link = ElementTree.Element(f"{{{namespace}}}a", {"href": f"../notebooks/{child.get('id')}.html", "class": "ready"})
+                link = ElementTree.Element(
+                    f"{{{namespace}}}a",
+                    {"href": f"../notebooks/{child.get('id')}.html", "class": "ready"},
+                )
                 parent.remove(child)
                 link.append(child)
                 parent.insert(index, link)
     text = re.sub(r"\n\s*", "\n", ElementTree.tostring(svg, encoding="unicode"))
-    return f"```{{raw}} html\n<figure class=\"ahead\">{text}</figure>\n```"
+    return f'```{{raw}} html\n<figure class="ahead">{text}</figure>\n```'
 
 
 def chapter_list(root: Path, results: list[Result]) -> str:
@@ -65,7 +71,9 @@ def chapter_list(root: Path, results: list[Result]) -> str:
     lines = ["| chapter | runs in |", "|---|---|"]
     for result in results:
         source = root / "notebooks" / f"{result.stem}.md"
-        lines.append(f"| [{title(source)}](../notebooks/{result.stem}.ipynb) | {seconds(result.seconds)} |")
+        lines.append(
+            f"| [{title(source)}](../notebooks/{result.stem}.ipynb) | {seconds(result.seconds)} |"
+        )
     return "\n".join(lines)
 
 
@@ -77,7 +85,9 @@ def run_times(root: Path, results: list[Result]) -> str:
     for result in results:
         run = json.loads((result.folder / "run.json").read_text())
         source = root / "notebooks" / f"{result.stem}.md"
-        lines.append(f"| [{title(source)}](../notebooks/{result.stem}.ipynb) | {run['cells']} | `{run['profile']}` | {seconds(run['seconds'])} |")
+        lines.append(
+            f"| [{title(source)}](../notebooks/{result.stem}.ipynb) | {run['cells']} | `{run['profile']}` | {seconds(run['seconds'])} |"
+        )
     lines.append(f"| **all** | | | **{seconds(sum(result.seconds for result in results))}** |")
     return "\n".join(lines)
 
@@ -94,10 +104,20 @@ def coverage(root: Path, results: list[Result]) -> str:
         module, stem = row["module"], row["chapter"]
         written = (root / "lora_course" / f"{module}.py").exists()
         tested = root / "tests" / f"test_{module}.py"
-        chapter = f"[{stem.replace('_', '.', 1).split('_')[0]} {row['title']}](../notebooks/{stem}.ipynb)" if stem in there else "to come"
+        chapter = (
+            f"[{stem.replace('_', '.', 1).split('_')[0]} {row['title']}](../notebooks/{stem}.ipynb)"
+            if stem in there
+            else "to come"
+        )
         names = ", ".join(f"`{name}`" for name in row["names"])
-        code = f"[`lora_course.{module}`](api/{api_stem(module)}.md): {names}" if written else "to come"
-        lines.append(f"| {row['heading']} <br> {row['english']} | {chapter} | {code} | {f'`tests/{tested.name}`' if tested.exists() else 'to come'} |")
+        code = (
+            f"[`lora_course.{module}`](api/{api_stem(module)}.md): {names}"
+            if written
+            else "to come"
+        )
+        lines.append(
+            f"| {row['heading']} <br> {row['english']} | {chapter} | {code} | {f'`tests/{tested.name}`' if tested.exists() else 'to come'} |"
+        )
     return "\n".join(lines)
 
 
@@ -111,9 +131,14 @@ def bibliography(root: Path, results: list[Result]) -> str:
     for paper in data(root, "bibliography.yml"):
         if paper["arxiv"] not in cited:
             continue
-        where = ", ".join(f"[{title(sources(root, results)[stem])}](../notebooks/{stem}.ipynb)" for stem in cited[paper["arxiv"]])
-        lines.append(f"- {paper['authors']} ({paper['year']}). *{paper['title']}*. "
-                     f"[arXiv:{paper['arxiv']}](https://arxiv.org/abs/{paper['arxiv']}). In: {where}.")
+        where = ", ".join(
+            f"[{title(sources(root, results)[stem])}](../notebooks/{stem}.ipynb)"
+            for stem in cited[paper["arxiv"]]
+        )
+        lines.append(
+            f"- {paper['authors']} ({paper['year']}). *{paper['title']}*. "
+            f"[arXiv:{paper['arxiv']}](https://arxiv.org/abs/{paper['arxiv']}). In: {where}."
+        )
     return "\n".join(lines) or "*No chapter yet.*"
 
 
@@ -125,21 +150,27 @@ def ledger(root: Path, results: list[Result]) -> str:
             record = json.loads(path.read_text())
             claims = record["claims"]
             held = sum(claim["holds"] for claim in claims)
-            parts.append(f"## {title(root / 'notebooks' / f'{result.stem}.md')}\n\n"
-                         f"{held} of {len(claims)} hold, under the profile `{record['profile']}`. "
-                         f"[Read the chapter](../notebooks/{result.stem}.ipynb)\n")
+            parts.append(
+                f"## {title(root / 'notebooks' / f'{result.stem}.md')}\n\n"
+                f"{held} of {len(claims)} hold, under the profile `{record['profile']}`. "
+                f"[Read the chapter](../notebooks/{result.stem}.ipynb)\n"
+            )
             parts += [claim_card(claim) for claim in claims]
     return "\n".join(parts) or "*No chapter yet.*"
 
 
 def claim_card(claim: dict) -> str:
     mark, word = ("✓", "holds") if claim["holds"] else ("✗", "does not hold here")
-    rows = [f"**{mark} {one_line(claim['statement'])}**", "",
-            f"| source | {cell(claim['source'])} |", "|---|---|",
-            f"| expected | {cell(claim['expected'])} |",
-            f"| came out | {cell(claim['outcome'])} |",
-            f"| verdict | {word}: `{cell(claim['predicate'])}` |",
-            f"| values | {values(claim['values'])} |"]
+    rows = [
+        f"**{mark} {one_line(claim['statement'])}**",
+        "",
+        f"| source | {cell(claim['source'])} |",
+        "|---|---|",
+        f"| expected | {cell(claim['expected'])} |",
+        f"| came out | {cell(claim['outcome'])} |",
+        f"| verdict | {word}: `{cell(claim['predicate'])}` |",
+        f"| values | {values(claim['values'])} |",
+    ]
     if claim.get("explanation"):
         rows.append(f"| explanation | {cell(claim['explanation'])} |")
     kind = "holds" if claim["holds"] else "fails"
@@ -147,11 +178,16 @@ def claim_card(claim: dict) -> str:
 
 
 def values(named: dict[str, list]) -> str:
-    return "<br>".join(f"{cell(name)}: {', '.join(number(value) for value in flat(series))}" for name, series in named.items())
+    return "<br>".join(
+        f"{cell(name)}: {', '.join(number(value) for value in flat(series))}"
+        for name, series in named.items()
+    )
 
 
 def flat(series: object) -> list:
-    return [leaf for item in series for leaf in flat(item)] if isinstance(series, list) else [series]
+    return (
+        [leaf for item in series for leaf in flat(item)] if isinstance(series, list) else [series]
+    )
 
 
 def number(value: object) -> str:
@@ -174,7 +210,11 @@ def api_modules(root: Path) -> list[str]:
     first = ["lora", "checkpoint", "training"]
     rest = [row["module"] for row in data(root, "coverage.yml")]
     lab = sorted(f"lab.{path.stem}" for path in (package / "lab").glob("[a-z]*.py"))
-    return [name for name in dict.fromkeys([*first, *rest, "merging", "compare", *lab]) if (package / f"{name.replace('.', '/')}.py").exists()]
+    return [
+        name
+        for name in dict.fromkeys([*first, *rest, "merging", "compare", *lab])
+        if (package / f"{name.replace('.', '/')}.py").exists()
+    ]
 
 
 def api_stem(module: str) -> str:
@@ -187,7 +227,12 @@ def api_page(module: str) -> str:
 
 
 def api_list(root: Path, results: list[Result]) -> str:
-    return "\n".join(f"- [`lora_course.{module}`]({api_stem(module)}.md)" for module in api_modules(root)) or "*None yet.*"
+    return (
+        "\n".join(
+            f"- [`lora_course.{module}`]({api_stem(module)}.md)" for module in api_modules(root)
+        )
+        or "*None yet.*"
+    )
 
 
 def benchmarks(root: Path, results: list[Result]) -> str:
@@ -196,6 +241,12 @@ def benchmarks(root: Path, results: list[Result]) -> str:
 
 
 PARTS: dict[str, Callable[[Path, list[Result]], str]] = {
-    "picture": picture, "chapters": chapter_list, "run times": run_times, "coverage": coverage,
-    "bibliography": bibliography, "ledger": ledger, "api": api_list, "benchmarks": benchmarks,
+    "picture": picture,
+    "chapters": chapter_list,
+    "run times": run_times,
+    "coverage": coverage,
+    "bibliography": bibliography,
+    "ledger": ledger,
+    "api": api_list,
+    "benchmarks": benchmarks,
 }

@@ -1,7 +1,7 @@
 """Writes notebooks/*.ipynb from notebooks/*.md, the one direction in which the pairs are kept in step.
 
-    python -m tools.pairs           write them
-    python -m tools.pairs --check   say which differ; exit 1 if any does
+python -m tools.pairs           write them
+python -m tools.pairs --check   say which differ; exit 1 if any does
 """
 
 import argparse
@@ -22,11 +22,13 @@ def notebook_text(chapter: Path) -> str:
     JupyterLab (`source_hidden`).
     """
     notebook = jupytext.read(chapter)
-    notebook.metadata = nbformat.from_dict({
-        "jupytext": {"formats": "ipynb,md:myst"},
-        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-        "language_info": {"name": "python"},
-    })
+    notebook.metadata = nbformat.from_dict(
+        {
+            "jupytext": {"formats": "ipynb,md:myst"},
+            "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+            "language_info": {"name": "python"},
+        }
+    )
     seen: Counter[str] = Counter()
     for cell in notebook.cells:
         digest = hashlib.sha256(f"{cell.cell_type}\n{cell.source}".encode()).hexdigest()[:12]
@@ -43,17 +45,26 @@ def notebook_text(chapter: Path) -> str:
 
 def stale_pairs(root: Path = ROOT) -> dict[Path, str]:
     """The notebooks that don't say what their chapter says, with the text they should have."""
-    wanted = {path.with_suffix(".ipynb"): notebook_text(path) for path in sorted((root / "notebooks").glob("*.md"))}
-    return {path: text for path, text in wanted.items() if not path.exists() or path.read_text() != text}
+    wanted = {
+        path.with_suffix(".ipynb"): notebook_text(path)
+        for path in sorted((root / "notebooks").glob("*.md"))
+    }
+    return {
+        path: text for path, text in wanted.items() if not path.exists() or path.read_text() != text
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a pair is out of step")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit 1 if a pair is out of step"
+    )
     check = parser.parse_args().check
     stale = stale_pairs()
     for path, text in stale.items():
-        print(f"{path.relative_to(ROOT)}: {'out of step with its .md; run `make notebooks`' if check else 'written'}")
+        print(
+            f"{path.relative_to(ROOT)}: {'out of step with its .md; run `make notebooks`' if check else 'written'}"
+        )
         if not check:
             path.write_text(text)
     raise SystemExit(bool(stale) and check)

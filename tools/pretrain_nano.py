@@ -29,7 +29,13 @@ import pyarrow.parquet as pq
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2Tokenizer,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = ROOT / "lora_course/data/text"
@@ -62,7 +68,9 @@ def build_tokenizer(args: argparse.Namespace) -> None:
     tokenizer.save_pretrained(args.work / "tokenizer")
     for domain in (HOME, *UNSEEN):
         sample = "".join(read(domain, "validation")[:5])
-        print(f"{domain}: {len(sample.encode()) / len(tokenizer(sample)['input_ids']):.2f} bytes a token")
+        print(
+            f"{domain}: {len(sample.encode()) / len(tokenizer(sample)['input_ids']):.2f} bytes a token"
+        )
 
 
 def encode(tokenizer: Qwen2Tokenizer, texts: Sequence[str]) -> list[list[int]]:
@@ -79,9 +87,14 @@ def pretraining_tokens(args: argparse.Namespace, tokenizer: Qwen2Tokenizer) -> n
         documents = read("general", "train", args.general.parent)
         rng.shuffle(documents)
         sizes = np.cumsum([len(d.encode()) for d in documents])
-        documents = documents[: int(np.searchsorted(sizes, args.general_megabytes * 1e6))] + read(HOME, "train")
+        documents = documents[: int(np.searchsorted(sizes, args.general_megabytes * 1e6))] + read(
+            HOME, "train"
+        )
         rng.shuffle(documents)
-        np.save(path, np.concatenate([np.array(d, dtype=np.uint16) for d in encode(tokenizer, documents)]))
+        np.save(
+            path,
+            np.concatenate([np.array(d, dtype=np.uint16) for d in encode(tokenizer, documents)]),
+        )
     return np.load(path)
 
 
@@ -96,11 +109,15 @@ def batch(tokens: np.ndarray, step: int, size: int) -> torch.Tensor:
     rng = np.random.default_rng(step // steps)
     shift, order = rng.integers(CONTEXT), rng.permutation(windows - 1)
     chosen = order[step % steps * size :][:size] * CONTEXT + shift
-    return torch.from_numpy(np.stack([tokens[i : i + CONTEXT + 1] for i in chosen]).astype(np.int64))
+    return torch.from_numpy(
+        np.stack([tokens[i : i + CONTEXT + 1] for i in chosen]).astype(np.int64)
+    )
 
 
 @torch.no_grad()
-def bits_per_byte(model: torch.nn.Module, tokenizer: Qwen2Tokenizer, texts: Sequence[str], rows: int = 16) -> float:
+def bits_per_byte(
+    model: torch.nn.Module, tokenizer: Qwen2Tokenizer, texts: Sequence[str], rows: int = 16
+) -> float:
     """Bits per byte of documents: their tokens' summed negative log-likelihood in bits over their bytes of UTF-8.
 
     Each document is preceded by the end-of-text token, so that all of its tokens are scored, each once, in adjacent windows
@@ -108,7 +125,11 @@ def bits_per_byte(model: torch.nn.Module, tokenizer: Qwen2Tokenizer, texts: Sequ
     """
     was_training = model.training
     model.eval()
-    windows = [d[i : i + CONTEXT + 1] for d in encode(tokenizer, texts) for i in range(0, len(d) - 1, CONTEXT)]
+    windows = [
+        d[i : i + CONTEXT + 1]
+        for d in encode(tokenizer, texts)
+        for i in range(0, len(d) - 1, CONTEXT)
+    ]
     windows.sort(key=len)
     nats = 0.0
     for start in range(0, len(windows), rows):
@@ -116,7 +137,9 @@ def bits_per_byte(model: torch.nn.Module, tokenizer: Qwen2Tokenizer, texts: Sequ
         width = max(map(len, chunk))
         ids = torch.tensor([w + [-100] * (width - len(w)) for w in chunk])
         logits = model(input_ids=ids[:, :-1].clamp(min=0)).logits.float()
-        nats += F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), ignore_index=-100, reduction="sum").item()
+        nats += F.cross_entropy(
+            logits.flatten(0, 1), ids[:, 1:].flatten(), ignore_index=-100, reduction="sum"
+        ).item()
     model.train(was_training)
     return nats / math.log(2) / sum(len(text.encode()) for text in texts)
 
@@ -142,7 +165,9 @@ class Muon(torch.optim.Optimizer):
     torch.optim.Muon iterates in bfloat16, which is slow on CPUs without bfloat16 arithmetic.
     """
 
-    def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
+    def __init__(
+        self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.0
+    ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -177,7 +202,7 @@ def seconds_left(args: argparse.Namespace, spent: float) -> float:
     """Seconds of training still to go, by `--until` (a time of the day, UTC) or `--minutes` (of training in all)."""
     if args.until is None:
         return args.minutes * 60 - spent
-    now = dt.datetime.now(dt.timezone.utc)
+    now = dt.datetime.now(dt.UTC)
     hour, minute = map(int, args.until.split(":"))
     deadline = now.replace(hour=hour, minute=minute, second=0, microsecond=0)
     if deadline < now - dt.timedelta(hours=12):  # past midnight
@@ -223,7 +248,9 @@ def train(args: argparse.Namespace) -> None:
     while not finished:
         left = seconds_left(args, spent)
         finished = left <= 0
-        factor = min(1.0, (step + 1) / args.warmup) * rate(spent / (spent + max(left, 1e-9)), args.decay_fraction)
+        factor = min(1.0, (step + 1) / args.warmup) * rate(
+            spent / (spent + max(left, 1e-9)), args.decay_fraction
+        )
         for optimizer, peak in zip(optimizers, peaks):
             optimizer.param_groups[0]["lr"] = peak * factor
         ids = batch(tokens, step, args.batch)
@@ -267,7 +294,9 @@ def export(args: argparse.Namespace) -> None:
     tokenizer.save_pretrained(args.out)
     run = {key: state[key] for key in ("step", "tokens", "seconds", "settings")}
     (args.out / "provenance.json").write_text(json.dumps({"pretraining": run}, indent=1) + "\n")
-    print(f"{args.out}: {sum(f.stat().st_size for f in args.out.iterdir()):,} bytes, {run['step']:,} steps")
+    print(
+        f"{args.out}: {sum(f.stat().st_size for f in args.out.iterdir()):,} bytes, {run['step']:,} steps"
+    )
 
 
 def load(folder: Path) -> tuple[Qwen2ForCausalLM, Qwen2Tokenizer]:
@@ -304,10 +333,16 @@ def order_n_bits(train: bytes, test: bytes, order: int = 5) -> float:
     p = np.full(len(test), 1 / 256)
     for k in range(order + 1):
         pairs, counts = np.unique(contexts(train, k)[1], return_counts=True)
-        seen, first, different = np.unique(pairs >> np.uint64(8), return_index=True, return_counts=True)
+        seen, first, different = np.unique(
+            pairs >> np.uint64(8), return_index=True, return_counts=True
+        )
         totals = np.add.reduceat(counts, first)
         before, with_byte = contexts(test, k)
-        count, total, t = look_up(with_byte, pairs, counts), look_up(before, seen, totals), look_up(before, seen, different)
+        count, total, t = (
+            look_up(with_byte, pairs, counts),
+            look_up(before, seen, totals),
+            look_up(before, seen, different),
+        )
         p = np.where(total > 0, (count + t * p) / np.maximum(total + t, 1), p)
     return float(-np.log2(p).mean())
 
@@ -329,7 +364,9 @@ def adapt(folder: Path, domain: str, lr: float) -> tuple[torch.nn.Module, float]
     rng = np.random.default_rng(0)
     rng.shuffle(documents)
     stream = np.concatenate([np.array(d) for d in encode(tokenizer, documents[:400])])
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0
+    )
     started = time.process_time()
     for step in range(LORA_STEPS):
         factor = min(1.0, (step + 1) / 5) * min(1.0, (LORA_STEPS - step) / (LORA_STEPS / 2))
@@ -384,19 +421,26 @@ def measure(args: argparse.Namespace) -> None:
 
     measured["parameters"] = model.num_parameters()
     measured["generation"] = GENERATION
-    measured["samples"] = [{"prompt": p, "seed": s, "text": sample(model, tokenizer, p, s)} for p, s in PROMPTS]
+    measured["samples"] = [
+        {"prompt": p, "seed": s, "text": sample(model, tokenizer, p, s)} for p, s in PROMPTS
+    ]
     for domain in args.domains:
         train_text, test = read(domain, "train"), read(domain, "test")
         row = measured["domains"].setdefault(domain, {})
         if domain not in measured["baselines"]:
             joined = "".join(train_text).encode(), "".join(test).encode()
-            measured["baselines"][domain] = {"xz -9": xz_bits(*joined), "order-5": order_n_bits(*joined)}
+            measured["baselines"][domain] = {
+                "xz -9": xz_bits(*joined),
+                "order-5": order_n_bits(*joined),
+            }
         if "nano" not in row:
             row["nano"] = bits_per_byte(model, tokenizer, test)
             row["slice"] = bits_per_byte(model, tokenizer, excerpt(test, SLICE))
             if domain == HOME:
                 row["validation"] = bits_per_byte(model, tokenizer, read(domain, "validation"))
-            row["bytes a token"] = sum(len(t.encode()) for t in test) / sum(len(d) - 1 for d in encode(tokenizer, test))
+            row["bytes a token"] = sum(len(t.encode()) for t in test) / sum(
+                len(d) - 1 for d in encode(tokenizer, test)
+            )
         print(domain, measured["baselines"][domain], row, flush=True)
         keep()
     for domain in [d for d in args.domains if d != HOME]:
@@ -406,7 +450,10 @@ def measure(args: argparse.Namespace) -> None:
         trials = {}
         for lr in args.lora_lrs:
             adapted, seconds = adapt(args.out, domain, lr)
-            trials[lr] = {"validation": bits_per_byte(adapted, tokenizer, validation), "cpu_seconds": seconds}
+            trials[lr] = {
+                "validation": bits_per_byte(adapted, tokenizer, validation),
+                "cpu_seconds": seconds,
+            }
             print(f"{domain}: lr {lr:g}: {trials[lr]}", flush=True)
             if trials[lr]["validation"] == min(t["validation"] for t in trials.values()):
                 best = adapted
@@ -488,15 +535,28 @@ def card(args: argparse.Namespace) -> None:
         cells = ["–"] * 4 if lora is None else [
             f"{lora['test']:.2f}", f"{1 - lora['test'] / row['nano']:.0%}", f"{lora['lr']:g}", f"{lora['cpu_seconds']:.0f}",
         ]  # fmt: skip
-        cells = [f"{row['bytes a token']:.2f}", f"{row['nano']:.2f}", *cells, f"{base['xz -9']:.2f}", f"{base['order-5']:.2f}"]
+        cells = [
+            f"{row['bytes a token']:.2f}",
+            f"{row['nano']:.2f}",
+            *cells,
+            f"{base['xz -9']:.2f}",
+            f"{base['order-5']:.2f}",
+        ]
         rows.append(f"| {domain} | {' | '.join(cells)} |")
     samples = []
     for s in measured["samples"]:
         written = s["text"].removeprefix(s["prompt"]).rstrip().replace("\n", "  \n> ")
         samples.append(f"> **{s['prompt']}**{written}\n>\n> (seed {s['seed']})")
     adapted = [row["lora"] for row in measured["domains"].values() if "lora" in row]
-    lrs, after = sorted({float(lr) for lora in adapted for lr in lora["trials"]}), [lora["glosses"] for lora in adapted]
-    forgetting = f"the first glosses of the test split went from {home['slice']:.2f} to {min(after):.2f}–{max(after):.2f}" if after else "not yet measured"
+    lrs, after = (
+        sorted({float(lr) for lora in adapted for lr in lora["trials"]}),
+        [lora["glosses"] for lora in adapted],
+    )
+    forgetting = (
+        f"the first glosses of the test split went from {home['slice']:.2f} to {min(after):.2f}–{max(after):.2f}"
+        if after
+        else "not yet measured"
+    )
     settings = state["settings"]
     epoch = len(np.load(args.work / "tokens.npy"))
     text = CARD.format(
@@ -514,32 +574,99 @@ def card(args: argparse.Namespace) -> None:
     )  # fmt: skip
     (args.out / "README.md").write_text(text, encoding="utf-8")
     run = {key: state[key] for key in ("step", "tokens", "seconds", "settings")}
-    sources = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(TEXT.glob("*.parquet"))}
-    versions = {name: metadata.version(name) for name in ("torch", "transformers", "tokenizers", "peft", "numpy")}
-    provenance = {"script": "tools/pretrain_nano.py", "pretraining": run, "text": sources, "versions": versions}
+    sources = {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(TEXT.glob("*.parquet"))
+    }
+    versions = {
+        name: metadata.version(name)
+        for name in ("torch", "transformers", "tokenizers", "peft", "numpy")
+    }
+    provenance = {
+        "script": "tools/pretrain_nano.py",
+        "pretraining": run,
+        "text": sources,
+        "versions": versions,
+    }
     provenance |= {"log": log, "measured": measured}
     (args.out / "provenance.json").write_text(json.dumps(provenance, indent=1) + "\n")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=ROOT / "build/nano", help="checkpoints, log, measurements (default: %(default)s)")
-    parser.add_argument("--general", type=Path, default=ROOT / "build/general.parquet", help="the general text (default: %(default)s)")
-    parser.add_argument("--general-megabytes", type=float, default=3.0, help="how much of it to train on (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=2, help="torch's threads (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=ROOT / "build/nano",
+        help="checkpoints, log, measurements (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--general",
+        type=Path,
+        default=ROOT / "build/general.parquet",
+        help="the general text (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--general-megabytes",
+        type=float,
+        default=3.0,
+        help="how much of it to train on (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--threads", type=int, default=2, help="torch's threads (default: %(default)s)"
+    )
     commands = parser.add_subparsers(required=True)
     commands.add_parser("tokenizer", help="train the tokenizer").set_defaults(run=build_tokenizer)
     sub = commands.add_parser("train", help="pretrain, or go on")
     sub.set_defaults(run=train)
-    sub.add_argument("--minutes", type=float, default=95, help="minutes of training in all (default: %(default)s)")
+    sub.add_argument(
+        "--minutes",
+        type=float,
+        default=95,
+        help="minutes of training in all (default: %(default)s)",
+    )
     sub.add_argument("--until", help="end at this time instead, HH:MM in UTC")
-    sub.add_argument("--decay-fraction", type=float, default=0.3, help="share of the time in which the learning rate falls (default: %(default)s)")
-    sub.add_argument("--warmup", type=int, default=60, help="steps of warm-up (default: %(default)s)")
-    sub.add_argument("--batch", type=int, default=16, help=f"windows of {CONTEXT} tokens a step (default: %(default)s)")
-    sub.add_argument("--muon-lr", type=float, default=0.02, help="learning rate of the matrices (default: %(default)s)")
-    sub.add_argument("--lr", type=float, default=3e-3, help="learning rate of embeddings, norms and biases (default: %(default)s)")
-    sub.add_argument("--weight-decay", type=float, default=0.1, help="decay of the matrices (default: %(default)s)")
-    sub.add_argument("--save-minutes", type=float, default=3, help="minutes between checkpoints (default: %(default)s)")
+    sub.add_argument(
+        "--decay-fraction",
+        type=float,
+        default=0.3,
+        help="share of the time in which the learning rate falls (default: %(default)s)",
+    )
+    sub.add_argument(
+        "--warmup", type=int, default=60, help="steps of warm-up (default: %(default)s)"
+    )
+    sub.add_argument(
+        "--batch",
+        type=int,
+        default=16,
+        help=f"windows of {CONTEXT} tokens a step (default: %(default)s)",
+    )
+    sub.add_argument(
+        "--muon-lr",
+        type=float,
+        default=0.02,
+        help="learning rate of the matrices (default: %(default)s)",
+    )
+    sub.add_argument(
+        "--lr",
+        type=float,
+        default=3e-3,
+        help="learning rate of embeddings, norms and biases (default: %(default)s)",
+    )
+    sub.add_argument(
+        "--weight-decay",
+        type=float,
+        default=0.1,
+        help="decay of the matrices (default: %(default)s)",
+    )
+    sub.add_argument(
+        "--save-minutes",
+        type=float,
+        default=3,
+        help="minutes between checkpoints (default: %(default)s)",
+    )
     for name, command, words in (
         ("export", export, "write the model as from_pretrained reads it"),
         ("measure", measure, "measure the exported model"),
@@ -547,10 +674,26 @@ def main() -> None:
     ):
         sub = commands.add_parser(name, help=words)
         sub.set_defaults(run=command)
-        sub.add_argument("--out", type=Path, default=NANO, help="folder of the exported model (default: %(default)s)")
+        sub.add_argument(
+            "--out",
+            type=Path,
+            default=NANO,
+            help="folder of the exported model (default: %(default)s)",
+        )
         if name == "measure":
-            sub.add_argument("--domains", nargs="+", default=[HOME, *UNSEEN], help="domains to measure (default: all)")
-            sub.add_argument("--lora-lrs", nargs="+", type=float, default=[4e-3, 8e-3, 1.6e-2], help="learning rates to choose from (default: %(default)s)")
+            sub.add_argument(
+                "--domains",
+                nargs="+",
+                default=[HOME, *UNSEEN],
+                help="domains to measure (default: all)",
+            )
+            sub.add_argument(
+                "--lora-lrs",
+                nargs="+",
+                type=float,
+                default=[4e-3, 8e-3, 1.6e-2],
+                help="learning rates to choose from (default: %(default)s)",
+            )
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     args.run(args)

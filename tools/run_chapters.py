@@ -55,13 +55,18 @@ def profile() -> str:
     """The profile chapters run under: LORA_COURSE_PROFILE, else `tiny`, so that a book is the same on every machine."""
     name = os.environ.get("LORA_COURSE_PROFILE") or "tiny"
     if name not in CELL_TIMEOUT:
-        raise SystemExit(f"LORA_COURSE_PROFILE={name!r} is not a profile; choose one of {', '.join(CELL_TIMEOUT)}")
+        raise SystemExit(
+            f"LORA_COURSE_PROFILE={name!r} is not a profile; choose one of {', '.join(CELL_TIMEOUT)}"
+        )
     return name
 
 
 def chapters(root: Path = ROOT) -> list[Path]:
     """The chapters' sources in reading order."""
-    return sorted((root / "notebooks").glob("[0-9]*.md"), key=lambda path: [int(n) for n in path.stem.split("_")[:2]])
+    return sorted(
+        (root / "notebooks").glob("[0-9]*.md"),
+        key=lambda path: [int(n) for n in path.stem.split("_")[:2]],
+    )
 
 
 def key(chapter: Path, root: Path = ROOT) -> str:
@@ -81,7 +86,9 @@ def cached(chapter: Path, root: Path = ROOT) -> Result | None:
     folder = root / "build" / "executed" / f"{chapter.stem}-{key(chapter, root)[:16]}"
     if not (folder / "run.json").exists():
         return None
-    return Result(chapter.stem, folder, json.loads((folder / "run.json").read_text())["seconds"], fresh=False)
+    return Result(
+        chapter.stem, folder, json.loads((folder / "run.json").read_text())["seconds"], fresh=False
+    )
 
 
 def execute(chapter: Path, root: Path = ROOT, label: str = "") -> Result:
@@ -92,7 +99,9 @@ def execute(chapter: Path, root: Path = ROOT, label: str = "") -> Result:
     """
     known = cached(chapter, root)
     if known:
-        say(f"{label}{chapter.stem}: nothing changed, kept from an earlier run ({known.seconds:.0f} s)")
+        say(
+            f"{label}{chapter.stem}: nothing changed, kept from an earlier run ({known.seconds:.0f} s)"
+        )
         return known
 
     version = key(chapter, root)
@@ -112,18 +121,51 @@ def execute(chapter: Path, root: Path = ROOT, label: str = "") -> Result:
     say(f"{label}{chapter.stem}: executing {len(code)} cells, profile {profile()}")
     start = time.perf_counter()
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "--nbmake", "--overwrite", f"--nbmake-timeout={CELL_TIMEOUT[profile()]}",
-         "-p", "tools.nbmake_progress", "-p", "no:cacheprovider", "-p", "no:timeout", "-q", "--rootdir", str(staged),
-         "-c", os.devnull, "--override-ini", "addopts=", path.name],
-        cwd=staged, env=environment(root, staged), stdout=subprocess.PIPE, text=True, check=False,
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "--nbmake",
+            "--overwrite",
+            f"--nbmake-timeout={CELL_TIMEOUT[profile()]}",
+            "-p",
+            "tools.nbmake_progress",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "no:timeout",
+            "-q",
+            "--rootdir",
+            str(staged),
+            "-c",
+            os.devnull,
+            "--override-ini",
+            "addopts=",
+            path.name,
+        ],
+        cwd=staged,
+        env=environment(root, staged),
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
     )
     seconds = time.perf_counter() - start
     if run.returncode:
         raise ChapterFailed(explain(chapter, notebook, staged, run.stdout))
 
-    (staged / "run.json").write_text(json.dumps({
-        "stem": chapter.stem, "key": version, "profile": profile(), "seconds": round(seconds, 1), "cells": len(code),
-    }, indent=1) + "\n")
+    (staged / "run.json").write_text(
+        json.dumps(
+            {
+                "stem": chapter.stem,
+                "key": version,
+                "profile": profile(),
+                "seconds": round(seconds, 1),
+                "cells": len(code),
+            },
+            indent=1,
+        )
+        + "\n"
+    )
     folder = root / "build" / "executed" / f"{chapter.stem}-{version[:16]}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
@@ -165,7 +207,9 @@ def explain(chapter: Path, notebook: nbformat.NotebookNode, staged: Path, report
     line = chapter.read_text()[: max(chapter.read_text().find(cell.source), 0)].count("\n") + 1
     first = next(iter(cell.source.splitlines()), "")
     report = report if sys.stdout.isatty() else ANSI.sub("", report)
-    return f"notebooks/{chapter.name}:{line}: code cell {number} of {total} failed: {first}\n{report}"
+    return (
+        f"notebooks/{chapter.name}:{line}: code cell {number} of {total} failed: {first}\n{report}"
+    )
 
 
 def forget_old_results(stem: str, folder: Path) -> None:
@@ -179,7 +223,9 @@ def execute_all(root: Path = ROOT, stems: list[str] | None = None) -> list[Resul
     wanted = [path for path in chapters(root) if not stems or path.stem in stems]
     unknown = set(stems or []) - {path.stem for path in wanted}
     if unknown:
-        raise SystemExit(f"no chapter {sorted(unknown)}; there are {[path.stem for path in chapters(root)]}")
+        raise SystemExit(
+            f"no chapter {sorted(unknown)}; there are {[path.stem for path in chapters(root)]}"
+        )
     results, failures = [], []
     for number, chapter in enumerate(wanted, start=1):
         try:
@@ -188,8 +234,10 @@ def execute_all(root: Path = ROOT, stems: list[str] | None = None) -> list[Resul
             failures.append(str(failure))
             say(f"FAILED {failure}")
     if failures:
-        raise ChapterFailed(f"{len(failures)} of {len(wanted)} chapters failed:\n" + "\n".join(
-            "  " + failure.splitlines()[0] for failure in failures))
+        raise ChapterFailed(
+            f"{len(failures)} of {len(wanted)} chapters failed:\n"
+            + "\n".join("  " + failure.splitlines()[0] for failure in failures)
+        )
     return results
 
 
@@ -199,7 +247,12 @@ def say(text: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("stems", nargs="*", metavar="STEM", help="chapters to execute, e.g. 1_1_qlora (all by default)")
+    parser.add_argument(
+        "stems",
+        nargs="*",
+        metavar="STEM",
+        help="chapters to execute, e.g. 1_1_qlora (all by default)",
+    )
     try:
         execute_all(stems=parser.parse_args().stems)
     except ChapterFailed as failure:

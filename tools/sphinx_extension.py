@@ -47,8 +47,12 @@ def process(app: Sphinx, what: str, name: str, object: Any, options: Any, lines:
 
 def drop_thebe(app: Sphinx, config: Any) -> None:
     for listeners in app.events.listeners.values():
-        listeners[:] = [listener for listener in listeners if listener.handler.__module__ != "sphinx_thebe"]
-    app.registry.css_files[:] = [css for css in app.registry.css_files if css[0] != "sphinx-thebe.css"]
+        listeners[:] = [
+            listener for listener in listeners if listener.handler.__module__ != "sphinx_thebe"
+        ]
+    app.registry.css_files[:] = [
+        css for css in app.registry.css_files if css[0] != "sphinx-thebe.css"
+    ]
 
 
 def setup(app: Sphinx) -> dict[str, bool]:

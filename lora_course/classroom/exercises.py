@@ -51,7 +51,9 @@ def mistake(happened: bool, message: str, *values: Any) -> None:
         raise Mistake(message.format(*values) if values else message)
 
 
-def exercise(id: str, points: float = 1, in_place: bool = False) -> Callable[[Callable[[Any], None]], Check]:
+def exercise(
+    id: str, points: float = 1, in_place: bool = False
+) -> Callable[[Callable[[Any], None]], Check]:
     """Makes a check of a function that takes the learner's object and calls `mistake` where something is wrong.
 
     The check prints its result, returns it as a `Result`, and never raises for what the learner wrote: an untouched stub,
@@ -63,8 +65,13 @@ def exercise(id: str, points: float = 1, in_place: bool = False) -> Callable[[Ca
 
     def make(function: Callable[[Any], None]) -> Check:
         taken = EXERCISES.get(id)
-        if taken is not None and (taken.__module__, taken.__qualname__) != (function.__module__, function.__qualname__):
-            raise ValueError(f"the exercise {id!r} is defined already, by {taken.__module__}.{taken.__qualname__}: give it another id")
+        if taken is not None and (taken.__module__, taken.__qualname__) != (
+            function.__module__,
+            function.__qualname__,
+        ):
+            raise ValueError(
+                f"the exercise {id!r} is defined already, by {taken.__module__}.{taken.__qualname__}: give it another id"
+            )
 
         @functools.wraps(function)
         def check(learner: Any) -> Result:
@@ -85,11 +92,15 @@ def grade(answers: dict[str, Any]) -> dict[str, Result]:
     Raises ValueError for an id that no chapter's check has; import the chapter's module first.
     """
     if unknown := set(answers) - set(EXERCISES):
-        raise ValueError(f"no exercise {', '.join(sorted(unknown))}; there are {', '.join(EXERCISES) or 'none yet'}")
+        raise ValueError(
+            f"no exercise {', '.join(sorted(unknown))}; there are {', '.join(EXERCISES) or 'none yet'}"
+        )
     return {id: check(answers.get(id)) for id, check in EXERCISES.items()}
 
 
-def _judge(function: Callable[[Any], None], learner: Any, id: str, points: float, in_place: bool) -> Result:
+def _judge(
+    function: Callable[[Any], None], learner: Any, id: str, points: float, in_place: bool
+) -> Result:
     untouched = Result(id, "not attempted", "Replace the stub and run the cell again.", 0)
     if learner is None or learner is ...:
         return untouched
@@ -97,11 +108,17 @@ def _judge(function: Callable[[Any], None], learner: Any, id: str, points: float
     try:
         function(_watched(learner, returned) if isinstance(learner, FunctionType) else learner)
     except (Exception, SystemExit) as error:
-        if isinstance(error, NotImplementedError) and not any(words in str(error) for words in FROM_TORCH):
+        if isinstance(error, NotImplementedError) and not any(
+            words in str(error) for words in FROM_TORCH
+        ):
             return untouched
         if returned and not any(returned) and not in_place:
             return Result(id, "not attempted", "Your function returns nothing yet.", 0)
-        text = str(error) if isinstance(error, Mistake) else f"It stopped with {type(error).__name__}: {error}"
+        text = (
+            str(error)
+            if isinstance(error, Mistake)
+            else f"It stopped with {type(error).__name__}: {error}"
+        )
         return Result(id, "wrong", text, 0)
     return Result(id, "right", "", points)
 

@@ -1,7 +1,15 @@
 """What a chapter uses but does not teach: models, text, profiles, memory, claims and figures."""
 
 from lora_course.lab.claims import Claims, load_claims
-from lora_course.lab.corpora import DOMAINS, bits_per_byte, blocks, describe, excerpt, load_documents, load_text
+from lora_course.lab.corpora import (
+    DOMAINS,
+    bits_per_byte,
+    blocks,
+    describe,
+    excerpt,
+    load_documents,
+    load_text,
+)
 from lora_course.lab.display import fails, say, show_source
 from lora_course.lab.memory import peak_memory, process_peak, tensor_bytes
 from lora_course.lab.models import base_path, evaluating, generate, load_base

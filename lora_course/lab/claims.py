@@ -20,7 +20,15 @@ FUNCTIONS: dict[str, Callable] = {
     "std": lambda values: statistics.stdev(values) if len(values) > 1 else 0.0,
     "min": min, "max": max, "abs": abs, "all": all, "any": any, "zip": zip, "len": len, "sum": sum, "sorted": sorted,
 }  # fmt: skip
-FORBIDDEN = (ast.Attribute, ast.Lambda, ast.NamedExpr, ast.Await, ast.Yield, ast.YieldFrom, ast.JoinedStr)
+FORBIDDEN = (
+    ast.Attribute,
+    ast.Lambda,
+    ast.NamedExpr,
+    ast.Await,
+    ast.Yield,
+    ast.YieldFrom,
+    ast.JoinedStr,
+)
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "datasets")
 
 
@@ -40,7 +48,10 @@ class Claim:
 
     def _repr_markdown_(self) -> str:
         mark = "✓ holds" if self.holds else "✗ does not hold here"
-        lines = [f"**Claim {self.id}: {mark}.** {self.statement}", f"- Source: {self.source}. Expected: {self.expected}."]
+        lines = [
+            f"**Claim {self.id}: {mark}.** {self.statement}",
+            f"- Source: {self.source}. Expected: {self.expected}.",
+        ]
         lines.append(f"- Came out: {self.outcome}. Checked: `{self.predicate}`.")
         return "\n".join(lines + ([f"- {self.explanation}"] if self.explanation else []))
 
@@ -58,11 +69,19 @@ def evaluate(predicate: str, values: Values) -> bool:
     try:
         tree = ast.parse(predicate, mode="eval")
     except SyntaxError as error:
-        raise ValueError(f"predicate {predicate!r} is not a Python expression: {error.msg}") from None
+        raise ValueError(
+            f"predicate {predicate!r} is not a Python expression: {error.msg}"
+        ) from None
     for node in ast.walk(tree):
         if isinstance(node, FORBIDDEN):
-            raise ValueError(f"predicate {predicate!r} uses {type(node).__name__}, which claims don't allow")
-    bound = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+            raise ValueError(
+                f"predicate {predicate!r} uses {type(node).__name__}, which claims don't allow"
+            )
+    bound = {
+        node.id
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+    }
     used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     if unknown := used - bound - set(values) - set(FUNCTIONS):
         raise ValueError(
@@ -70,9 +89,13 @@ def evaluate(predicate: str, values: Values) -> bool:
             f"and the functions {', '.join(FUNCTIONS)}"
         )
     try:
-        verdict = eval(compile(tree, "<predicate>", "eval"), {"__builtins__": {}, **FUNCTIONS, **values})
+        verdict = eval(
+            compile(tree, "<predicate>", "eval"), {"__builtins__": {}, **FUNCTIONS, **values}
+        )
     except TypeError as error:
-        raise ValueError(f"predicate {predicate!r}: {error}; each value is a list, one number a seed: take mean(…) or […][0]") from None
+        raise ValueError(
+            f"predicate {predicate!r}: {error}; each value is a list, one number a seed: take mean(…) or […][0]"
+        ) from None
     if not isinstance(verdict, bool):
         raise ValueError(f"predicate {predicate!r} came to {verdict!r}; expected True or False")
     return verdict
@@ -83,11 +106,18 @@ def perturbations(values: Values) -> list[Values]:
     set to zero, one seed of it scaled, and each two series swapped."""
     changed = []
     for name, series in values.items():
-        scaled = [[factor * value for value in series] for factor in (0.9, 1.1, 0.5, 2, 0.1, 10, -1, 0, 1e-3, 1e3)]
+        scaled = [
+            [factor * value for value in series]
+            for factor in (0.9, 1.1, 0.5, 2, 0.1, 10, -1, 0, 1e-3, 1e3)
+        ]
         shifted = [[value + shift for value in series] for shift in (-1, 1)]
-        single = [[factor * series[0], *series[1:]] for factor in (0.1, 10)] if len(series) > 1 else []
+        single = (
+            [[factor * series[0], *series[1:]] for factor in (0.1, 10)] if len(series) > 1 else []
+        )
         changed += [{**values, name: new} for new in scaled + shifted + single]
-    changed += [{**values, a: values[b], b: values[a]} for a, b in itertools.combinations(values, 2)]
+    changed += [
+        {**values, a: values[b], b: values[a]} for a, b in itertools.combinations(values, 2)
+    ]
     return changed
 
 
@@ -135,10 +165,16 @@ class Claims:
         raw: Values = {}
         for name, series in values.items():
             if not name.isidentifier() or name in FUNCTIONS:
-                raise ValueError(f"claim {id}: {name!r} can't name a value; use a plain name other than {', '.join(FUNCTIONS)}")
-            raw[name] = [float(value) for value in (series if hasattr(series, "__iter__") else [series])]
+                raise ValueError(
+                    f"claim {id}: {name!r} can't name a value; use a plain name other than {', '.join(FUNCTIONS)}"
+                )
+            raw[name] = [
+                float(value) for value in (series if hasattr(series, "__iter__") else [series])
+            ]
             if not raw[name] or not all(math.isfinite(value) for value in raw[name]):
-                raise ValueError(f"claim {id}: {name}={raw[name]}; expected at least one number and all of them finite")
+                raise ValueError(
+                    f"claim {id}: {name}={raw[name]}; expected at least one number and all of them finite"
+                )
         outcome = "; ".join(_summary(name, series) for name, series in raw.items())
         holds = evaluate(predicate, raw)
         claim = Claim(id, statement, source, expected, predicate, raw, outcome, holds, explanation)
@@ -163,7 +199,10 @@ class Claims:
         record = {
             "chapter": self.chapter,
             "profile": self.profile,
-            "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in PACKAGES}},
+            "versions": {
+                "python": platform.python_version(),
+                **{p: importlib.metadata.version(p) for p in PACKAGES},
+            },
             "claims": [asdict(claim) for claim in self.claims],
         }
         part.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
@@ -182,9 +221,13 @@ class ClaimTable:
     claims: list[Claim]
 
     def _repr_html_(self) -> str:
-        head = "".join(f'<th scope="col" style="text-align:left">{name}</th>' for name in self._columns())
+        head = "".join(
+            f'<th scope="col" style="text-align:left">{name}</th>' for name in self._columns()
+        )
         body = "".join(
-            "<tr>" + "".join(f'<td style="text-align:left">{html.escape(cell)}</td>' for cell in row) + "</tr>"
+            "<tr>"
+            + "".join(f'<td style="text-align:left">{html.escape(cell)}</td>' for cell in row)
+            + "</tr>"
             for row in self._rows()
         )
         return f'<div style="overflow-x:auto"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
@@ -221,4 +264,10 @@ def _summary(name: str, series: list[float]) -> str:
 
 def number(value: float, digits: int = 4) -> str:
     """`value` with so many significant digits; from 10,000 on as a whole number, never in powers of ten."""
-    return f"{value:,.0f}" if 1e4 <= abs(value) < 1e15 else f"{value:.{digits}g}" if abs(value) < 10**digits else f"{value:.0f}"
+    return (
+        f"{value:,.0f}"
+        if 1e4 <= abs(value) < 1e15
+        else f"{value:.{digits}g}"
+        if abs(value) < 10**digits
+        else f"{value:.0f}"
+    )

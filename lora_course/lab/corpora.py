@@ -28,9 +28,13 @@ def load_documents(domain: str, split: str) -> datasets.Dataset:
     Nothing is written to the cache of `datasets`. Raises ValueError for an unknown domain or split, listing what there is.
     """
     if domain not in DOMAINS:
-        raise ValueError(f"domain={domain!r} is not in the course's text; there are {', '.join(DOMAINS)}")
+        raise ValueError(
+            f"domain={domain!r} is not in the course's text; there are {', '.join(DOMAINS)}"
+        )
     if split not in SPLITS:
-        raise ValueError(f"split={split!r} of {domain} does not exist; there are {', '.join(SPLITS)}")
+        raise ValueError(
+            f"split={split!r} of {domain} does not exist; there are {', '.join(SPLITS)}"
+        )
     table = pyarrow.parquet.read_table(
         TEXT / f"{domain}.parquet", columns=["source", "text"], filters=[("split", "=", split)]
     )
@@ -75,7 +79,11 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[i
     """Token ids of each document with the start token before it."""
     start = document_start(tokenizer)
     # verbose=False: documents longer than the model's window are cut into windows later, so its warning does not apply.
-    encoded = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+    encoded = (
+        tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        if texts
+        else []
+    )
     return [[start, *ids] for ids in encoded]
 
 
@@ -126,10 +134,15 @@ def bits_per_byte(
     with evaluating(model):
         for i in range(0, len(windows), batch):
             # Padding comes last and attention is causal, so no scored token can see it: no mask is needed.
-            rows = nn.utils.rnn.pad_sequence(windows[i : i + batch], batch_first=True, padding_value=-100).to(device)
+            rows = nn.utils.rnn.pad_sequence(
+                windows[i : i + batch], batch_first=True, padding_value=-100
+            ).to(device)
             logits = model(input_ids=rows[:, :-1].clamp(min=0), use_cache=False).logits
             losses = F.cross_entropy(
-                logits.flatten(0, 1).float(), rows[:, 1:].flatten(), ignore_index=-100, reduction="none"
+                logits.flatten(0, 1).float(),
+                rows[:, 1:].flatten(),
+                ignore_index=-100,
+                reduction="none",
             )
             nats += losses.double().sum().item()
     return nats / math.log(2) / byte_count

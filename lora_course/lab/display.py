@@ -18,7 +18,9 @@ def fails(function: Callable[..., Any], *arguments: Any, **keywords: Any) -> Non
         lines = str(error).strip().splitlines()
         print(f"{type(error).__name__}: {lines[0] if lines else ''}")
         return
-    raise AssertionError(f"{getattr(function, '__name__', function)} was expected to fail and did not")
+    raise AssertionError(
+        f"{getattr(function, '__name__', function)} was expected to fail and did not"
+    )
 
 
 def show_source(*objects: Any) -> None:

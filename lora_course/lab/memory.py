@@ -15,7 +15,9 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler writes its own diary to the error stream
+os.environ.setdefault(
+    "KINETO_LOG_LEVEL", "99"
+)  # or the profiler writes its own diary to the error stream
 
 Result = TypeVar("Result")
 
@@ -29,9 +31,16 @@ def tensor_bytes(model: nn.Module) -> int:
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)
         nested = getattr(state, "state2", None)
-        tensors += [getattr(s, key) for s in (state, nested) if s is not None for key in ("absmax", "code", "offset")
-                    if torch.is_tensor(getattr(s, key, None))]
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+        tensors += [
+            getattr(s, key)
+            for s in (state, nested)
+            if s is not None
+            for key in ("absmax", "code", "offset")
+            if torch.is_tensor(getattr(s, key, None))
+        ]
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors
+    }
     return sum(storages.values())
 
 
@@ -52,7 +61,9 @@ def peak_memory(function: Callable[[], Result]) -> tuple[Result, int]:
         return result, torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recording:
         result = function()
-    events = [event for event in recording.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events = [
+        event for event in recording.profiler.kineto_results.events() if event.name() == "[memory]"
+    ]
     level = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         level += event.nbytes()
@@ -82,7 +93,9 @@ def process_peak(function: str, *arguments: Any, timeout: float = 600) -> Proces
     for the GPU's part. Raises RuntimeError with the process's error output when it fails.
     """
     if function.count(":") != 1:
-        raise ValueError(f"function={function!r}: expected 'module:function', such as 'lora_course.lab.memory:tensor_bytes'")
+        raise ValueError(
+            f"function={function!r}: expected 'module:function', such as 'lora_course.lab.memory:tensor_bytes'"
+        )
     path = os.pathsep.join([os.getcwd(), *(entry for entry in sys.path if entry)])
     run = subprocess.run(
         # this file alone (-P: not its folder), so that the process holds no more than torch before the function's imports
@@ -107,7 +120,9 @@ def _resident(key: str) -> int:
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # Not ru_maxrss: on Linux a child process's starts from its parent's memory.
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    line = next(
+        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key)
+    )
     return int(line.split()[1]) * 1024
 
 

@@ -66,7 +66,9 @@ def _smol_folder() -> Path | None:
 def _load_smol(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """SmolLM2 from its GGUF file (4-bit weights, dequantised), copied into a fresh model, as one loaded from GGUF can't be saved."""
     loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=SMOL_GGUF, dtype=dtype)
-    settings = {key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}
+    settings = {
+        key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"
+    }
     model = LlamaForCausalLM(LlamaConfig(**settings)).to(dtype)
     model.load_state_dict(loaded.state_dict())
     return model.eval(), AutoTokenizer.from_pretrained(folder, gguf_file=SMOL_GGUF)
@@ -90,7 +92,9 @@ def document_start(tokenizer: PreTrainedTokenizerBase) -> int:
     start = tokenizer.get_vocab().get("<|endoftext|>", tokenizer.bos_token_id)
     start = tokenizer.eos_token_id if start is None else start
     if start is None:
-        raise ValueError("the tokenizer has no <|endoftext|>, bos or eos token: set tokenizer.eos_token")
+        raise ValueError(
+            "the tokenizer has no <|endoftext|>, bos or eos token: set tokenizer.eos_token"
+        )
     return start
 
 
@@ -136,7 +140,12 @@ def generate(
         use_cache=True,
         **sampling,
     )
-    with evaluating(model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with (
+        evaluating(model),
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+    ):
         torch.manual_seed(seed)
-        written = model.generate(inputs, attention_mask=torch.ones_like(inputs), generation_config=settings)
+        written = model.generate(
+            inputs, attention_mask=torch.ones_like(inputs), generation_config=settings
+        )
     return tokenizer.decode(written[0, len(ids) :], skip_special_tokens=True)

@@ -39,19 +39,26 @@ def style() -> None:
             "lines.linewidth": 2,
             "lines.markersize": 5,
             "legend.frameon": False,
-            "axes.prop_cycle": cycler(color=PALETTE) + cycler(linestyle=LINES) + cycler(marker=MARKERS),
+            "axes.prop_cycle": cycler(color=PALETTE)
+            + cycler(linestyle=LINES)
+            + cycler(marker=MARKERS),
         }
     )
 
 
-def figure(rows: int = 1, columns: int = 1, height: float = 3.6, **arguments) -> tuple[Figure, Axes | np.ndarray]:
+def figure(
+    rows: int = 1, columns: int = 1, height: float = 3.6, **arguments
+) -> tuple[Figure, Axes | np.ndarray]:
     """`plt.subplots` in the course's style, as wide as the column; height in inches."""
     style()
     return plt.subplots(rows, columns, figsize=(WIDTH, height), **arguments)
 
 
 def bars(
-    ax: Axes, groups: Mapping[str, Mapping[str, float | Sequence[float]]], label: str, values: str | None = None
+    ax: Axes,
+    groups: Mapping[str, Mapping[str, float | Sequence[float]]],
+    label: str,
+    values: str | None = None,
 ) -> None:
     """Bars side by side: `groups[group][series]` is a number, or one a seed (the bar is their mean, the line their range).
 
@@ -64,8 +71,20 @@ def bars(
         heights = np.array([s.mean() for s in seeds])
         x = np.arange(len(groups)) + (i - (len(series) - 1) / 2) * width
         spread = np.array([[s.mean() - s.min(), s.max() - s.mean()] for s in seeds]).T
-        style_of_bar = {"color": PALETTE[i % len(PALETTE)], "hatch": HATCHES[i % len(HATCHES)], "edgecolor": "white"}
-        drawn = ax.bar(x, heights, width, label=name, yerr=spread if spread.any() else None, capsize=3, **style_of_bar)
+        style_of_bar = {
+            "color": PALETTE[i % len(PALETTE)],
+            "hatch": HATCHES[i % len(HATCHES)],
+            "edgecolor": "white",
+        }
+        drawn = ax.bar(
+            x,
+            heights,
+            width,
+            label=name,
+            yerr=spread if spread.any() else None,
+            capsize=3,
+            **style_of_bar,
+        )
         if values is not None:
             ax.bar_label(drawn, [f"{height:{values}}" for height in heights], padding=2, fontsize=9)
     ax.set_xticks(range(len(groups)), list(groups))
@@ -79,7 +98,9 @@ def band(ax: Axes, x: Sequence[float], per_seed: Sequence[Sequence[float]], labe
     """The mean over seeds as a line and their range, from least to greatest, as a band. per_seed: [seeds, points]."""
     values = np.asarray(per_seed, dtype=float)
     if values.ndim != 2 or values.shape[1] != len(x):
-        raise ValueError(f"per_seed has shape {values.shape}; expected one row a seed of {len(x)} points, as x has")
+        raise ValueError(
+            f"per_seed has shape {values.shape}; expected one row a seed of {len(x)} points, as x has"
+        )
     (line,) = ax.plot(x, values.mean(0), label=label, markevery=max(1, len(x) // 10))
     ax.fill_between(x, values.min(0), values.max(0), color=line.get_color(), alpha=0.2, linewidth=0)
 
@@ -102,4 +123,3 @@ def show(fig: Figure, alt: str) -> None:
             f'src="data:image/png;base64,{data}">'
         )
     )
-

@@ -92,7 +92,14 @@ class MemoryEstimate:
     @property
     def total(self) -> int:
         """All of it, in bytes."""
-        return self.weights + self.adapters + self.gradients + self.moments + self.activations + self.logits
+        return (
+            self.weights
+            + self.adapters
+            + self.gradients
+            + self.moments
+            + self.activations
+            + self.logits
+        )
 
 
 def estimate_memory(
@@ -126,7 +133,9 @@ def estimate_memory(
     Dropout (one more mask and copy of each linear's input) and attention that stores its T×T weights are left out.
     """
     layer = compute_bytes * tokens * (8 * width + 4 * intermediate)
-    logits = tokens * vocabulary * (compute_bytes + 8 + (4 + compute_bytes if compute_bytes < 4 else 0))
+    logits = (
+        tokens * vocabulary * (compute_bytes + 8 + (4 + compute_bytes if compute_bytes < 4 else 0))
+    )
     if checkpointing:
         # A block is recomputed when the logits are gone, so only the larger of the two counts.
         activations = compute_bytes * tokens * width * layers + max(0, layer - logits)
@@ -171,9 +180,43 @@ def profiles() -> dict[str, Profile]:
         profile.name: profile
         for profile in (
             Profile("tiny", "nano", nano, torch.float32, False, "cpu", 16, 128, 60, (0, 1, 2)),
-            Profile("smol", "smol", Shape(30, 576, 1536, 192, 49152, True), torch.float32, False, "cpu", 4, 128, 40, (0, 1, 2)),
-            Profile("t4", "Qwen/Qwen2.5-0.5B", Shape(24, 896, 4864, 128, 151936, True), gpu, False, "cuda", 8, 256, 200, (0, 1, 2)),
-            Profile("large", "Qwen/Qwen2.5-7B", Shape(28, 3584, 18944, 512, 152064, False), gpu, True, "cuda", 4, 256, 100, (0,), True),
+            Profile(
+                "smol",
+                "smol",
+                Shape(30, 576, 1536, 192, 49152, True),
+                torch.float32,
+                False,
+                "cpu",
+                4,
+                128,
+                40,
+                (0, 1, 2),
+            ),
+            Profile(
+                "t4",
+                "Qwen/Qwen2.5-0.5B",
+                Shape(24, 896, 4864, 128, 151936, True),
+                gpu,
+                False,
+                "cuda",
+                8,
+                256,
+                200,
+                (0, 1, 2),
+            ),
+            Profile(
+                "large",
+                "Qwen/Qwen2.5-7B",
+                Shape(28, 3584, 18944, 512, 152064, False),
+                gpu,
+                True,
+                "cuda",
+                4,
+                256,
+                100,
+                (0,),
+                True,
+            ),
         )
     }
 
@@ -204,7 +247,9 @@ def pick_profile(name: str | None = None) -> Profile:
     name = name or os.environ.get("LORA_COURSE_PROFILE")
     if name:
         if name not in known:
-            raise ValueError(f"LORA_COURSE_PROFILE={name!r} is no profile; there are {', '.join(known)}")
+            raise ValueError(
+                f"LORA_COURSE_PROFILE={name!r} is no profile; there are {', '.join(known)}"
+            )
         return known[name]
     if torch.cuda.is_available():
         candidates = ("large", "t4") if compute_dtype("cuda") == torch.bfloat16 else ("t4",)
@@ -215,7 +260,10 @@ def pick_profile(name: str | None = None) -> Profile:
 
 
 def preflight(
-    profile: Profile, minutes: dict[str, float], peak_gib: dict[str, float] | None = None, r: int = 8
+    profile: Profile,
+    minutes: dict[str, float],
+    peak_gib: dict[str, float] | None = None,
+    r: int = 8,
 ) -> None:
     """Prints what the chapter will run on and what it will take; raises RuntimeError, before any work, if that can't be.
 
@@ -223,13 +271,19 @@ def preflight(
     for LoRA of rank r stands in. It is refused when the device is missing, or has less free memory than the peak.
     """
     if profile.name not in minutes:
-        raise ValueError(f"minutes has no entry for the profile {profile.name!r}; it has {', '.join(minutes)}")
+        raise ValueError(
+            f"minutes has no entry for the profile {profile.name!r}; it has {', '.join(minutes)}"
+        )
     measured = (peak_gib or {}).get(profile.name)
     need = int(measured * GIB) if measured is not None else needed_memory(profile, r)
     present = profile.device != "cuda" or torch.cuda.is_available()
     free = free_memory(profile.device) if present else 0
-    device = profile.device if profile.device == "cpu" or not present else torch.cuda.get_device_name()
-    bits = f"4 bits, computing in {_name(profile.dtype)}" if profile.quantize else _name(profile.dtype)
+    device = (
+        profile.device if profile.device == "cpu" or not present else torch.cuda.get_device_name()
+    )
+    bits = (
+        f"4 bits, computing in {_name(profile.dtype)}" if profile.quantize else _name(profile.dtype)
+    )
     rows = {
         "profile": profile.name,
         "model": f"{profile.model}, {(profile.shape.linear + profile.shape.embedding) / 1e6:,.1f}M parameters, {bits}",

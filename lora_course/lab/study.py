@@ -47,7 +47,11 @@ def fit(
     with tempfile.TemporaryDirectory() as folder:
         arguments = training_arguments(folder, **settings | overrides)
         trainer = AdapterTrainer(
-            model, arguments, train_dataset=rows, callbacks=list(callbacks), auxiliary_loss=auxiliary_loss
+            model,
+            arguments,
+            train_dataset=rows,
+            callbacks=list(callbacks),
+            auxiliary_loss=auxiliary_loss,
         )
         trainer.train()
     return [entry["loss"] for entry in trainer.history]
@@ -66,14 +70,19 @@ class Study:
             "script": sources[0].name,
             "source_sha256": source_hash(sources),
             "settings": settings,
-            "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in PACKAGES}},
+            "versions": {
+                "python": platform.python_version(),
+                **{p: importlib.metadata.version(p) for p in PACKAGES},
+            },
             "runs": {},
         }
         if path.exists():
             old = json.loads(path.read_text())
             for key in ("source_sha256", "settings"):
                 if old[key] != self.record[key]:
-                    raise ValueError(f"{path} holds results of another {key}: move it away to start the study anew.")
+                    raise ValueError(
+                        f"{path} holds results of another {key}: move it away to start the study anew."
+                    )
             self.record = old
 
     def run(self, key: str, function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -96,13 +105,18 @@ def source_hash(sources: list[Path]) -> str:
     docstring or line break is no other source."""
     digest = hashlib.sha256()
     for path in sources:
-        digest.update(_code(path.read_text()).encode() if path.suffix == ".py" else path.read_bytes())
+        digest.update(
+            _code(path.read_text()).encode() if path.suffix == ".py" else path.read_bytes()
+        )
     return digest.hexdigest()
 
 
 def _code(text: str) -> str:
     tree = ast.parse(text)
     for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(node) is not None:
+        if (
+            isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+            and ast.get_docstring(node) is not None
+        ):
             node.body = node.body[1:]
     return ast.dump(tree)

@@ -11,7 +11,9 @@ VALUES = {"lora": [2.0, 2.2, 2.1], "qlora": [2.05, 2.21, 2.16]}
 
 
 def added(predicate: str, values=VALUES, id: str = "1", **kwargs) -> Claim:
-    return Claims("0_0_test").add(id, "QLoRA is as good as LoRA", "arXiv 2305.14314", "equal", values, predicate, **kwargs)
+    return Claims("0_0_test").add(
+        id, "QLoRA is as good as LoRA", "arXiv 2305.14314", "equal", values, predicate, **kwargs
+    )
 
 
 @pytest.mark.parametrize(
@@ -46,7 +48,16 @@ def test_what_is_no_plain_predicate_is_refused(predicate, message) -> None:
         evaluate(predicate, VALUES)
 
 
-@pytest.mark.parametrize("predicate", ["len(lora) == 3", "mean(lora) == mean(lora)", "min(lora) <= max(lora)", "1 < 2", "std(lora) >= 0"])
+@pytest.mark.parametrize(
+    "predicate",
+    [
+        "len(lora) == 3",
+        "mean(lora) == mean(lora)",
+        "min(lora) <= max(lora)",
+        "1 < 2",
+        "std(lora) >= 0",
+    ],
+)
 def test_a_check_that_cannot_fail_is_refused(predicate) -> None:
     with pytest.raises(ValueError, match="no change of the values turns the verdict"):
         added(predicate)
@@ -57,7 +68,9 @@ def test_flips_tells_a_check_from_none() -> None:
     assert not claim.holds and flips(claim)
     always = Claim("2", "", "", "", "len(lora) > 0", VALUES, "", True)
     assert not flips(always)
-    division = added("1 / (mean(qlora) - mean(lora)) > 0")  # swapping and zeroing may divide by zero: passed over
+    division = added(
+        "1 / (mean(qlora) - mean(lora)) > 0"
+    )  # swapping and zeroing may divide by zero: passed over
     assert flips(division)
 
 
@@ -121,6 +134,9 @@ def test_the_table_is_html_with_escaped_text_and_words_for_verdicts() -> None:
     claims = Claims("0_0_test")
     claims.add("a", "4 < 5 & more", "own", "e", {"x": [1.0]}, "mean(x) > 2", "too small")
     table = claims.table()
-    assert "4 &lt; 5 &amp; more" in table._repr_html_() and "✗ does not hold: too small" in table._repr_html_()
+    assert (
+        "4 &lt; 5 &amp; more" in table._repr_html_()
+        and "✗ does not hold: too small" in table._repr_html_()
+    )
     assert '<th scope="col"' in table._repr_html_()
     assert "a | 4 < 5 & more | own" in str(table)

@@ -8,10 +8,24 @@ import torch
 from torch.nn import functional as F
 
 from lora_course.lab import corpora
-from lora_course.lab.corpora import DOMAINS, SPLITS, bits_per_byte, blocks, describe, excerpt, load_documents, load_text
+from lora_course.lab.corpora import (
+    DOMAINS,
+    SPLITS,
+    bits_per_byte,
+    blocks,
+    describe,
+    excerpt,
+    load_documents,
+    load_text,
+)
 from lora_course.lab.models import load_base
 
-TEXTS = ["Blessed are the meek: for they shall inherit the earth.", "é", "", "def area(r):\n    return 3.14 * r**2\n" * 4]
+TEXTS = [
+    "Blessed are the meek: for they shall inherit the earth.",
+    "é",
+    "",
+    "def area(r):\n    return 3.14 * r**2\n" * 4,
+]
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +45,9 @@ class Uniform(torch.nn.Module):
         return self.embedding
 
     def forward(self, input_ids, use_cache):
-        return type("Output", (), {"logits": torch.zeros(*input_ids.shape, self.config.vocab_size)})()
+        return type(
+            "Output", (), {"logits": torch.zeros(*input_ids.shape, self.config.vocab_size)}
+        )()
 
 
 def by_hand(model, tokenizer, texts: list[str], context: int) -> float:
@@ -50,7 +66,9 @@ def by_hand(model, tokenizer, texts: list[str], context: int) -> float:
 @pytest.mark.parametrize("context", [5, 16, 256])
 def test_bits_per_byte_scores_every_token_once_in_its_window(nano, context) -> None:
     model, tokenizer = nano
-    assert bits_per_byte(model, tokenizer, TEXTS, context) == pytest.approx(by_hand(model, tokenizer, TEXTS, context), rel=1e-5)
+    assert bits_per_byte(model, tokenizer, TEXTS, context) == pytest.approx(
+        by_hand(model, tokenizer, TEXTS, context), rel=1e-5
+    )
 
 
 def test_a_uniform_model_needs_log2_of_the_vocabulary_a_token(nano) -> None:
@@ -72,7 +90,9 @@ def test_the_order_of_documents_does_not_matter_but_their_text_does(nano) -> Non
     model, tokenizer = nano
     forward = bits_per_byte(model, tokenizer, TEXTS, 16)
     assert bits_per_byte(model, tokenizer, TEXTS[::-1], 16) == pytest.approx(forward, rel=1e-5)
-    assert bits_per_byte(model, tokenizer, ["zq xj " * 30], 16) > 1.5 * bits_per_byte(model, tokenizer, ["of the " * 30], 16)
+    assert bits_per_byte(model, tokenizer, ["zq xj " * 30], 16) > 1.5 * bits_per_byte(
+        model, tokenizer, ["of the " * 30], 16
+    )
 
 
 def test_the_mode_of_every_module_is_left_and_dropout_is_off(nano) -> None:
@@ -80,11 +100,17 @@ def test_the_mode_of_every_module_is_left_and_dropout_is_off(nano) -> None:
     model.train()
     model.model.layers[1].eval()
     seen = []
-    hook = model.model.layers[0].register_forward_hook(lambda module, *_: seen.append(module.training))
+    hook = model.model.layers[0].register_forward_hook(
+        lambda module, *_: seen.append(module.training)
+    )
     bits_per_byte(model, tokenizer, TEXTS)
     hook.remove()
     assert not any(seen) and seen
-    assert model.training and model.model.layers[0].mlp.training and not model.model.layers[1].mlp.training
+    assert (
+        model.training
+        and model.model.layers[0].mlp.training
+        and not model.model.layers[1].mlp.training
+    )
     model.eval()
 
 
@@ -97,7 +123,9 @@ def test_no_text_is_refused(nano) -> None:
 def test_an_excerpt_is_even_deterministic_and_cut_between_characters() -> None:
     texts = [f"{i:02d}" + "é" * 50 for i in range(30)]  # 102 bytes each
     taken = excerpt(texts, 100, piece=25)
-    assert taken == [f"{i:02d}" + "é" * 11 for i in (0, 7, 15, 22)]  # 25 bytes would cut a character: 24
+    assert taken == [
+        f"{i:02d}" + "é" * 11 for i in (0, 7, 15, 22)
+    ]  # 25 bytes would cut a character: 24
     assert sum(len(text.encode()) for text in taken) <= 100
     assert excerpt(texts, 10**6) == texts
     assert excerpt(["abc"], 2) == ["ab"]
@@ -137,7 +165,9 @@ def test_the_overview_counts_bytes_and_documents() -> None:
     assert list(table.index) == list(DOMAINS)
     texts = load_text("python", "test")
     assert table.loc["python", "test: documents"] == len(texts)
-    assert table.loc["python", "test: kB"] == round(sum(len(text.encode()) for text in texts) / 1000)
+    assert table.loc["python", "test: kB"] == round(
+        sum(len(text.encode()) for text in texts) / 1000
+    )
 
 
 def test_blocks_join_documents_after_a_start_token_and_drop_only_the_rest(nano) -> None:

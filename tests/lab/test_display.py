@@ -9,7 +9,10 @@ from lora_course.lab import display, fails, show_source
 
 def test_fails_prints_kind_and_first_line_of_the_error(capsys: pytest.CaptureFixture[str]) -> None:
     fails(int, "three\nfour")
-    assert capsys.readouterr().out == "ValueError: invalid literal for int() with base 10: 'three\\nfour'\n"
+    assert (
+        capsys.readouterr().out
+        == "ValueError: invalid literal for int() with base 10: 'three\\nfour'\n"
+    )
 
 
 def test_fails_raises_where_nothing_breaks() -> None:
@@ -21,4 +24,6 @@ def test_shown_source_is_the_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = []
     monkeypatch.setattr(display, "display", lambda item: shown.append(item.data))
     show_source(fails, show_source)
-    assert shown == [f"```python\n{inspect.getsource(fails).rstrip()}\n\n\n{inspect.getsource(show_source).rstrip()}\n```"]
+    assert shown == [
+        f"```python\n{inspect.getsource(fails).rstrip()}\n\n\n{inspect.getsource(show_source).rstrip()}\n```"
+    ]

@@ -67,7 +67,9 @@ def hold(megabytes):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="measures Linux's counters")
-def test_a_process_of_its_own_shows_what_it_held_and_not_what_we_hold(tmp_path, monkeypatch) -> None:
+def test_a_process_of_its_own_shows_what_it_held_and_not_what_we_hold(
+    tmp_path, monkeypatch
+) -> None:
     (tmp_path / "holding.py").write_text(HOLD)
     monkeypatch.syspath_prepend(tmp_path)
     ours = bytearray(b"x") * (300 * MB)

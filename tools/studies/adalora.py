@@ -38,7 +38,10 @@ SETTINGS = {
 }  # fmt: skip
 SOURCES = [
     Path(__file__),
-    *(ROOT / "lora_course" / name for name in ("lora.py", "adalora.py", "training.py", "lab/study.py", "lab/corpora.py")),
+    *(
+        ROOT / "lora_course" / name
+        for name in ("lora.py", "adalora.py", "training.py", "lab/study.py", "lab/corpora.py")
+    ),
     ROOT / "lora_course/data/nano/model.safetensors",
     ROOT / "lora_course/data/text/shakespeare.parquet",
 ]
@@ -52,7 +55,9 @@ class Recorder(RankAllocator):
         self.history: dict[int, dict[str, int]] = {}
         generator = torch.Generator().manual_seed(seed)
         for layer in self.layers.values() if choice != "importance" else ():
-            layer.scores = {"magnitude": magnitude, "per layer": per_layer, "random": drawn}[choice](layer, generator)
+            layer.scores = {"magnitude": magnitude, "per layer": per_layer, "random": drawn}[
+                choice
+            ](layer, generator)
 
     def step(self, t: int) -> dict[str, int] | None:
         chosen = super().step(t)
@@ -81,8 +86,12 @@ def injected(method: str) -> torch.nn.Module:
     """The base with the fresh adapter of a method."""
     model, _ = lab.load_base(SETTINGS["model"])
     if method == "lora":
-        return lora.inject(model, LoraConfig(**METHODS[method], target_modules=SETTINGS["target_modules"]))
-    config = AdaLoraConfig(**SETTINGS["adalora"], **METHODS[method], target_modules=SETTINGS["target_modules"])
+        return lora.inject(
+            model, LoraConfig(**METHODS[method], target_modules=SETTINGS["target_modules"])
+        )
+    config = AdaLoraConfig(
+        **SETTINGS["adalora"], **METHODS[method], target_modules=SETTINGS["target_modules"]
+    )
     return lora.inject(model, config, layer=AdaLoRALinear)
 
 
@@ -91,7 +100,9 @@ def train(
 ) -> tuple[torch.nn.Module, dict[str, object]]:
     """One training of the study: the adapted model, pruned, and what was seen on the way."""
     _, tokenizer = lab.load_base(SETTINGS["model"])
-    texts = lab.excerpt(lab.load_text(SETTINGS["domain"], "train"), SETTINGS["train_bytes"], piece=8192)
+    texts = lab.excerpt(
+        lab.load_text(SETTINGS["domain"], "train"), SETTINGS["train_bytes"], piece=8192
+    )
     rows = lab.blocks(tokenizer, texts, SETTINGS["length"])
     torch.manual_seed(seed)
     model = injected(method)
@@ -99,9 +110,15 @@ def train(
     if method == "lora":
         return model, {"losses": study.fit(*common, disable_tqdm=True)}
     allocator = Recorder(model, choice, seed)
-    losses = study.fit(*common, callbacks=[allocator], auxiliary_loss=regularizer, disable_tqdm=True)
+    losses = study.fit(
+        *common, callbacks=[allocator], auxiliary_loss=regularizer, disable_tqdm=True
+    )
     lora.injection(model).config.orth_reg_weight = 1.0
-    seen = {"losses": losses, "orthogonality": regularizer(model).item(), "history": allocator.history}
+    seen = {
+        "losses": losses,
+        "orthogonality": regularizer(model).item(),
+        "history": allocator.history,
+    }
     return prune(model), seen
 
 
@@ -109,7 +126,10 @@ def score(model: torch.nn.Module, split: str) -> float:
     """Bits a byte on a sample of a split."""
     _, tokenizer = lab.load_base(SETTINGS["model"])
     return lab.bits_per_byte(
-        model, tokenizer, lab.load_text(SETTINGS["domain"], split), max_bytes=SETTINGS["score_bytes"][split]
+        model,
+        tokenizer,
+        lab.load_text(SETTINGS["domain"], split),
+        max_bytes=SETTINGS["score_bytes"][split],
     )
 
 
@@ -117,7 +137,9 @@ ADAPTERS: dict[tuple[str, float, int, str], tuple[lora.AdapterState, dict[str, o
 """What was trained in this process: a rate that is chosen needs no second training to be scored on the test text."""
 
 
-def result(method: str, learning_rate: float, seed: int, split: str, choice: str = "importance") -> dict[str, object]:
+def result(
+    method: str, learning_rate: float, seed: int, split: str, choice: str = "importance"
+) -> dict[str, object]:
     key = (method, learning_rate, seed, choice)
     if key in ADAPTERS:
         state, seen = ADAPTERS[key]
@@ -148,7 +170,10 @@ def main() -> None:
         nonlocal done
         value = results.run(key, lambda: result(*arguments))["bits_per_byte"]
         done += 1
-        print(f"{done:3}/{total}  {(time.perf_counter() - start) / 60:5.1f} min  {key:36} {value:.4f} bits a byte", flush=True)
+        print(
+            f"{done:3}/{total}  {(time.perf_counter() - start) / 60:5.1f} min  {key:36} {value:.4f} bits a byte",
+            flush=True,
+        )
         return value
 
     base, _ = lab.load_base(SETTINGS["model"])
@@ -159,13 +184,23 @@ def main() -> None:
         scores[method].setdefault(rate, []).append(
             run(f"{method}/{rate:g}/{seed}/validation", method, rate, seed, "validation")
         )
-    best = {method: min(by_rate, key=lambda rate: statistics.fmean(by_rate[rate])) for method, by_rate in scores.items()}
+    best = {
+        method: min(by_rate, key=lambda rate: statistics.fmean(by_rate[rate]))
+        for method, by_rate in scores.items()
+    }
     for method, rate in best.items():
         for seed in seeds:
             run(f"{method}/{rate:g}/{seed}/test", method, rate, seed, "test")
     for choice in CONTROLS:
         for seed in seeds:
-            run(f"{choice}/{best['adalora']:g}/{seed}/test", "adalora", best["adalora"], seed, "test", choice)
+            run(
+                f"{choice}/{best['adalora']:g}/{seed}/test",
+                "adalora",
+                best["adalora"],
+                seed,
+                "test",
+                choice,
+            )
 
 
 if __name__ == "__main__":

@@ -40,7 +40,10 @@ ARMS = ["grown", "uniform", "final", "pruned"]
 WAYS = ["none", "preserved", "scale not held", "both zero", "moments thrown away"]
 SOURCES = [
     Path(__file__),
-    *(ROOT / "lora_course" / name for name in ("adaptive.py", "lora.py", "training.py", "lab/study.py", "lab/corpora.py")),
+    *(
+        ROOT / "lora_course" / name
+        for name in ("adaptive.py", "lora.py", "training.py", "lab/study.py", "lab/corpora.py")
+    ),
     ROOT / "lora_course/data/nano/model.safetensors",
     *(ROOT / f"lora_course/data/text/{domain}.parquet" for domain in SETTINGS["domains"]),
 ]
@@ -55,11 +58,15 @@ class Pruner(TrainerCallback):
 
     def __init__(self, model: nn.Module, steps: list[int], parameters: int, beta: float) -> None:
         self.layers, self.beta = lora.adapter_layers(model), beta
-        self.kept = {name: torch.ones(layer.r, dtype=torch.bool) for name, layer in self.layers.items()}
+        self.kept = {
+            name: torch.ones(layer.r, dtype=torch.bool) for name, layer in self.layers.items()
+        }
         self.mean = {name: torch.zeros(layer.r) for name, layer in self.layers.items()}
         self.deviation = {name: torch.zeros(layer.r) for name, layer in self.layers.items()}
         most = self.parameters
-        self.targets = {step: most + (parameters - most) * (i + 1) / len(steps) for i, step in enumerate(steps)}
+        self.targets = {
+            step: most + (parameters - most) * (i + 1) / len(steps) for i, step in enumerate(steps)
+        }
 
     @property
     def parameters(self) -> int:
@@ -68,7 +75,9 @@ class Pruner(TrainerCallback):
     @torch.no_grad()
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         for name, layer in self.layers.items():
-            part = (layer.B * layer.B.grad).sum(0).abs() / math.sqrt(layer.in_features * layer.out_features)
+            part = (layer.B * layer.B.grad).sum(0).abs() / math.sqrt(
+                layer.in_features * layer.out_features
+            )
             self.mean[name].lerp_(part, 1 - self.beta)
             self.deviation[name].lerp_((part - self.mean[name]).abs(), 1 - self.beta)
 
@@ -76,14 +85,22 @@ class Pruner(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step in self.targets:
             scores = {n: self.mean[n] * self.deviation[n] for n in self.layers}
-            parts = [(score.item(), n, i) for n in self.layers for i, score in enumerate(scores[n]) if self.kept[n][i]]
+            parts = [
+                (score.item(), n, i)
+                for n in self.layers
+                for i, score in enumerate(scores[n])
+                if self.kept[n][i]
+            ]
             excess = self.parameters - self.targets[state.global_step]
             for _, name, i in sorted(parts):
                 if excess <= 0:
                     break
                 self.kept[name][i] = False
                 excess -= cost(self.layers[name])
-        for name, layer in self.layers.items():  # at every step: Adam goes on moving what has moments
+        for (
+            name,
+            layer,
+        ) in self.layers.items():  # at every step: Adam goes on moving what has moments
             layer.B[:, ~self.kept[name]] = 0
 
 
@@ -97,7 +114,9 @@ def uniform_ranks(costs: dict[str, int], parameters: int) -> dict[str, int]:
     r, left = divmod(parameters, sum(costs.values()))
     ranks = dict.fromkeys(costs, r)
     names = list(costs)
-    for name in (names[i * 11 % len(names)] for i in range(len(names))):  # 11 and nano's 28 layers have no common divisor
+    for name in (
+        names[i * 11 % len(names)] for i in range(len(names))
+    ):  # 11 and nano's 28 layers have no common divisor
         if costs[name] <= left:
             ranks[name], left = r + 1, left - costs[name]
     return ranks
@@ -123,11 +142,18 @@ def adapted(layer: type[lora.LoRALinear], ranks: int | dict[str, int], seed: int
 
 
 def costs() -> dict[str, int]:
-    return {name: cost(layer) for name, layer in lora.adapter_layers(adapted(lora.LoRALinear, 1, 0)).items()}
+    return {
+        name: cost(layer)
+        for name, layer in lora.adapter_layers(adapted(lora.LoRALinear, 1, 0)).items()
+    }
 
 
 def train(
-    arm: str, learning_rate: float, seed: int, like: dict[str, int] | None = None, domain: str | None = None
+    arm: str,
+    learning_rate: float,
+    seed: int,
+    like: dict[str, int] | None = None,
+    domain: str | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """One training: the model and what is recorded. like: the ranks that the grown arm of this seed ended with."""
     schedule = GrowthSchedule(**SETTINGS["growth"], seed=seed)
@@ -141,10 +167,19 @@ def train(
         steps = schedule.steps(SETTINGS["r"] * len(lora.adapter_layers(model)))
         callbacks = [Pruner(model, steps, total, schedule.beta)]
     else:
-        model = adapted(lora.LoRALinear, like if arm == "final" else uniform_ranks(costs(), total), seed)
+        model = adapted(
+            lora.LoRALinear, like if arm == "final" else uniform_ranks(costs(), total), seed
+        )
     data, start = rows(domain or SETTINGS["domain"]), time.process_time()
     losses = study.fit(
-        model, data, learning_rate, seed, SETTINGS["steps"], SETTINGS["batch"], callbacks=callbacks, disable_tqdm=True
+        model,
+        data,
+        learning_rate,
+        seed,
+        SETTINGS["steps"],
+        SETTINGS["batch"],
+        callbacks=callbacks,
+        disable_tqdm=True,
     )
     seconds = time.process_time() - start
     layers = lora.adapter_layers(model)
@@ -152,7 +187,11 @@ def train(
     if arm == "pruned":
         ranks = {name: int(kept.sum()) for name, kept in callbacks[0].kept.items()}
     parameters = sum(ranks[name] * cost(layer) for name, layer in layers.items())
-    result: dict[str, Any] = {"ranks": ranks, "parameters": parameters, "seconds": round(seconds, 2)}
+    result: dict[str, Any] = {
+        "ranks": ranks,
+        "parameters": parameters,
+        "seconds": round(seconds, 2),
+    }
     if arm == "grown":
         history = rank_history(model)
         result["history"] = {name: [entry["ranks"][name] for entry in history] for name in ranks}
@@ -172,12 +211,25 @@ def moment(seed: int) -> dict[str, Any]:
     batch kept aside, just before and just after. AdamW at a constant rate."""
     plan = SETTINGS["moment"]
     count = plan["before"] + plan["after"] + 1
-    data = rows(SETTINGS["domain"]).shuffle(seed=seed)[: count * SETTINGS["batch"]]["input_ids"].split(SETTINGS["batch"])
+    data = (
+        rows(SETTINGS["domain"])
+        .shuffle(seed=seed)[: count * SETTINGS["batch"]]["input_ids"]
+        .split(SETTINGS["batch"])
+    )
 
     def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
-        return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=plan["learning_rate"], weight_decay=0)
+        return torch.optim.AdamW(
+            [p for p in model.parameters() if p.requires_grad],
+            lr=plan["learning_rate"],
+            weight_decay=0,
+        )
 
-    def steps(model: nn.Module, optimizer: torch.optim.Optimizer, batches: list[Tensor], grower: RankGrower) -> list[float]:
+    def steps(
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        batches: list[Tensor],
+        grower: RankGrower,
+    ) -> list[float]:
         losses = []
         for ids in batches:
             loss = model(input_ids=ids, labels=ids).loss
@@ -195,7 +247,9 @@ def moment(seed: int) -> dict[str, Any]:
     model = adapted(GrowingLoRALinear, SETTINGS["r"], seed).train()
     layers = lora.adapter_layers(model)
     budget = (SETTINGS["r"] + plan["add"]) * len(layers)
-    schedule = GrowthSchedule(budget, start=plan["before"], every=1, top=len(layers), add=plan["add"], seed=seed)
+    schedule = GrowthSchedule(
+        budget, start=plan["before"], every=1, top=len(layers), add=plan["add"], seed=seed
+    )
     optimizer = optimizer_of(model)
     first = steps(model, optimizer, data[: plan["before"]], RankGrower(model, schedule))
     found: dict[str, Any] = {"before": first}
@@ -217,7 +271,9 @@ def moment(seed: int) -> dict[str, Any]:
         # without growth there is budget left to observe for; nothing else depends on it
         losses["then"] = steps(twin, twin_optimizer, data[plan["before"] : -1], grower)
         losses["end"] = aside(twin)
-        new = [layer.B1.abs().max().item() for layer in grower.layers.values() if len(layer.pairs) > 1]
+        new = [
+            layer.B1.abs().max().item() for layer in grower.layers.values() if len(layer.pairs) > 1
+        ]
         found[way] = losses | {"largest_new_weight": max(new, default=0.0)}
     return found
 
@@ -229,7 +285,9 @@ def main() -> None:
 
     trained: dict[tuple[str, float, int], tuple[nn.Module, dict[str, Any]]] = {}
 
-    def run(arm: str, learning_rate: float, seed: int, split: str, like: dict[str, int] | None) -> dict[str, Any]:
+    def run(
+        arm: str, learning_rate: float, seed: int, split: str, like: dict[str, int] | None
+    ) -> dict[str, Any]:
         key = (arm, learning_rate, seed)
         if key not in trained:  # of the chosen rate it is, for the second split
             trained[key] = train(arm, learning_rate, seed, like)
@@ -238,13 +296,18 @@ def main() -> None:
             result = {key: result[key] for key in ("parameters", "seconds")}
         return {"bits_per_byte": score(model, split)} | result
 
-    def kept(arm: str, learning_rate: float, seed: int, split: str, like: dict[str, int] | None) -> dict[str, Any]:
+    def kept(
+        arm: str, learning_rate: float, seed: int, split: str, like: dict[str, int] | None
+    ) -> dict[str, Any]:
         nonlocal done
         key = f"{arm}/{learning_rate:g}/{seed}/{split}"
         result = results.run(key, lambda: run(arm, learning_rate, seed, split, like))
         done += 1
         minutes = (time.perf_counter() - start) / 60
-        print(f"{done:3}/{runs}  {minutes:5.1f} min  {key:32} {result['bits_per_byte']:.4f} bits a byte", flush=True)
+        print(
+            f"{done:3}/{runs}  {minutes:5.1f} min  {key:32} {result['bits_per_byte']:.4f} bits a byte",
+            flush=True,
+        )
         return result
 
     for seed in SETTINGS["seeds"]:
@@ -257,17 +320,25 @@ def main() -> None:
     for arm in ARMS:
         trained.clear()
         scores = {
-            lr: statistics.fmean(kept(arm, lr, s, "validation", grown.get(s))["bits_per_byte"] for s in SETTINGS["seeds"])
+            lr: statistics.fmean(
+                kept(arm, lr, s, "validation", grown.get(s))["bits_per_byte"]
+                for s in SETTINGS["seeds"]
+            )
             for lr in SETTINGS["learning_rates"]
         }
         best = min(scores, key=scores.__getitem__)
-        tested = {seed: kept(arm, best, seed, "test", grown.get(seed)) for seed in SETTINGS["seeds"]}
+        tested = {
+            seed: kept(arm, best, seed, "test", grown.get(seed)) for seed in SETTINGS["seeds"]
+        }
         if arm == "grown":
             grown, rate = {seed: result["ranks"] for seed, result in tested.items()}, best
     for domain in SETTINGS["domains"]:
         for seed in SETTINGS["seeds"]:
             if domain != SETTINGS["domain"]:
-                results.run(f"{domain}/{rate:g}/{seed}/ranks", lambda d=domain, s=seed: train("grown", rate, s, domain=d)[1])
+                results.run(
+                    f"{domain}/{rate:g}/{seed}/ranks",
+                    lambda d=domain, s=seed: train("grown", rate, s, domain=d)[1],
+                )
 
 
 if __name__ == "__main__":

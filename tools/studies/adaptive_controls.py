@@ -32,7 +32,13 @@ class RandomGrower(RankGrower):
 
     def scores(self) -> dict[str, float]:
         generator = torch.Generator().manual_seed(1_000_000 * self.schedule.seed + self.total)
-        return dict(zip(self.layers, (1 + torch.rand(len(self.layers), generator=generator)).tolist(), strict=True))
+        return dict(
+            zip(
+                self.layers,
+                (1 + torch.rand(len(self.layers), generator=generator)).tolist(),
+                strict=True,
+            )
+        )
 
 
 def train(arm: str, learning_rate: float, seed: int) -> tuple[nn.Module, dict[str, Any]]:
@@ -47,7 +53,11 @@ def train(arm: str, learning_rate: float, seed: int) -> tuple[nn.Module, dict[st
     layers = lora.adapter_layers(model)
     parameters = sum(layer.r * adaptive.cost(layer) for layer in layers.values())
     ranks = {name: layer.r for name, layer in layers.items()}
-    return model, {"ranks": ranks, "parameters": parameters, "losses": [round(loss, 4) for loss in losses]}
+    return model, {
+        "ranks": ranks,
+        "parameters": parameters,
+        "losses": [round(loss, 4) for loss in losses],
+    }
 
 
 def main() -> None:
@@ -56,7 +66,9 @@ def main() -> None:
     for arm, rates in SETTINGS["learning_rates"].items():
         trained: dict[tuple[float, int], tuple[nn.Module, dict[str, Any]]] = {}
 
-        def run(rate: float, seed: int, split: str, arm: str = arm, trained: dict = trained) -> dict[str, Any]:
+        def run(
+            rate: float, seed: int, split: str, arm: str = arm, trained: dict = trained
+        ) -> dict[str, Any]:
             if (rate, seed) not in trained:  # of the chosen rate it is, for the second split
                 trained[rate, seed] = train(arm, rate, seed)
             model, result = trained[rate, seed]
@@ -66,10 +78,16 @@ def main() -> None:
         def kept(rate: float, seed: int, split: str, arm: str = arm, run: Any = run) -> float:
             key = f"{arm}/{rate:g}/{seed}/{split}"
             found = results.run(key, lambda: run(rate, seed, split))["bits_per_byte"]
-            print(f"{(time.perf_counter() - start) / 60:5.1f} min  {key:32} {found:.4f} bits a byte", flush=True)
+            print(
+                f"{(time.perf_counter() - start) / 60:5.1f} min  {key:32} {found:.4f} bits a byte",
+                flush=True,
+            )
             return found
 
-        means = {rate: statistics.fmean(kept(rate, seed, "validation") for seed in SETTINGS["seeds"]) for rate in rates}
+        means = {
+            rate: statistics.fmean(kept(rate, seed, "validation") for seed in SETTINGS["seeds"])
+            for rate in rates
+        }
         best = min(means, key=means.__getitem__)
         assert min(rates) < best < max(rates), (arm, best)
         for seed in SETTINGS["seeds"]:

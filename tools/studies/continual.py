@@ -26,7 +26,16 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from lora_course import lab, lora
-from lora_course.continual import Isolated, Orthogonal, Replay, Sequential, Task, learn, metrics, overlap
+from lora_course.continual import (
+    Isolated,
+    Orthogonal,
+    Replay,
+    Sequential,
+    Task,
+    learn,
+    metrics,
+    overlap,
+)
 from lora_course.lab import study
 from lora_course.lora import AdapterState, concatenate, split_state, truncate, use_adapter
 from lora_course.merging import Merged, average_factors, dare, relative_error, ties
@@ -44,7 +53,10 @@ SETTINGS = {
 }  # fmt: skip
 SOURCES = [
     Path(__file__),
-    *(ROOT / "lora_course" / name for name in ("lora.py", "continual.py", "merging.py", "training.py", "lab/corpora.py")),
+    *(
+        ROOT / "lora_course" / name
+        for name in ("lora.py", "continual.py", "merging.py", "training.py", "lab/corpora.py")
+    ),
     ROOT / "lora_course/data/nano/model.safetensors",
     *(ROOT / f"lora_course/data/text/{domain}.parquet" for domain in DOMAINS),
 ]
@@ -61,12 +73,16 @@ def task(domain: str, split: str) -> Task:
     """A domain as a task, scored in bits a byte on an excerpt of the split."""
     _, tokenizer = lab.load_base(SETTINGS["model"])
     texts = lab.excerpt(lab.load_text(domain, "train"), SETTINGS["train_bytes"], piece=8192)
-    held_out = lab.excerpt(lab.load_text(domain, split), SETTINGS["score_bytes"][split], SETTINGS["piece"])
+    held_out = lab.excerpt(
+        lab.load_text(domain, split), SETTINGS["score_bytes"][split], SETTINGS["piece"]
+    )
     rows = lab.blocks(tokenizer, texts, SETTINGS["length"])
     return Task(domain, rows, lambda model: lab.bits_per_byte(model, tokenizer, held_out))
 
 
-def injected(seed: int, r: int = SETTINGS["r"], layer: type[lora.LoRALinear] = lora.LoRALinear) -> torch.nn.Module:
+def injected(
+    seed: int, r: int = SETTINGS["r"], layer: type[lora.LoRALinear] = lora.LoRALinear
+) -> torch.nn.Module:
     """nano with a fresh adapter of scale 2."""
     model, _ = lab.load_base(SETTINGS["model"])
     torch.manual_seed(seed)
@@ -74,7 +90,12 @@ def injected(seed: int, r: int = SETTINGS["r"], layer: type[lora.LoRALinear] = l
 
 
 def run(
-    strategy: Sequential, learning_rate: float, seed: int, split: str, order: list[str] = DOMAINS, r: int = SETTINGS["r"]
+    strategy: Sequential,
+    learning_rate: float,
+    seed: int,
+    split: str,
+    order: list[str] = DOMAINS,
+    r: int = SETTINGS["r"],
 ) -> dict[str, object]:
     """One sequence of trainings: R, the metrics, and what belongs to the strategy."""
     model, learned = injected(seed, r, strategy.layer), [task(domain, split) for domain in order]
@@ -92,7 +113,11 @@ def run(
             with strategy.serving(model, index):
                 scores.append(task(domain, split).evaluate(model))
         return {"scores": rounded(scores), "ACC": statistics.fmean(scores)}
-    found = {"names": results.names, "matrix": rounded(results.matrix.tolist()), **metrics(results.matrix)}
+    found = {
+        "names": results.names,
+        "matrix": rounded(results.matrix.tolist()),
+        **metrics(results.matrix),
+    }
     if isinstance(strategy, Orthogonal):
         found["overlap"] = overlap(model).item()
     if isinstance(strategy, Isolated):
@@ -104,7 +129,16 @@ def joint(learning_rate: float, seed: int, split: str) -> dict[str, object]:
     """One training on the rows of all domains, mixed."""
     model, learned = injected(seed), [task(domain, split) for domain in DOMAINS]
     rows = datasets.concatenate_datasets([task.train for task in learned])
-    study.fit(model, rows, learning_rate, seed, SETTINGS["steps"] * len(DOMAINS), SETTINGS["batch"], use_cpu=True, disable_tqdm=True)
+    study.fit(
+        model,
+        rows,
+        learning_rate,
+        seed,
+        SETTINGS["steps"] * len(DOMAINS),
+        SETTINGS["batch"],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
     scores = [task.evaluate(model.eval()) for task in learned]
     return {"scores": rounded(scores), "ACC": statistics.fmean(scores)}
 
@@ -125,19 +159,28 @@ def in_peft(states: list[AdapterState]) -> torch.nn.Module:
     return model
 
 
-def peft_merge(model: torch.nn.Module, count: int, weights: list[float], kind: str, **arguments: object) -> AdapterState:
+def peft_merge(
+    model: torch.nn.Module, count: int, weights: list[float], kind: str, **arguments: object
+) -> AdapterState:
     """What PEFT's add_weighted_adapter makes of the first `count` adapters, as a state."""
-    model.base_model.add_weighted_adapter([str(i) for i in range(count)], weights, kind, kind, **arguments)
+    model.base_model.add_weighted_adapter(
+        [str(i) for i in range(count)], weights, kind, kind, **arguments
+    )
     merged: AdapterState = {}
     for module, layer in model.base_model.model.named_modules():
         if hasattr(layer, "lora_A"):
-            merged |= {f"{module}.A": layer.lora_A[kind].weight.detach().clone(), f"{module}.B": layer.lora_B[kind].weight.detach().clone()}
+            merged |= {
+                f"{module}.A": layer.lora_A[kind].weight.detach().clone(),
+                f"{module}.B": layer.lora_B[kind].weight.detach().clone(),
+            }
             merged[f"{module}.scaling"] = torch.tensor(layer.scaling[kind], dtype=torch.float64)
     model.base_model.delete_adapter(kind)
     return merged
 
 
-def merges(model: torch.nn.Module, states: list[AdapterState], seed: int) -> dict[str, dict[str, object]]:
+def merges(
+    model: torch.nn.Module, states: list[AdapterState], seed: int
+) -> dict[str, dict[str, object]]:
     """Bits a byte on each merged domain, by method and number of adapters. "error": how far the update is from the mean
     of the updates, relative to it. All but "mean" and "sum" have rank r. PEFT's work on the factors."""
     r, found = SETTINGS["r"], {}
@@ -156,13 +199,19 @@ def merges(model: torch.nn.Module, states: list[AdapterState], seed: int) -> dic
             "mean of the factors": average_factors(part),
             "PEFT linear": peft_merge(theirs, count, mean, "linear"),
             "PEFT ties": peft_merge(theirs, count, one, "ties", density=SETTINGS["ties_density"]),
-            "PEFT dare_linear": peft_merge(theirs, count, mean, "dare_linear", density=SETTINGS["dare_density"]),
+            "PEFT dare_linear": peft_merge(
+                theirs, count, mean, "dare_linear", density=SETTINGS["dare_density"]
+            ),
         }
         for method, merged in methods.items():
             state = merged.state if isinstance(merged, Merged) else merged
             use_adapter(model, state)
             scores = [task(domain, "test").evaluate(model) for domain in DOMAINS[:count]]
-            found[f"{method}/{count}"] = {"scores": rounded(scores), "ACC": statistics.fmean(scores), "error": relative_error(state, exact)}
+            found[f"{method}/{count}"] = {
+                "scores": rounded(scores),
+                "ACC": statistics.fmean(scores),
+                "error": relative_error(state, exact),
+            }
             if isinstance(merged, Merged):
                 found[f"{method}/{count}"]["truncation_error"] = merged.truncation_error
     return found
@@ -180,7 +229,10 @@ def main() -> None:
 
     def record(key: str, function: Callable[[], dict[str, object]]) -> dict[str, object]:
         result = results.run(key, function)
-        print(f"{(time.perf_counter() - start) / 60:5.1f} min  {key:40} {result['ACC']:.4f} bits a byte", flush=True)
+        print(
+            f"{(time.perf_counter() - start) / 60:5.1f} min  {key:40} {result['ACC']:.4f} bits a byte",
+            flush=True,
+        )
         return result
 
     first, best = SETTINGS["seeds"][0], {}
@@ -188,16 +240,24 @@ def main() -> None:
         rates, scores = list(SETTINGS["learning_rates"]), {}
         while not scores or best[name] in (rates[0], rates[-1]):
             if scores:
-                rates = sorted([*rates, best[name] / 2 if best[name] == rates[0] else best[name] * 2])
+                rates = sorted(
+                    [*rates, best[name] / 2 if best[name] == rates[0] else best[name] * 2]
+                )
             for rate in rates:
-                one = (lambda: joint(rate, first, "validation")) if name == "joint" else (lambda: run(STRATEGIES[name](first), rate, first, "validation"))
+                one = (
+                    (lambda: joint(rate, first, "validation"))
+                    if name == "joint"
+                    else (lambda: run(STRATEGIES[name](first), rate, first, "validation"))
+                )
                 scores[rate] = record(f"{name}/{rate:g}/{first}/validation", one)["ACC"]
             best[name] = min(scores, key=scores.__getitem__)
     results.run("rates", lambda: best)
 
     def test(key: str, make: Callable[[int], Sequential], name: str, **other: object) -> None:
         for seed in SETTINGS["seeds"]:
-            record(f"{name}/{key}/{seed}", lambda: run(make(seed), best[name], seed, "test", **other))
+            record(
+                f"{name}/{key}/{seed}", lambda: run(make(seed), best[name], seed, "test", **other)
+            )
 
     for name, make in STRATEGIES.items():
         test("order 0", make, name)

@@ -56,7 +56,10 @@ SETTINGS = {
 DOMAINS = SETTINGS["domains"]
 SOURCES = [
     Path(__file__),
-    *(ROOT / "lora_course" / name for name in ("distillation.py", "experts.py", "lora.py", "training.py")),
+    *(
+        ROOT / "lora_course" / name
+        for name in ("distillation.py", "experts.py", "lora.py", "training.py")
+    ),
     *(ROOT / "lora_course/lab" / name for name in ("study.py", "corpora.py")),
     ROOT / "lora_course/data/nano/model.safetensors",
     *(ROOT / f"lora_course/data/text/{domain}.parquet" for domain in DOMAINS),
@@ -78,7 +81,10 @@ def rows(domain: str) -> datasets.Dataset:
 def mixed_rows() -> datasets.Dataset:
     """What the students read: equally many rows of each domain, which say of which they are."""
     count = SETTINGS["student"]["steps"] * SETTINGS["batch"] // len(DOMAINS)
-    parts = [rows(d).select(range(count)).add_column("domain", [i] * count) for i, d in enumerate(DOMAINS)]
+    parts = [
+        rows(d).select(range(count)).add_column("domain", [i] * count)
+        for i, d in enumerate(DOMAINS)
+    ]
     return datasets.concatenate_datasets(parts).with_format("torch")
 
 
@@ -110,7 +116,9 @@ def train_on_data(rate: float, seed: int) -> tuple[nn.Module, dict[str, Any]]:
     return model, {"losses": losses, "seconds": time.perf_counter() - start}
 
 
-def train_distilled(kind: str, rate: float, seed: int, **settings: Any) -> tuple[nn.Module, dict[str, Any]]:
+def train_distilled(
+    kind: str, rate: float, seed: int, **settings: Any
+) -> tuple[nn.Module, dict[str, Any]]:
     """A student of the four teachers; the recipe is that of `study.fit`."""
     model, how = injected(SETTINGS["student"]["r"], seed), dict(DISTILLED[kind])
     weights = torch.eye(len(DOMAINS)) if how.pop("by_domain") else None
@@ -123,12 +131,18 @@ def train_distilled(kind: str, rate: float, seed: int, **settings: Any) -> tuple
             lr_scheduler_type="linear", per_device_train_batch_size=SETTINGS["batch"], save_strategy="no",
             disable_tqdm=True,
         )  # fmt: skip
-        trainer = DistillationTrainer(model, args, teachers=teachers, config=config, train_dataset=mixed_rows())
+        trainer = DistillationTrainer(
+            model, args, teachers=teachers, config=config, train_dataset=mixed_rows()
+        )
         start = time.perf_counter()
         trainer.train()
     seconds = time.perf_counter() - start
     history = {key: [entry[key] for entry in trainer.history] for key in ("task", "divergence")}
-    return model, {"losses": history["task"], "divergences": history["divergence"], "seconds": seconds}
+    return model, {
+        "losses": history["task"],
+        "divergences": history["divergence"],
+        "seconds": seconds,
+    }
 
 
 def merged(weight: float, seed: int) -> lora.AdapterState:
@@ -167,7 +181,9 @@ class Ensemble(nn.Module):
 
 
 def ensemble(seed: int, mixture: str) -> Ensemble:
-    return Ensemble(Teachers(injected(SETTINGS["student"]["r"], seed), teacher_states(seed)), mixture)
+    return Ensemble(
+        Teachers(injected(SETTINGS["student"]["r"], seed), teacher_states(seed)), mixture
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------- measures
@@ -178,17 +194,23 @@ def score(model: nn.Module, split: str, domains: list[str] = DOMAINS) -> dict[st
     _, tokenizer = lab.load_base(SETTINGS["model"])
     texts = {domain: lab.load_text(domain, split) for domain in domains}
     most = SETTINGS["score_bytes"]
-    return {d: lab.bits_per_byte(model, tokenizer, text, max_bytes=most) for d, text in texts.items()}
+    return {
+        d: lab.bits_per_byte(model, tokenizer, text, max_bytes=most) for d, text in texts.items()
+    }
 
 
-def score_state(state: lora.AdapterState, split: str, domains: list[str] = DOMAINS) -> dict[str, float]:
+def score_state(
+    state: lora.AdapterState, split: str, domains: list[str] = DOMAINS
+) -> dict[str, float]:
     return score(lora.use_adapter(injected(SETTINGS["student"]["r"], 0), state), split, domains)
 
 
 def own_teachers(seed: int) -> dict[str, Any]:
     """Each domain's test text with that domain's teacher."""
     states = teacher_states(seed)
-    return result({domain: score_state(states[domain], "test", [domain])[domain] for domain in DOMAINS})
+    return result(
+        {domain: score_state(states[domain], "test", [domain])[domain] for domain in DOMAINS}
+    )
 
 
 def result(scores: dict[str, float], **more: Any) -> dict[str, Any]:
@@ -199,14 +221,19 @@ def scored(trained: tuple[nn.Module, dict[str, Any]], split: str) -> dict[str, A
     model, history = trained
     seconds = round(history.pop("seconds"), 2)
     curves = {key: [round(x, 4) for x in values] for key, values in history.items()}
-    return result(score(model, split), parameters=lora.trainable_parameters(model), seconds=seconds, **curves)
+    return result(
+        score(model, split), parameters=lora.trainable_parameters(model), seconds=seconds, **curves
+    )
 
 
 def forward_times(seed: int) -> dict[str, float]:
     """Milliseconds of a forward pass of each way to serve four domains, median of repeats that take turns."""
     how, base = SETTINGS["latency"], lab.load_base(SETTINGS["model"])[0]
-    ids = mixed_rows()["input_ids"][:how["batch"]][:, :how["length"]]
-    student, inside = (lora.use_adapter(injected(SETTINGS["student"]["r"], seed), merged(1.0, seed)) for _ in range(2))
+    ids = mixed_rows()["input_ids"][: how["batch"]][:, : how["length"]]
+    student, inside = (
+        lora.use_adapter(injected(SETTINGS["student"]["r"], seed), merged(1.0, seed))
+        for _ in range(2)
+    )
     mixed, _ = lab.load_base(SETTINGS["model"])
     experts.mix_experts(mixed, list(teacher_states(seed).values()))
     models = {
@@ -236,7 +263,9 @@ def memory(seed: int) -> dict[str, Any]:
     peaks = {"data alone": lambda: model(**plain, use_cache=False).loss.backward()}
     for count in range(1, len(states) + 1):
         teachers = Teachers(model, dict(list(states.items())[:count]))
-        peaks[f"{count} teachers"] = lambda teachers=teachers: distillation_step(teachers, plain).total.backward()
+        peaks[f"{count} teachers"] = lambda teachers=teachers: distillation_step(
+            teachers, plain
+        ).total.backward()
     steps = {}
     for name, step in peaks.items():
         step()  # gradients exist from here on
@@ -263,39 +292,82 @@ def main() -> None:
         return found
 
     def best(
-        arm: str, choices: list[float], validate: Callable[[float, int], dict[str, Any]], seeds: list[int] = seeds
+        arm: str,
+        choices: list[float],
+        validate: Callable[[float, int], dict[str, Any]],
+        seeds: list[int] = seeds,
     ) -> float:
         """Every choice with every seed on validation text; the choice with the lowest mean."""
-        runs = {c: [run(f"{arm}/{c:g}/{s}/validation", lambda c=c, s=s: validate(c, s)) for s in seeds] for c in choices}
-        return min(runs, key=lambda c: statistics.fmean(found["bits_per_byte"] for found in runs[c]))
+        runs = {
+            c: [run(f"{arm}/{c:g}/{s}/validation", lambda c=c, s=s: validate(c, s)) for s in seeds]
+            for c in choices
+        }
+        return min(
+            runs, key=lambda c: statistics.fmean(found["bits_per_byte"] for found in runs[c])
+        )
 
     def distilled(kind: str, rate: float, seed: int, split: str, **settings: Any) -> dict[str, Any]:
         return scored(train_distilled(kind, rate, seed, **settings), split)
 
     run("base/test", lambda: result(score(lab.load_base(SETTINGS["model"])[0], "test")))
     grid = SETTINGS["learning_rates"]
-    alone = best("data alone", grid, lambda rate, seed: scored(train_on_data(rate, seed), "validation"))
-    rate = best("by domain", grid, lambda rate, seed: distilled("by domain", rate, seed, "validation"))
-    weight = best("merged", SETTINGS["merge_weights"], lambda w, s: result(score_state(merged(w, s), "validation")))
+    alone = best(
+        "data alone", grid, lambda rate, seed: scored(train_on_data(rate, seed), "validation")
+    )
+    rate = best(
+        "by domain", grid, lambda rate, seed: distilled("by domain", rate, seed, "validation")
+    )
+    weight = best(
+        "merged",
+        SETTINGS["merge_weights"],
+        lambda w, s: result(score_state(merged(w, s), "validation")),
+    )
     rates = SETTINGS["router_rates"]
-    router = best("experts", rates, lambda r, s: result(score(train_router(r, s), "validation")), seeds[:1])
+    router = best(
+        "experts", rates, lambda r, s: result(score(train_router(r, s), "validation")), seeds[:1]
+    )
     for seed in seeds:
-        run(f"data alone/{alone:g}/{seed}/test", lambda seed=seed: scored(train_on_data(alone, seed), "test"))
+        run(
+            f"data alone/{alone:g}/{seed}/test",
+            lambda seed=seed: scored(train_on_data(alone, seed), "test"),
+        )
         for kind in DISTILLED:
-            run(f"{kind}/{rate:g}/{seed}/test", lambda kind=kind, seed=seed: distilled(kind, rate, seed, "test"))
-        run(f"merged/{weight:g}/{seed}/test", lambda seed=seed: result(score_state(merged(weight, seed), "test")))
-        run(f"experts/{router:g}/{seed}/test", lambda seed=seed: result(score(train_router(router, seed), "test")))
+            run(
+                f"{kind}/{rate:g}/{seed}/test",
+                lambda kind=kind, seed=seed: distilled(kind, rate, seed, "test"),
+            )
+        run(
+            f"merged/{weight:g}/{seed}/test",
+            lambda seed=seed: result(score_state(merged(weight, seed), "test")),
+        )
+        run(
+            f"experts/{router:g}/{seed}/test",
+            lambda seed=seed: result(score(train_router(router, seed), "test")),
+        )
         run(f"own teacher/{seed}/test", lambda seed=seed: own_teachers(seed))
         for mixture in ("probabilities", "logits"):
             key = f"ensemble, {mixture}/{seed}/test"
-            run(key, lambda mixture=mixture, seed=seed: result(score(ensemble(seed, mixture), "test")))
+            run(
+                key,
+                lambda mixture=mixture, seed=seed: result(score(ensemble(seed, mixture), "test")),
+            )
     for temperature in SETTINGS["temperatures"]:
         for squared in (True, False):
             for seed in seeds:
                 how = {"temperature": temperature, "temperature_squared": squared}
-                key = f"sweep/{temperature:g}/{'with' if squared else 'without'} T²/{seed}/validation"
-                run(key, lambda how=how, seed=seed: distilled("by domain", rate, seed, "validation", **how))
-    run("latency", lambda: {"milliseconds": forward_times(seeds[0]), "threads": torch.get_num_threads()})
+                key = (
+                    f"sweep/{temperature:g}/{'with' if squared else 'without'} T²/{seed}/validation"
+                )
+                run(
+                    key,
+                    lambda how=how, seed=seed: distilled(
+                        "by domain", rate, seed, "validation", **how
+                    ),
+                )
+    run(
+        "latency",
+        lambda: {"milliseconds": forward_times(seeds[0]), "threads": torch.get_num_threads()},
+    )
     run("memory", lambda: memory(seeds[0]))
 
 

@@ -45,20 +45,33 @@ def pair() -> dict[str, Any]:
     how, settings = SETTINGS["pair"], first.SETTINGS
     states = {domain: first.teacher_states(how["seed"])[domain] for domain in how["domains"]}
     count = how["steps"] * how["batch"] // len(states)
-    parts = [first.rows(domain).select(range(count)).add_column("domain", [i] * count) for i, domain in enumerate(states)]
+    parts = [
+        first.rows(domain).select(range(count)).add_column("domain", [i] * count)
+        for i, domain in enumerate(states)
+    ]
     rows = datasets.concatenate_datasets(parts).with_format("torch")
     model = first.injected(settings["student"]["r"], how["seed"])
-    teachers, config = Teachers(model, states, torch.eye(len(states))), DistillationConfig(alpha=settings["alpha"])
+    teachers, config = (
+        Teachers(model, states, torch.eye(len(states))),
+        DistillationConfig(alpha=settings["alpha"]),
+    )
     with tempfile.TemporaryDirectory() as folder:
         args = training_arguments(
             folder, learning_rate=how["learning_rate"], seed=how["seed"], max_steps=how["steps"], warmup_steps=0.1,
             lr_scheduler_type="linear", per_device_train_batch_size=how["batch"], save_strategy="no", disable_tqdm=True,
         )  # fmt: skip
-        trainer = DistillationTrainer(model, args, teachers=teachers, config=config, train_dataset=rows)
+        trainer = DistillationTrainer(
+            model, args, teachers=teachers, config=config, train_dataset=rows
+        )
         trainer.train()
-    own = {domain: first.score_state(state, "test", [domain])[domain] for domain, state in states.items()}
+    own = {
+        domain: first.score_state(state, "test", [domain])[domain]
+        for domain, state in states.items()
+    }
     divergences = [entry["divergence"] for entry in trainer.history]
-    return first.result(first.score(model, "test", how["domains"]), own_teacher=own, divergences=divergences)
+    return first.result(
+        first.score(model, "test", how["domains"]), own_teacher=own, divergences=divergences
+    )
 
 
 def main() -> None:
@@ -67,22 +80,35 @@ def main() -> None:
 
     def run(key: str, function: Callable[[], dict[str, Any]]) -> float:
         found = results.run(key, function)["bits_per_byte"]
-        print(f"{(time.perf_counter() - start) / 60:5.1f} min  {key:32} {found:.4f} bits a byte", flush=True)
+        print(
+            f"{(time.perf_counter() - start) / 60:5.1f} min  {key:32} {found:.4f} bits a byte",
+            flush=True,
+        )
         return found
 
     run("pair/0/test", pair)
     for arm in ("cut", "whole"):
 
-        def scored(weight: float, seed: int, split: str, cut: bool = arm == "cut") -> dict[str, Any]:
+        def scored(
+            weight: float, seed: int, split: str, cut: bool = arm == "cut"
+        ) -> dict[str, Any]:
             return first.result(first.score_state(summed(weight, seed, cut), split))
 
-        def validated(weight: float, arm: str = arm, scored: Callable[..., dict[str, Any]] = scored) -> float:
+        def validated(
+            weight: float, arm: str = arm, scored: Callable[..., dict[str, Any]] = scored
+        ) -> float:
             keys = {seed: f"{arm}/{weight:g}/{seed}/validation" for seed in SETTINGS["seeds"]}
-            return statistics.fmean(run(key, lambda s=seed: scored(weight, s, "validation")) for seed, key in keys.items())
+            return statistics.fmean(
+                run(key, lambda s=seed: scored(weight, s, "validation"))
+                for seed, key in keys.items()
+            )
 
         best = min(SETTINGS["weights"], key=validated)
         for seed in SETTINGS["seeds"]:
-            run(f"{arm}/{best:g}/{seed}/test", lambda s=seed, scored=scored, best=best: scored(best, s, "test"))
+            run(
+                f"{arm}/{best:g}/{seed}/test",
+                lambda s=seed, scored=scored, best=best: scored(best, s, "test"),
+            )
 
 
 if __name__ == "__main__":

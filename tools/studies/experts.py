@@ -41,7 +41,10 @@ SETTINGS = {
 DOMAINS, STEPS = SETTINGS["domains"], SETTINGS["steps"]
 SOURCES = [
     Path(__file__),
-    *(ROOT / "lora_course" / name for name in ("experts.py", "lora.py", "training.py", "lab/study.py", "lab/corpora.py")),
+    *(
+        ROOT / "lora_course" / name
+        for name in ("experts.py", "lora.py", "training.py", "lab/study.py", "lab/corpora.py")
+    ),
     ROOT / "lora_course/data/nano/model.safetensors",
     *(ROOT / f"lora_course/data/text/{domain}.parquet" for domain in DOMAINS),
 ]
@@ -63,9 +66,25 @@ def config(r: int) -> LoraConfig:
     return LoraConfig(r=r, lora_alpha=2 * r, target_modules="all-linear")
 
 
-def fit(model: nn.Module, data: datasets.Dataset, rate: float, seed: int, steps: int, balance: float = 0.0) -> nn.Module:
+def fit(
+    model: nn.Module,
+    data: datasets.Dataset,
+    rate: float,
+    seed: int,
+    steps: int,
+    balance: float = 0.0,
+) -> nn.Module:
     auxiliary = functools.partial(experts.balance_loss, weight=balance) if balance else None
-    study.fit(model, data, rate, seed, steps, SETTINGS["batch"], auxiliary_loss=auxiliary, disable_tqdm=True)
+    study.fit(
+        model,
+        data,
+        rate,
+        seed,
+        steps,
+        SETTINGS["batch"],
+        auxiliary_loss=auxiliary,
+        disable_tqdm=True,
+    )
     return model
 
 
@@ -88,11 +107,15 @@ def train_lora(rate: float, seed: int) -> nn.Module:
     return fit(model, mixed_rows(), rate, seed, STEPS * len(DOMAINS))
 
 
-def train_joint(rate: float, seed: int, balance: float = SETTINGS["balance"], **arguments: Any) -> nn.Module:
+def train_joint(
+    rate: float, seed: int, balance: float = SETTINGS["balance"], **arguments: Any
+) -> nn.Module:
     """Experts and routers together, on all text."""
     model, _ = lab.load_base(SETTINGS["model"])
     torch.manual_seed(seed)
-    lora.inject(model, config(SETTINGS["r"]), experts.ExpertsLinear, num_experts=len(DOMAINS), **arguments)
+    lora.inject(
+        model, config(SETTINGS["r"]), experts.ExpertsLinear, num_experts=len(DOMAINS), **arguments
+    )
     return fit(model, mixed_rows(), rate, seed, STEPS * len(DOMAINS), balance)
 
 
@@ -108,10 +131,15 @@ def score(model: nn.Module, split: str, domains: list[str] = DOMAINS) -> dict[st
     """Bits a byte on a sample of a split, by domain."""
     _, tokenizer = lab.load_base(SETTINGS["model"])
     size = SETTINGS["score_bytes"]
-    return {d: lab.bits_per_byte(model, tokenizer, lab.load_text(d, split), max_bytes=size) for d in domains}
+    return {
+        d: lab.bits_per_byte(model, tokenizer, lab.load_text(d, split), max_bytes=size)
+        for d in domains
+    }
 
 
-def score_state(state: lora.AdapterState, split: str, domains: list[str] = DOMAINS) -> dict[str, float]:
+def score_state(
+    state: lora.AdapterState, split: str, domains: list[str] = DOMAINS
+) -> dict[str, float]:
     """`score` of the base with a plain adapter."""
     model, _ = lab.load_base(SETTINGS["model"])
     lora.inject(model, config(SETTINGS["r"]))
@@ -127,7 +155,10 @@ def usage(model: nn.Module) -> dict[str, Any]:
     data = [lab.blocks(tokenizer, text, length)[:rows]["input_ids"] for text in texts]
     with lab.evaluating(model):
         model(input_ids=torch.cat(data), use_cache=False)
-    gates = [block.view(len(DOMAINS), rows, length, -1).mean((1, 2)) for block in experts.latest_gates(model).values()]
+    gates = [
+        block.view(len(DOMAINS), rows, length, -1).mean((1, 2))
+        for block in experts.latest_gates(model).values()
+    ]
     return {"gates": torch.stack(gates, 1).tolist(), "balance": experts.balance_loss(model).item()}
 
 
@@ -146,13 +177,22 @@ def cost(name: str) -> dict[str, Any]:
         adapter = export_peft(lora.inject(copy.deepcopy(base), config(8)), folder)
         base.config.use_cache = False  # X-LoRA needs it off, and its adapters named by number
         adapters = {str(i): str(adapter) for i in range(8)}
-        settings = XLoraConfig(hidden_size=base.config.hidden_size, task_type="CAUSAL_LM", adapters=adapters)
+        settings = XLoraConfig(
+            hidden_size=base.config.hidden_size, task_type="CAUSAL_LM", adapters=adapters
+        )
         theirs = get_peft_model(copy.deepcopy(base), settings)
-    ours = {n: lora.inject(copy.deepcopy(base), config(8), experts.ExpertsLinear, num_experts=n) for n in (1, 8)}
+    ours = {
+        n: lora.inject(copy.deepcopy(base), config(8), experts.ExpertsLinear, num_experts=n)
+        for n in (1, 8)
+    }
     frozen = experts.freeze_experts(copy.deepcopy(ours[8]))
     arms = {"one": ours[1], "eight": ours[8], "eight, frozen": frozen, "X-LoRA, frozen": theirs}
-    trained = {arm: [p for p in model.parameters() if p.requires_grad] for arm, model in arms.items()}
-    optimizers = {arm: torch.optim.AdamW(parameters, lr=1e-4) for arm, parameters in trained.items()}
+    trained = {
+        arm: [p for p in model.parameters() if p.requires_grad] for arm, model in arms.items()
+    }
+    optimizers = {
+        arm: torch.optim.AdamW(parameters, lr=1e-4) for arm, parameters in trained.items()
+    }
 
     def step(arm: str) -> float:
         begin = time.perf_counter()
@@ -167,7 +207,10 @@ def cost(name: str) -> dict[str, Any]:
             step(arm)
         operations[arm] = counter.get_total_flops()
     seconds = [{arm: step(arm) for arm in arms} for _ in range(rounds)]
-    return {"operations": operations, "ratios": {arm: [round(s[arm] / s["one"], 4) for s in seconds] for arm in arms}}
+    return {
+        "operations": operations,
+        "ratios": {arm: [round(s[arm] / s["one"], 4) for s in seconds] for arm in arms},
+    }
 
 
 def main() -> None:
@@ -177,17 +220,27 @@ def main() -> None:
 
     def run(key: str, function: Any) -> dict[str, Any]:
         result = results.run(key, function)
-        print(f"{(time.perf_counter() - start) / 60:5.1f} min  {key}  {result.get('mean', '')}", flush=True)
+        print(
+            f"{(time.perf_counter() - start) / 60:5.1f} min  {key}  {result.get('mean', '')}",
+            flush=True,
+        )
         return result
 
     def scored(by_domain: dict[str, float], **more: Any) -> dict[str, Any]:
         return {"mean": statistics.fmean(by_domain.values()), "bits_per_byte": by_domain} | more
 
     def oracle(states: list[lora.AdapterState], split: str) -> dict[str, float]:
-        return {d: score_state(state, split, [d])[d] for state, d in zip(states, DOMAINS, strict=True)}
+        return {
+            d: score_state(state, split, [d])[d] for state, d in zip(states, DOMAINS, strict=True)
+        }
 
     def best(method: str, rates: list[float]) -> float:
-        return min(rates, key=lambda rate: results.record["runs"][f"{method}/{rate:g}/{first}/validation"]["mean"])
+        return min(
+            rates,
+            key=lambda rate: results.record["runs"][f"{method}/{rate:g}/{first}/validation"][
+                "mean"
+            ],
+        )
 
     rates, router_rates = SETTINGS["learning_rates"], SETTINGS["router_rates"]
     for split in ("validation", "test"):
@@ -227,10 +280,17 @@ def main() -> None:
         rate = best(method, rates)
         for seed in SETTINGS["seeds"]:
 
-            def final(t: Any = train, r: float = rate, s: int = seed, m: str = method) -> dict[str, Any]:
+            def final(
+                t: Any = train, r: float = rate, s: int = seed, m: str = method
+            ) -> dict[str, Any]:
                 model = t(r, s)
                 more = {"usage": usage(model)} if m == "joint" else {}
-                return scored(score(model, "test"), parameters=lora.trainable_parameters(model), rate=r, **more)
+                return scored(
+                    score(model, "test"),
+                    parameters=lora.trainable_parameters(model),
+                    rate=r,
+                    **more,
+                )
 
             run(f"{method}/{rate:g}/{seed}/test", final)
     for name in SETTINGS["cost"]:
@@ -244,7 +304,10 @@ def main() -> None:
                 return scored(score(model, "test"), usage=usage(model))
 
             run(f"top_k/{balance:g}/{seed}/test", collapse)
-    print("finite:", all(math.isfinite(run.get("mean", 0.0)) for run in results.record["runs"].values()))
+    print(
+        "finite:",
+        all(math.isfinite(run.get("mean", 0.0)) for run in results.record["runs"].values()),
+    )
 
 
 if __name__ == "__main__":

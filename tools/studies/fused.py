@@ -37,7 +37,17 @@ SETTINGS = {
 }  # fmt: skip
 SOURCES = [
     Path(__file__),
-    *(ROOT / "lora_course" / name for name in ("fused.py", "lora.py", "training.py", "lab/study.py", "lab/corpora.py", "lab/memory.py")),
+    *(
+        ROOT / "lora_course" / name
+        for name in (
+            "fused.py",
+            "lora.py",
+            "training.py",
+            "lab/study.py",
+            "lab/corpora.py",
+            "lab/memory.py",
+        )
+    ),
     ROOT / "lora_course/data/nano/model.safetensors",
     *(ROOT / f"lora_course/data/text/{domain}.parquet" for domain in SETTINGS["domains"]),
 ]
@@ -45,14 +55,24 @@ LAYERS = {"plain": lora.LoRALinear, "fused": FusedLoRALinear}
 
 
 def config(r: int, dropout: float = 0.0) -> LoraConfig:
-    return LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM")
+    return LoraConfig(
+        r=r,
+        lora_alpha=2 * r,
+        lora_dropout=dropout,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
 
 
 def injected(kind: str, r: int, dropout: float = 0.0, seed: int = 0) -> nn.Module:
     """The base with an adapter whose B is not zero: "plain", "fused" or "peft"."""
     model, _ = lab.load_base(SETTINGS["model"])
     torch.manual_seed(seed)
-    model = get_peft_model(model, config(r, dropout)) if kind == "peft" else lora.inject(model, config(r, dropout), layer=LAYERS[kind])
+    model = (
+        get_peft_model(model, config(r, dropout))
+        if kind == "peft"
+        else lora.inject(model, config(r, dropout), layer=LAYERS[kind])
+    )
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and ("lora_B" in name or name.endswith(".B")):
             nn.init.normal_(parameter, std=0.02)
@@ -131,7 +151,11 @@ def step_times(r: int, dropout: float) -> dict[str, list[float]]:
 
         return run
 
-    return race({kind: arm(model) for kind, model in models.items()} | {"B as it lies": arm(models["plain"], 0)}, SETTINGS["step_rounds"])
+    return race(
+        {kind: arm(model) for kind, model in models.items()}
+        | {"B as it lies": arm(models["plain"], 0)},
+        SETTINGS["step_rounds"],
+    )
 
 
 def order_times(r: int) -> dict[str, list[float]]:
@@ -140,7 +164,15 @@ def order_times(r: int) -> dict[str, list[float]]:
     torch.manual_seed(0)
     g, h, B = torch.randn(s["rows"], s["out"]), torch.randn(s["rows"], r), torch.randn(s["out"], r)
     Bt = B.t().contiguous()
-    return race({"gᵀh": lambda: g.t() @ h, "(hᵀg)ᵀ": lambda: (h.t() @ g).t(), "gB": lambda: g @ B, "g(Bᵀ)ᵀ": lambda: g @ Bt.t()}, s["rounds"])
+    return race(
+        {
+            "gᵀh": lambda: g.t() @ h,
+            "(hᵀg)ᵀ": lambda: (h.t() @ g).t(),
+            "gB": lambda: g @ B,
+            "g(Bᵀ)ᵀ": lambda: g @ Bt.t(),
+        },
+        s["rounds"],
+    )
 
 
 def layer_times() -> dict[str, list[float]]:
@@ -163,16 +195,23 @@ def latency(count: int) -> dict[str, list[float]]:
     models = {"base": lab.load_base(SETTINGS["model"])[0]}
     models["merged"] = lora.unload(lora.merge(injected("plain", 16)))
     models |= {f"r = {r}": injected("plain", r) for r in SETTINGS["latency_ranks"]}
-    arms = {name: (lambda model=model.eval(): model(input_ids=ids, use_cache=False)) for name, model in models.items()}
+    arms = {
+        name: (lambda model=model.eval(): model(input_ids=ids, use_cache=False))
+        for name, model in models.items()
+    }
     return race(arms, SETTINGS["latency_rounds"])
 
 
-def fleet(count: int, r: int) -> tuple[dict[str, lora.AdapterState], nn.Module, nn.Module, nn.Module]:
+def fleet(
+    count: int, r: int
+) -> tuple[dict[str, lora.AdapterState], nn.Module, nn.Module, nn.Module]:
     """States of so many adapters; all of them on one base, ours and PEFT's; and a model that takes one at a time."""
     states = {f"adapter {i}": lora.factor_state(injected("plain", r, seed=i)) for i in range(count)}
     ours = load_adapters(lab.load_base(SETTINGS["model"])[0], states).eval()
     one = injected("plain", r).eval()
-    theirs = get_peft_model(lab.load_base(SETTINGS["model"])[0], config(r), adapter_name="adapter 0")
+    theirs = get_peft_model(
+        lab.load_base(SETTINGS["model"])[0], config(r), adapter_name="adapter 0"
+    )
     for name in list(states)[1:]:
         theirs.add_adapter(name, config(r))
     for name, state in states.items():
@@ -215,8 +254,16 @@ def generated() -> dict[str, list[float]]:
     s = SETTINGS["generate"]
     states, ours, one, theirs = fleet(s["adapters"], s["r"])
     base, _ = lab.load_base(SETTINGS["model"])
-    ids, names = tokens(s["rows"], s["prompt"]), [f"adapter {i % s['adapters']}" for i in range(s["rows"])]
-    how = {"max_new_tokens": s["new"], "min_new_tokens": s["new"], "do_sample": False, "pad_token_id": 0}
+    ids, names = (
+        tokens(s["rows"], s["prompt"]),
+        [f"adapter {i % s['adapters']}" for i in range(s["rows"])],
+    )
+    how = {
+        "max_new_tokens": s["new"],
+        "min_new_tokens": s["new"],
+        "do_sample": False,
+        "pad_token_id": 0,
+    }
 
     def batched() -> torch.Tensor:
         with rows(ours, names):
@@ -233,7 +280,12 @@ def generated() -> dict[str, list[float]]:
         return theirs.generate(input_ids=ids, adapter_names=names, **how)
 
     same = [float((batched() == other()).all(1).float().mean()) for other in (by_groups, peft)]
-    arms = {"base": lambda: base.generate(ids, **how), "batched": batched, "by groups": by_groups, "peft": peft}
+    arms = {
+        "base": lambda: base.generate(ids, **how),
+        "batched": batched,
+        "by groups": by_groups,
+        "peft": peft,
+    }
     return race(arms, s["rounds"]) | {"rows written alike": same}
 
 
@@ -242,8 +294,18 @@ def trained(kind: str, domain: str, seed: int) -> dict[str, object]:
     model, tokenizer = lab.load_base(SETTINGS["model"])
     torch.manual_seed(seed)
     model = lora.inject(model, config(SETTINGS["r"]), layer=LAYERS[kind])
-    losses = study.fit(model, training_rows(domain), SETTINGS["learning_rate"], seed, SETTINGS["steps"], SETTINGS["batch"], disable_tqdm=True)
-    bits = lab.bits_per_byte(model, tokenizer, lab.load_text(domain, "test"), max_bytes=SETTINGS["test_bytes"])
+    losses = study.fit(
+        model,
+        training_rows(domain),
+        SETTINGS["learning_rate"],
+        seed,
+        SETTINGS["steps"],
+        SETTINGS["batch"],
+        disable_tqdm=True,
+    )
+    bits = lab.bits_per_byte(
+        model, tokenizer, lab.load_text(domain, "test"), max_bytes=SETTINGS["test_bytes"]
+    )
     return {"bits_per_byte": bits, "last_loss": losses[-1]}
 
 
@@ -257,8 +319,21 @@ def training_rows(domain: str):
 def machine() -> dict[str, object]:
     """What the times were measured on."""
     cpuinfo = Path("/proc/cpuinfo")
-    lines = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] if cpuinfo.exists() else []
-    return {"processor": (lines or [platform.processor()])[0], "cores": len(lines), "threads": torch.get_num_threads(), "system": platform.system()}
+    lines = (
+        [
+            line.split(":", 1)[1].strip()
+            for line in cpuinfo.read_text().splitlines()
+            if line.startswith("model name")
+        ]
+        if cpuinfo.exists()
+        else []
+    )
+    return {
+        "processor": (lines or [platform.processor()])[0],
+        "cores": len(lines),
+        "threads": torch.get_num_threads(),
+        "system": platform.system(),
+    }
 
 
 def main() -> None:
@@ -274,9 +349,17 @@ def main() -> None:
     for kind in ("plain", "fused", "peft"):
         for r in SETTINGS["memory_ranks"]:
             for mode, dropout in (("fp32", 0.0), ("dropout", SETTINGS["dropout"])):
-                run(f"memory/{mode}/{r}/{kind}", lambda k=kind, r=r, d=dropout: memory(k, r, d, False))
+                run(
+                    f"memory/{mode}/{r}/{kind}",
+                    lambda k=kind, r=r, d=dropout: memory(k, r, d, False),
+                )
         for dropout in (0.0, SETTINGS["dropout"]):
-            run(f"process/{dropout:g}/{kind}", lambda k=kind, d=dropout: {"grown": lab.process_peak("tools.studies.fused:process_step", k, d).grown})
+            run(
+                f"process/{dropout:g}/{kind}",
+                lambda k=kind, d=dropout: {
+                    "grown": lab.process_peak("tools.studies.fused:process_step", k, d).grown
+                },
+            )
     for r in SETTINGS["step_ranks"]:
         for mode, dropout in (("fp32", 0.0), ("dropout", SETTINGS["dropout"])):
             run(f"step/{mode}/{r}", lambda r=r, d=dropout: step_times(r, d))
@@ -291,9 +374,15 @@ def main() -> None:
     for seed in SETTINGS["seeds"]:
         for domain in SETTINGS["domains"]:
             for kind in LAYERS:
-                run(f"trained/{domain}/{seed}/{kind}", lambda k=kind, d=domain, s=seed: trained(k, d, s))
+                run(
+                    f"trained/{domain}/{seed}/{kind}",
+                    lambda k=kind, d=domain, s=seed: trained(k, d, s),
+                )
     for kind in ("plain", "fused", "peft"):
-        run(f"memory/autocast/{SETTINGS['autocast_rank']}/{kind}", lambda k=kind: memory(k, SETTINGS["autocast_rank"], 0.0, True))
+        run(
+            f"memory/autocast/{SETTINGS['autocast_rank']}/{kind}",
+            lambda k=kind: memory(k, SETTINGS["autocast_rank"], 0.0, True),
+        )
 
 
 if __name__ == "__main__":

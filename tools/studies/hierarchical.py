@@ -50,7 +50,10 @@ SETTINGS = {
 }  # fmt: skip
 SOURCES = [
     Path(__file__),
-    *(ROOT / "lora_course" / name for name in ("lora.py", "hierarchical.py", "training.py", "lab/study.py", "lab/corpora.py")),
+    *(
+        ROOT / "lora_course" / name
+        for name in ("lora.py", "hierarchical.py", "training.py", "lab/study.py", "lab/corpora.py")
+    ),
     ROOT / "lora_course/data/nano/model.safetensors",
     ROOT / "lora_course/data/text/shakespeare.parquet",
 ]
@@ -61,7 +64,11 @@ def inject(model: torch.nn.Module, name: str) -> torch.nn.Module:
     arm = TRAININGS[name]
     alpha = SETTINGS["scaling"] * arm["r"]
     config = LoraConfig(r=arm["r"], lora_alpha=alpha, target_modules=SETTINGS["target_modules"])
-    nested = {"layer": NestedLoRALinear, "ranks": RANKS, "weighting": arm["weighting"]} if "weighting" in arm else {"layer": LoRALinear}
+    nested = (
+        {"layer": NestedLoRALinear, "ranks": RANKS, "weighting": arm["weighting"]}
+        if "weighting" in arm
+        else {"layer": LoRALinear}
+    )
     return lora.inject(model, config, **nested)
 
 
@@ -69,7 +76,9 @@ def inject(model: torch.nn.Module, name: str) -> torch.nn.Module:
 def rows() -> datasets.Dataset:
     """What is trained on."""
     _, tokenizer = lab.load_base(SETTINGS["model"])
-    texts = lab.excerpt(lab.load_text(SETTINGS["domain"], "train"), SETTINGS["train_bytes"], piece=8192)
+    texts = lab.excerpt(
+        lab.load_text(SETTINGS["domain"], "train"), SETTINGS["train_bytes"], piece=8192
+    )
     return lab.blocks(tokenizer, texts, SETTINGS["length"])
 
 
@@ -81,7 +90,16 @@ def train(name: str, learning_rate: float, seed: int) -> tuple[torch.nn.Module, 
     inject(model, name)
     arm = TRAININGS[name]
     callbacks = [RankSampler(model, seed, hold=arm["hold"])] if "hold" in arm else []
-    losses = study.fit(model, rows(), learning_rate, seed, arm["steps"], SETTINGS["batch"], callbacks=callbacks, disable_tqdm=True)
+    losses = study.fit(
+        model,
+        rows(),
+        learning_rate,
+        seed,
+        arm["steps"],
+        SETTINGS["batch"],
+        callbacks=callbacks,
+        disable_tqdm=True,
+    )
     return model, losses
 
 
@@ -93,7 +111,10 @@ def adapters(model: torch.nn.Module, serving: str) -> dict[int, AdapterState]:
         return {r: whole}
     if serving == "sliced":
         slices = {"A": lambda t, b: t[:b], "B": lambda t, b: t[:, :b], "scaling": lambda t, b: t}
-        return {b: {name: slices[name.rpartition(".")[2]](t, b).clone() for name, t in whole.items()} for b in RANKS}
+        return {
+            b: {name: slices[name.rpartition(".")[2]](t, b).clone() for name, t in whole.items()}
+            for b in RANKS
+        }
     if serving == "svd":
         return {b: lora.truncate(whole, b) for b in RANKS}
     if serving == "cut":
@@ -104,18 +125,31 @@ def adapters(model: torch.nn.Module, serving: str) -> dict[int, AdapterState]:
 @functools.cache
 def plain() -> torch.nn.Module:
     """The model that adapters are put into to be scored."""
-    return lora.inject(lab.load_base(SETTINGS["model"])[0], LoraConfig(r=1, lora_alpha=1, target_modules=SETTINGS["target_modules"]))
+    return lora.inject(
+        lab.load_base(SETTINGS["model"])[0],
+        LoraConfig(r=1, lora_alpha=1, target_modules=SETTINGS["target_modules"]),
+    )
 
 
 def score(model: torch.nn.Module, split: str) -> float:
     """Bits a byte on a sample of a split."""
     _, tokenizer = lab.load_base(SETTINGS["model"])
-    return lab.bits_per_byte(model, tokenizer, lab.load_text(SETTINGS["domain"], split), max_bytes=SETTINGS["score_bytes"])
+    return lab.bits_per_byte(
+        model,
+        tokenizer,
+        lab.load_text(SETTINGS["domain"], split),
+        max_bytes=SETTINGS["score_bytes"],
+    )
 
 
-def result(name: str, serving: str, learning_rate: float, seed: int, split: str) -> dict[str, object]:
+def result(
+    name: str, serving: str, learning_rate: float, seed: int, split: str
+) -> dict[str, object]:
     model, losses = train(name, learning_rate, seed)
-    scores = {str(b): score(lora.use_adapter(plain(), state), split) for b, state in adapters(model, serving).items()}
+    scores = {
+        str(b): score(lora.use_adapter(plain(), state), split)
+        for b, state in adapters(model, serving).items()
+    }
     found: dict[str, object] = {"bits_per_byte": scores}
     return found | {"losses": [round(loss, 4) for loss in losses]} if split == "test" else found
 
@@ -128,7 +162,11 @@ def main() -> None:
         key = f"{name}/{serving}/{rate:g}/{seed}/{split}"
         scores = results.run(key, lambda: result(name, serving, rate, seed, split))["bits_per_byte"]
         minutes = (time.perf_counter() - start) / 60
-        print(f"{minutes:5.1f} min  {key:40}", *(f"{b}: {value:.4f}" for b, value in scores.items()), flush=True)
+        print(
+            f"{minutes:5.1f} min  {key:40}",
+            *(f"{b}: {value:.4f}" for b, value in scores.items()),
+            flush=True,
+        )
         return statistics.fmean(scores.values())
 
     base, _ = lab.load_base(SETTINGS["model"])
@@ -137,7 +175,9 @@ def main() -> None:
     grid, seeds = SETTINGS["learning_rates"], SETTINGS["seeds"]
     for name in TRAININGS:
         for serving in SERVINGS[name]:
-            found = {rate: run(name, serving, rate, seeds[0], "validation") for rate in SETTINGS["first"]}
+            found = {
+                rate: run(name, serving, rate, seeds[0], "validation") for rate in SETTINGS["first"]
+            }
             while (best := min(found, key=found.get)) in (min(found), max(found)):
                 neighbour = grid[grid.index(best) + (1 if best == max(found) else -1)]
                 found[neighbour] = run(name, serving, neighbour, seeds[0], "validation")

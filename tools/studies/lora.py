@@ -44,9 +44,15 @@ SETTINGS = {
 }  # fmt: skip
 SOURCES = [
     Path(__file__),
-    *(ROOT / "lora_course" / name for name in ("lora.py", "training.py", "lab/study.py", "lab/corpora.py")),
+    *(
+        ROOT / "lora_course" / name
+        for name in ("lora.py", "training.py", "lab/study.py", "lab/corpora.py")
+    ),
     ROOT / "lora_course/data/nano/model.safetensors",
-    *(ROOT / f"lora_course/data/text/{SETTINGS[name]}.parquet" for name in ("domain", "own_domain")),
+    *(
+        ROOT / f"lora_course/data/text/{SETTINGS[name]}.parquet"
+        for name in ("domain", "own_domain")
+    ),
 ]
 
 
@@ -56,22 +62,37 @@ def config_of(arm: str) -> LoraConfig:
     if arm == "full":
         return LoraConfig(r=1, lora_alpha=1, target_modules="all-linear")
     alpha = {"alpha = 2r": 2 * r, "alpha = 16": 16, "rslora": 2 * math.sqrt(8)}[scale]
-    return LoraConfig(r=r, lora_alpha=alpha, use_rslora=scale == "rslora", target_modules=ARMS[arm]["target_modules"])
+    return LoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        use_rslora=scale == "rslora",
+        target_modules=ARMS[arm]["target_modules"],
+    )
 
 
 @functools.cache
 def train(arm: str, learning_rate: float, seed: int) -> tuple[torch.nn.Module, list[float]]:
     """One training of the study: the model and its losses."""
     model, tokenizer = lab.load_base(SETTINGS["model"])
-    texts = lab.excerpt(lab.load_text(SETTINGS["domain"], "train"), SETTINGS["train_bytes"], piece=8192)
+    texts = lab.excerpt(
+        lab.load_text(SETTINGS["domain"], "train"), SETTINGS["train_bytes"], piece=8192
+    )
     rows = lab.blocks(tokenizer, texts, SETTINGS["length"])
     torch.manual_seed(seed)
     lora.inject(model, config_of(arm))
-    if arm == "full":  # every weight trains, and the adapter stays the zero that it is: the same trainer and batches
-        adapter = {parameter for layer in lora.adapter_layers(model).values() for parameter in (layer.A, layer.B)}
+    if (
+        arm == "full"
+    ):  # every weight trains, and the adapter stays the zero that it is: the same trainer and batches
+        adapter = {
+            parameter
+            for layer in lora.adapter_layers(model).values()
+            for parameter in (layer.A, layer.B)
+        }
         for parameter in model.parameters():
             parameter.requires_grad_(parameter not in adapter)
-    return model, study.fit(model, rows, learning_rate, seed, SETTINGS["steps"], SETTINGS["batch"], disable_tqdm=True)
+    return model, study.fit(
+        model, rows, learning_rate, seed, SETTINGS["steps"], SETTINGS["batch"], disable_tqdm=True
+    )
 
 
 def score(model: torch.nn.Module, split: str) -> dict[str, float]:
@@ -80,7 +101,9 @@ def score(model: torch.nn.Module, split: str) -> dict[str, float]:
     result = {}
     for name, domain in (("bits_per_byte", "domain"), ("own_domain", "own_domain")):
         texts = lab.load_text(SETTINGS[domain], split)
-        result[name] = lab.bits_per_byte(model, tokenizer, texts, max_bytes=SETTINGS["score_bytes"][domain])
+        result[name] = lab.bits_per_byte(
+            model, tokenizer, texts, max_bytes=SETTINGS["score_bytes"][domain]
+        )
     return result
 
 
@@ -97,7 +120,10 @@ def main() -> None:
         key = f"{arm}/{learning_rate:g}/{seed}/{split}"
         result = results.run(key, compute)
         minutes = (time.perf_counter() - start) / 60
-        print(f"{minutes:5.1f} min  {key:34} {result['bits_per_byte']:.4f}, own domain {result['own_domain']:.4f}", flush=True)
+        print(
+            f"{minutes:5.1f} min  {key:34} {result['bits_per_byte']:.4f}, own domain {result['own_domain']:.4f}",
+            flush=True,
+        )
         return result["bits_per_byte"]
 
     for split in ("validation", "test"):

@@ -38,7 +38,10 @@ SETTINGS = {
 METHODS = SETTINGS["methods"]
 SOURCES = [
     Path(__file__),
-    *(ROOT / "lora_course" / name for name in ("progressive.py", "lora.py", "training.py", "lab/corpora.py")),
+    *(
+        ROOT / "lora_course" / name
+        for name in ("progressive.py", "lora.py", "training.py", "lab/corpora.py")
+    ),
     ROOT / "lora_course/data/nano/model.safetensors",
     ROOT / "lora_course/data/text/shakespeare.parquet",
 ]
@@ -47,7 +50,9 @@ SOURCES = [
 def batches(seed: int) -> datasets.Dataset:
     """The rows of all steps in the order of a seed; read from the first to the last."""
     _, tokenizer = lab.load_base(SETTINGS["model"])
-    texts = lab.excerpt(lab.load_text(SETTINGS["domain"], "train"), SETTINGS["train_bytes"], piece=8192)
+    texts = lab.excerpt(
+        lab.load_text(SETTINGS["domain"], "train"), SETTINGS["train_bytes"], piece=8192
+    )
     rows = lab.blocks(tokenizer, texts, SETTINGS["length"]).shuffle(seed=seed)
     return rows.select(range(SETTINGS["steps"] * SETTINGS["batch"]))
 
@@ -56,10 +61,14 @@ def plan(method: str, learning_rate: float) -> list[progressive.Stage]:
     """The stages of an arm: equal ones, one after the other."""
     arm = METHODS[method]
     steps = SETTINGS["steps"] // arm["stages"]
-    return [progressive.Stage(arm["r"], "all-linear", learning_rate, steps, SETTINGS["warmup"])] * arm["stages"]
+    return [
+        progressive.Stage(arm["r"], "all-linear", learning_rate, steps, SETTINGS["warmup"])
+    ] * arm["stages"]
 
 
-def train(method: str, learning_rate: float, seed: int, folder: Path) -> tuple[torch.nn.Module, list[float]]:
+def train(
+    method: str, learning_rate: float, seed: int, folder: Path
+) -> tuple[torch.nn.Module, list[float]]:
     """One training of the study, or what is left of it if `folder` holds a part: the adapted model and its losses."""
     model, _ = lab.load_base(SETTINGS["model"])
     stages, rows = plan(method, learning_rate), batches(seed)
@@ -72,13 +81,25 @@ def train(method: str, learning_rate: float, seed: int, folder: Path) -> tuple[t
     if METHODS[method]["mode"] == "restart":
         return restart(model, stages, parts, seed, folder, settings)
     results = progressive.train_stages(
-        model, stages, parts, folder, METHODS[method]["mode"], scaling=SETTINGS["scaling"], seed=seed, **settings
+        model,
+        stages,
+        parts,
+        folder,
+        METHODS[method]["mode"],
+        scaling=SETTINGS["scaling"],
+        seed=seed,
+        **settings,
     )
     return model, [entry["loss"] for result in results for entry in result["history"]]
 
 
 def restart(
-    model: torch.nn.Module, stages: list[progressive.Stage], parts: list[datasets.Dataset], seed: int, folder: Path, settings: dict
+    model: torch.nn.Module,
+    stages: list[progressive.Stage],
+    parts: list[datasets.Dataset],
+    seed: int,
+    folder: Path,
+    settings: dict,
 ) -> tuple[torch.nn.Module, list[float]]:
     """One LoRA through the learning rates and fresh optimisers of all stages."""
     if (folder / "stage-0" / "adapter.json").is_file():
@@ -87,7 +108,13 @@ def restart(
     progressive.begin_stage(model, stages[0], seed)
     losses = []
     for k, stage in enumerate(stages):
-        args = training_arguments(folder, learning_rate=stage.learning_rate, max_steps=stage.steps, seed=seed + 1000 * k, **settings)
+        args = training_arguments(
+            folder,
+            learning_rate=stage.learning_rate,
+            max_steps=stage.steps,
+            seed=seed + 1000 * k,
+            **settings,
+        )
         trainer = progressive.StageTrainer(model, args, stages, k, "run", train_dataset=parts[k])
         trainer.train()
         losses += [entry["loss"] for entry in trainer.history]
@@ -98,7 +125,12 @@ def restart(
 def score(model: torch.nn.Module, split: str) -> float:
     """Bits a byte on a sample of a split."""
     _, tokenizer = lab.load_base(SETTINGS["model"])
-    return lab.bits_per_byte(model, tokenizer, lab.load_text(SETTINGS["domain"], split), max_bytes=SETTINGS["score_bytes"])
+    return lab.bits_per_byte(
+        model,
+        tokenizer,
+        lab.load_text(SETTINGS["domain"], split),
+        max_bytes=SETTINGS["score_bytes"],
+    )
 
 
 def spectra(method: str, folder: Path) -> list[dict[str, object]]:
@@ -131,14 +163,20 @@ def main() -> None:
         model, losses = train(method, learning_rate, seed, folder)
         result: dict[str, object] = {"bits_per_byte": score(model, split)}
         if split == "test":
-            result |= {"losses": [round(loss, 4) for loss in losses], "spectra": spectra(method, folder)}
+            result |= {
+                "losses": [round(loss, 4) for loss in losses],
+                "spectra": spectra(method, folder),
+            }
         return result
 
     def report(key: str, result: dict[str, object]) -> None:
         nonlocal done
         done += 1
         minutes = (time.perf_counter() - start) / 60
-        print(f"{done:3}  {minutes:5.1f} min  {key:32} {result['bits_per_byte']:.4f} bits a byte", flush=True)
+        print(
+            f"{done:3}  {minutes:5.1f} min  {key:32} {result['bits_per_byte']:.4f} bits a byte",
+            flush=True,
+        )
 
     base, _ = lab.load_base(SETTINGS["model"])
     for split in ("validation", "test"):

@@ -33,7 +33,10 @@ SETTINGS = {
 }  # fmt: skip
 SOURCES = [
     Path(__file__),
-    *(ROOT / "lora_course" / name for name in ("lora.py", "qlora.py", "training.py", "lab/study.py", "lab/corpora.py")),
+    *(
+        ROOT / "lora_course" / name
+        for name in ("lora.py", "qlora.py", "training.py", "lab/study.py", "lab/corpora.py")
+    ),
     ROOT / "lora_course/data/nano/model.safetensors",
     ROOT / "lora_course/data/text/shakespeare.parquet",
 ]
@@ -45,25 +48,36 @@ def train(method: str, learning_rate: float, seed: int) -> tuple[torch.nn.Module
     model, tokenizer = lab.load_base(SETTINGS["model"])
     if arm["quantize"]:
         qlora.quantize_model(model)
-    texts = lab.excerpt(lab.load_text(SETTINGS["domain"], "train"), SETTINGS["train_bytes"], piece=8192)
+    texts = lab.excerpt(
+        lab.load_text(SETTINGS["domain"], "train"), SETTINGS["train_bytes"], piece=8192
+    )
     rows = lab.blocks(tokenizer, texts, SETTINGS["length"])
     torch.manual_seed(seed)
     config = LoraConfig(r=arm["r"], lora_alpha=2 * arm["r"], target_modules=arm["target_modules"])
     lora.inject(model, config)
-    return model, study.fit(model, rows, learning_rate, seed, SETTINGS["steps"], SETTINGS["batch"], disable_tqdm=True)
+    return model, study.fit(
+        model, rows, learning_rate, seed, SETTINGS["steps"], SETTINGS["batch"], disable_tqdm=True
+    )
 
 
 def score(model: torch.nn.Module, split: str) -> float:
     """Bits a byte on a sample of a split."""
     _, tokenizer = lab.load_base(SETTINGS["model"])
-    return lab.bits_per_byte(model, tokenizer, lab.load_text(SETTINGS["domain"], split), max_bytes=SETTINGS["score_bytes"])
+    return lab.bits_per_byte(
+        model,
+        tokenizer,
+        lab.load_text(SETTINGS["domain"], split),
+        max_bytes=SETTINGS["score_bytes"],
+    )
 
 
 def merged_scores(model: torch.nn.Module) -> dict[str, float]:
     """Bits a byte on the test text after each of the three ways to merge the adapter of a 4-bit model."""
     original, _ = lab.load_base(SETTINGS["model"])
     return {
-        "dequantized": score(lora.unload(lora.merge(qlora.dequantize_model(copy.deepcopy(model)))), "test"),
+        "dequantized": score(
+            lora.unload(lora.merge(qlora.dequantize_model(copy.deepcopy(model)))), "test"
+        ),
         "requantized": score(qlora.merge_requantized(copy.deepcopy(model)), "test"),
         "original": score(qlora.merge_into(original, model), "test"),
     }
@@ -71,12 +85,20 @@ def merged_scores(model: torch.nn.Module) -> dict[str, float]:
 
 def main() -> None:
     results = study.Study(study.STUDIES / "1_1_qlora.json", SOURCES, SETTINGS)
-    keys = [(m, lr, seed) for m in METHODS for lr in SETTINGS["learning_rates"] for seed in SETTINGS["seeds"]]
+    keys = [
+        (m, lr, seed)
+        for m in METHODS
+        for lr in SETTINGS["learning_rates"]
+        for seed in SETTINGS["seeds"]
+    ]
     start, done = time.perf_counter(), 0
 
     def run(method: str, learning_rate: float, seed: int, split: str) -> dict[str, object]:
         model, losses = train(method, learning_rate, seed)
-        result = {"bits_per_byte": score(model, split), "parameters": lora.trainable_parameters(model)}
+        result = {
+            "bits_per_byte": score(model, split),
+            "parameters": lora.trainable_parameters(model),
+        }
         if split == "test":
             result["losses"] = [round(loss, 4) for loss in losses]
         if split == "test" and method == "qlora":
@@ -87,14 +109,20 @@ def main() -> None:
         nonlocal done
         done += 1
         minutes = (time.perf_counter() - start) / 60
-        print(f"{done:3}/{len(keys) + 9}  {minutes:5.1f} min  {key:32} {result['bits_per_byte']:.4f} bits a byte", flush=True)
+        print(
+            f"{done:3}/{len(keys) + 9}  {minutes:5.1f} min  {key:32} {result['bits_per_byte']:.4f} bits a byte",
+            flush=True,
+        )
 
     for base in (False, True):
         model, _ = lab.load_base(SETTINGS["model"])
         if base:
             qlora.quantize_model(model)
         for split in ("validation", "test"):
-            results.run(f"base/{'nf4' if base else 'fp32'}/{split}", lambda m=model, s=split: {"bits_per_byte": score(m, s)})
+            results.run(
+                f"base/{'nf4' if base else 'fp32'}/{split}",
+                lambda m=model, s=split: {"bits_per_byte": score(m, s)},
+            )
     scores: dict[str, dict[float, list[float]]] = {method: {} for method in METHODS}
     for method, learning_rate, seed in keys:
         key = f"{method}/{learning_rate:g}/{seed}/validation"

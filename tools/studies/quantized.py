@@ -44,7 +44,10 @@ SETTINGS = {
 }  # fmt: skip
 SOURCES = [
     Path(__file__),
-    *(ROOT / "lora_course" / name for name in ("lora.py", "quantized.py", "training.py", "lab/study.py", "lab/corpora.py")),
+    *(
+        ROOT / "lora_course" / name
+        for name in ("lora.py", "quantized.py", "training.py", "lab/study.py", "lab/corpora.py")
+    ),
     ROOT / "lora_course/data/nano/model.safetensors",
     ROOT / "lora_course/data/text/shakespeare.parquet",
 ]
@@ -54,18 +57,28 @@ def injected(arm: str) -> torch.nn.Module:
     """The base with the fresh adapter of an arm."""
     model, _ = lab.load_base(SETTINGS["model"])
     r = RANKS.get(arm, SETTINGS["r"])
-    config = LoraConfig(r=r, lora_alpha=SETTINGS["scaling"] * r, target_modules=SETTINGS["target_modules"])
-    return lora.inject(model, config) if arm in RANKS else lora.inject(model, config, layer=QuantizedLoRALinear, **GRIDS[arm])
+    config = LoraConfig(
+        r=r, lora_alpha=SETTINGS["scaling"] * r, target_modules=SETTINGS["target_modules"]
+    )
+    return (
+        lora.inject(model, config)
+        if arm in RANKS
+        else lora.inject(model, config, layer=QuantizedLoRALinear, **GRIDS[arm])
+    )
 
 
 def train(arm: str, learning_rate: float, seed: int) -> tuple[torch.nn.Module, list[float]]:
     """One training of the study: the model and its losses."""
     _, tokenizer = lab.load_base(SETTINGS["model"])
-    texts = lab.excerpt(lab.load_text(SETTINGS["domain"], "train"), SETTINGS["train_bytes"], piece=8192)
+    texts = lab.excerpt(
+        lab.load_text(SETTINGS["domain"], "train"), SETTINGS["train_bytes"], piece=8192
+    )
     rows = lab.blocks(tokenizer, texts, SETTINGS["length"])
     torch.manual_seed(seed)
     model = injected(arm)
-    losses = study.fit(model, rows, learning_rate, seed, SETTINGS["steps"], SETTINGS["batch"], disable_tqdm=True)
+    losses = study.fit(
+        model, rows, learning_rate, seed, SETTINGS["steps"], SETTINGS["batch"], disable_tqdm=True
+    )
     return model, losses
 
 
@@ -73,7 +86,10 @@ def score(model: torch.nn.Module, split: str) -> float:
     """Bits a byte on a sample of a split."""
     _, tokenizer = lab.load_base(SETTINGS["model"])
     return lab.bits_per_byte(
-        model, tokenizer, lab.load_text(SETTINGS["domain"], split), max_bytes=SETTINGS["score_bytes"][split]
+        model,
+        tokenizer,
+        lab.load_text(SETTINGS["domain"], split),
+        max_bytes=SETTINGS["score_bytes"][split],
     )
 
 
@@ -89,8 +105,15 @@ def error(model: torch.nn.Module, plain: lora.AdapterState) -> float:
     """‖ΔW − ΔW of `plain`‖ / ‖ΔW of `plain`‖ over all layers together."""
     reference = lora.use_adapter(injected("lora"), plain)
     layers = lora.adapter_layers(reference)
-    pairs = [(layer.delta_weight(), layers[name].delta_weight()) for name, layer in lora.adapter_layers(model).items()]
-    return (sum((a - b).square().sum() for a, b in pairs) / sum(b.square().sum() for _, b in pairs)).sqrt().item()
+    pairs = [
+        (layer.delta_weight(), layers[name].delta_weight())
+        for name, layer in lora.adapter_layers(model).items()
+    ]
+    return (
+        (sum((a - b).square().sum() for a, b in pairs) / sum(b.square().sum() for _, b in pairs))
+        .sqrt()
+        .item()
+    )
 
 
 TRAINED: dict[tuple[str, float, int], tuple[lora.AdapterState, list[float]]] = {}
@@ -109,7 +132,11 @@ def trained(arm: str, learning_rate: float, seed: int) -> tuple[torch.nn.Module,
 def result(arm: str, learning_rate: float, seed: int, split: str) -> dict[str, object]:
     model, losses = trained(arm, learning_rate, seed)
     found = {"bits_per_byte": score(model, split)}
-    return found | {"bytes": file_bytes(model), "losses": [round(loss, 4) for loss in losses]} if split == "test" else found
+    return (
+        found | {"bytes": file_bytes(model), "losses": [round(loss, 4) for loss in losses]}
+        if split == "test"
+        else found
+    )
 
 
 @torch.no_grad()
@@ -128,17 +155,30 @@ def main() -> None:
 
     def run(key: str, function, *arguments: object) -> float:
         value = results.run(key, lambda: function(*arguments))["bits_per_byte"]
-        print(f"{(time.perf_counter() - start) / 60:5.1f} min  {key:36} {value:.4f} bits a byte", flush=True)
+        print(
+            f"{(time.perf_counter() - start) / 60:5.1f} min  {key:36} {value:.4f} bits a byte",
+            flush=True,
+        )
         return value
 
     for split in ("validation", "test"):
-        run(f"base/{split}", lambda s=split: {"bits_per_byte": score(lab.load_base(SETTINGS["model"])[0], s)})
+        run(
+            f"base/{split}",
+            lambda s=split: {"bits_per_byte": score(lab.load_base(SETTINGS["model"])[0], s)},
+        )
     best = {}
     for arm in (*RANKS, *GRIDS):
-        found = {rate: run(f"{arm}/{rate:g}/{seeds[0]}/validation", result, arm, rate, seeds[0], "validation") for rate in SETTINGS["first"]}
+        found = {
+            rate: run(
+                f"{arm}/{rate:g}/{seeds[0]}/validation", result, arm, rate, seeds[0], "validation"
+            )
+            for rate in SETTINGS["first"]
+        }
         while (chosen := min(found, key=found.get)) in (min(found), max(found)):
             rate = grid[grid.index(chosen) + (1 if chosen == max(found) else -1)]
-            found[rate] = run(f"{arm}/{rate:g}/{seeds[0]}/validation", result, arm, rate, seeds[0], "validation")
+            found[rate] = run(
+                f"{arm}/{rate:g}/{seeds[0]}/validation", result, arm, rate, seeds[0], "validation"
+            )
         best[arm] = chosen
         for seed in seeds:
             run(f"{arm}/{chosen:g}/{seed}/test", result, arm, chosen, seed, "test")

@@ -20,10 +20,22 @@ from torch import nn
 from lora_course import lab, lora
 from lora_course.checkpoint import save_adapter
 from lora_course.lab import study
-from lora_course.sparse import GatedLoRALinear, GateSparsity, SparseDeltaLinear, SparseLoRALinear, prune, ranks
+from lora_course.sparse import (
+    GatedLoRALinear,
+    GateSparsity,
+    SparseDeltaLinear,
+    SparseLoRALinear,
+    prune,
+    ranks,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
-LAYERS = {"lora": lora.LoRALinear, "gates": GatedLoRALinear, "factors": SparseLoRALinear, "delta": SparseDeltaLinear}
+LAYERS = {
+    "lora": lora.LoRALinear,
+    "gates": GatedLoRALinear,
+    "factors": SparseLoRALinear,
+    "delta": SparseDeltaLinear,
+}
 # The scale s = α/r is 2 for all. "factors/4" trains as many numbers as "lora/4", and so do the others.
 METHODS = {
     "lora/4": {"r": 4},
@@ -47,7 +59,10 @@ SETTINGS = {
 }  # fmt: skip
 SOURCES = [
     Path(__file__),
-    *(ROOT / "lora_course" / name for name in ("lora.py", "sparse.py", "training.py", "lab/study.py", "lab/corpora.py")),
+    *(
+        ROOT / "lora_course" / name
+        for name in ("lora.py", "sparse.py", "training.py", "lab/study.py", "lab/corpora.py")
+    ),
     ROOT / "lora_course/data/nano/model.safetensors",
     ROOT / "lora_course/data/text/shakespeare.parquet",
 ]
@@ -57,7 +72,11 @@ def injected(method: str) -> nn.Module:
     """The base with the fresh adapter of a method; its masks and gates come from torch's generator."""
     fields = METHODS[method]
     arguments = {key: fields[key] for key in ("sparsity", "mask") if key in fields}
-    config = LoraConfig(r=fields["r"], lora_alpha=SETTINGS["scaling"] * fields["r"], target_modules=SETTINGS["target_modules"])
+    config = LoraConfig(
+        r=fields["r"],
+        lora_alpha=SETTINGS["scaling"] * fields["r"],
+        target_modules=SETTINGS["target_modules"],
+    )
     model, _ = lab.load_base(SETTINGS["model"])
     return lora.inject(model, config, layer=LAYERS[method.split("/")[0]], **arguments)
 
@@ -77,7 +96,9 @@ class Recorder(GateSparsity):
 def train(method: str, learning_rate: float, seed: int) -> tuple[nn.Module, dict[str, object]]:
     """One training of the study: the adapted model, pruned, and what was seen on the way."""
     _, tokenizer = lab.load_base(SETTINGS["model"])
-    texts = lab.excerpt(lab.load_text(SETTINGS["domain"], "train"), SETTINGS["train_bytes"], piece=8192)
+    texts = lab.excerpt(
+        lab.load_text(SETTINGS["domain"], "train"), SETTINGS["train_bytes"], piece=8192
+    )
     rows = lab.blocks(tokenizer, texts, SETTINGS["length"])
     torch.manual_seed(seed)
     model = injected(method)
@@ -92,14 +113,22 @@ def train(method: str, learning_rate: float, seed: int) -> tuple[nn.Module, dict
         "start": [[round(g, 4) for g in gate.tolist()] for gate in start],
         "end": [[round(g, 4) for g in layer.gate.tolist()] for layer in layers],
     }
-    return prune(model), {"losses": losses, "ranks": ranks(model), "opened": recorder.opened, "gates": gates}
+    return prune(model), {
+        "losses": losses,
+        "ranks": ranks(model),
+        "opened": recorder.opened,
+        "gates": gates,
+    }
 
 
 def score(model: nn.Module, split: str) -> float:
     """Bits a byte on a sample of a split."""
     _, tokenizer = lab.load_base(SETTINGS["model"])
     return lab.bits_per_byte(
-        model, tokenizer, lab.load_text(SETTINGS["domain"], split), max_bytes=SETTINGS["score_bytes"][split]
+        model,
+        tokenizer,
+        lab.load_text(SETTINGS["domain"], split),
+        max_bytes=SETTINGS["score_bytes"][split],
     )
 
 
@@ -113,7 +142,12 @@ def result(method: str, learning_rate: float, seed: int, split: str) -> dict[str
     """One training and its score."""
     model, seen = train(method, learning_rate, seed)
     seen["losses"] = [round(loss, 4) for loss in seen["losses"]]
-    return {"bits_per_byte": score(model, split), "parameters": lora.trainable_parameters(model), "bytes": size(model), **(seen if split == "test" else {})}
+    return {
+        "bits_per_byte": score(model, split),
+        "parameters": lora.trainable_parameters(model),
+        "bytes": size(model),
+        **(seen if split == "test" else {}),
+    }
 
 
 def main() -> None:
@@ -125,7 +159,10 @@ def main() -> None:
         key = f"{method}/{rate:g}/{seed}/{split}"
         value = results.run(key, lambda: result(method, rate, seed, split))["bits_per_byte"]
         done += 1
-        print(f"{done:3}  {(time.perf_counter() - start) / 60:5.1f} min  {key:36} {value:.4f} bits a byte", flush=True)
+        print(
+            f"{done:3}  {(time.perf_counter() - start) / 60:5.1f} min  {key:36} {value:.4f} bits a byte",
+            flush=True,
+        )
         return value
 
     base, _ = lab.load_base(SETTINGS["model"])
@@ -133,7 +170,9 @@ def main() -> None:
         results.run(f"base/{split}", lambda s=split: {"bits_per_byte": score(base, s)})
     best = {}
     for method in SEARCHED:
-        scores = {rate: run(method, rate, seeds[0], "validation") for rate in SETTINGS["learning_rates"]}
+        scores = {
+            rate: run(method, rate, seeds[0], "validation") for rate in SETTINGS["learning_rates"]
+        }
         while (rate := min(scores, key=scores.get)) in (min(scores), max(scores)):
             beyond = rate / 2 if rate == min(scores) else rate * 2
             scores[beyond] = run(method, beyond, seeds[0], "validation")
