@@ -166,7 +166,7 @@ def test_what_was_stopped_goes_on_and_nothing_is_computed_twice(quick, tmp_path:
     assert len(quick) == 2 and "lora/python/0.008/0/validation" in lines[1]
     whole = compare.compare(["lora"], ["python"], tmp_path / "r.json", lambda line: None)
     assert (
-        len(quick) == 2 + 1 + 5
+        len(quick) == 2 + 1 + 5 + 4
     )  # the one that was left of the search; for the test, the chosen rate's model is gone
     count = len(quick)
     assert (
