@@ -10,16 +10,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from lora_course import lora
-from lora_course.checkpoint import (
-    export_peft,
-    load_adapter,
-    load_peft,
-    read_extra,
-    restore_adapter,
-    save_adapter,
-)
-from lora_course.lora import adapter_layers, inject
+from lora_course.checkpoint import load_adapter, read_extra, restore_adapter, save_adapter
+from lora_course.export import export_peft, load_peft
+from lora_course.injection import adapter_layers, inject, injection_of, merge
+from lora_course.states import adapter_state, concatenate, use_adapter
 from tests.test_lora import batch, config, qwen, randomize
 
 PATTERNS = {
@@ -44,7 +38,7 @@ def test_reload_is_the_same_function_with_the_same_configuration(
         again = load_adapter(qwen(), tmp_path / "a")
     assert torch.equal(logits(model), logits(again))
     assert read_extra(tmp_path / "a") == {"step": 7}
-    mine, other = lora.injection(model).config, lora.injection(again).config
+    mine, other = injection_of(model).config, injection_of(again).config
     assert {k: v for k, v in mine.to_dict().items() if k != "peft_version"} == {
         k: set(v) if k == "target_modules" else v
         for k, v in other.to_dict().items()
@@ -56,7 +50,7 @@ def test_reload_is_the_same_function_with_the_same_configuration(
 
 def test_a_state_of_another_rank_than_the_configuration_comes_back(tmp_path: Path) -> None:
     model = randomize(inject(qwen(), config()))
-    lora.use_adapter(model, lora.concatenate([lora.adapter_state(model)] * 2, [0.3, 0.5]))
+    use_adapter(model, concatenate([adapter_state(model)] * 2, [0.3, 0.5]))
     save_adapter(model, tmp_path)
     assert torch.equal(logits(model), logits(load_adapter(qwen(), tmp_path)))
 
@@ -64,7 +58,7 @@ def test_a_state_of_another_rank_than_the_configuration_comes_back(tmp_path: Pat
 def test_saving_while_merged_does_not_apply_the_update_twice(tmp_path: Path) -> None:
     model = randomize(inject(qwen(), config()))
     expected = logits(model)
-    save_adapter(lora.merge(model), tmp_path / "own")
+    save_adapter(merge(model), tmp_path / "own")
     export_peft(model, tmp_path / "peft")
     torch.testing.assert_close(
         logits(load_adapter(qwen(), tmp_path / "own")), expected, atol=0, rtol=0
@@ -172,4 +166,4 @@ def test_other_files_in_the_folder_survive_and_a_second_save_replaces_the_first(
     save_adapter(randomize(model, seed=9), tmp_path)
     assert torch.equal(logits(load_adapter(qwen(), tmp_path)), logits(model))
     assert (tmp_path / "notes.txt").read_text() == "mine"
-    assert isinstance(lora.injection(model).config, LoraConfig)
+    assert isinstance(injection_of(model).config, LoraConfig)

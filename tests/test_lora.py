@@ -21,7 +21,9 @@ from transformers import (
 )
 
 from lora_course import lora
-from lora_course.lora import LoRALinear, adapter_layers, adapter_state, inject, use_adapter
+from lora_course.injection import adapter_layers, disabled, inject, merge, unload, unmerge
+from lora_course.lora import LoRALinear
+from lora_course.states import adapter_state, concatenate, split_state, truncate, use_adapter
 
 SHAPE = {
     "vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -91,7 +93,7 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 PARITY = [
     {},
-    {"r": lora.THIN + 2},  # B is multiplied as it lies, up to THIN transposed
+    {"r": lora.LARGEST_COPIED_RANK + 2},  # B is multiplied as it lies, up to that rank transposed
     {"use_rslora": True},
     {"target_modules": ["q_proj", "down_proj"]},
     {"target_modules": r".*layers\.1\..*(gate|v)_proj"},
@@ -111,7 +113,7 @@ def test_forward_gradients_and_merged_weights_equal_pefts(fields: dict) -> None:
     torch.testing.assert_close(mine.logits, other.logits, atol=1e-5, rtol=1e-5)
     mine.loss.backward()
     other.loss.backward()
-    lora.merge(ours)
+    merge(ours)
     theirs.merge_adapter()
     for name, layer in adapter_layers(ours).items():
         peft = theirs.base_model.model.get_submodule(name)
@@ -164,14 +166,14 @@ def test_layer_computes_its_equation_on_any_shape() -> None:
     assert LoRALinear(base, r=4, lora_alpha=12, use_rslora=True).scaling == pytest.approx(6)
 
 
-@pytest.mark.parametrize("r", [lora.THIN, lora.THIN + 1])
+@pytest.mark.parametrize("r", [lora.LARGEST_COPIED_RANK, lora.LARGEST_COPIED_RANK + 1])
 def test_a_thin_gradient_of_B_is_computed_transposed(r: int) -> None:
     layer = randomize_layer(LoRALinear(nn.Linear(31, 47), r, 8))
     with Calls() as calls:
         layer(torch.randn(5, 31)).square().sum().backward()
     shapes = {tuple(out.shape) for name, _, out in calls.made if name == "aten.mm.default"}
     assert ((r, 47) in shapes, (47, r) in shapes) == (
-        (True, False) if r <= lora.THIN else (False, True)
+        (True, False) if r <= lora.LARGEST_COPIED_RANK else (False, True)
     )
 
 
@@ -248,7 +250,7 @@ def test_cached_generation_equals_full_forward() -> None:
         cached = model.generate(ids, use_cache=True, **kwargs)
         full = model.generate(ids, use_cache=False, **kwargs)
     assert torch.equal(cached, full)
-    with lora.disabled(model):
+    with disabled(model):
         assert not torch.equal(cached, model.generate(ids, **kwargs))
 
 
@@ -267,19 +269,19 @@ def test_merged_equals_unmerged_and_unmerge_restores(dtype: torch.dtype, toleran
     model = randomize(inject(qwen().to(dtype), config()))
     before = {n: layer.base_layer.weight.clone() for n, layer in adapter_layers(model).items()}
     unmerged = model(**batch()).logits
-    lora.merge(model)
+    merge(model)
     torch.testing.assert_close(model(**batch()).logits, unmerged, atol=tolerance, rtol=tolerance)
     with pytest.raises(RuntimeError, match="merged already"):
-        lora.merge(model)
-    with pytest.raises(RuntimeError, match="merged"), lora.disabled(model):
+        merge(model)
+    with pytest.raises(RuntimeError, match="merged"), disabled(model):
         pass
-    lora.unmerge(model)
+    unmerge(model)
     for name, layer in adapter_layers(model).items():
         torch.testing.assert_close(
             layer.base_layer.weight, before[name], atol=tolerance / 10, rtol=tolerance / 10
         )
     with pytest.raises(RuntimeError, match="merged"):
-        lora.unmerge(model)
+        unmerge(model)
 
 
 def test_disabled_and_unload_give_the_base_back() -> None:
@@ -294,14 +296,14 @@ def test_disabled_and_unload_give_the_base_back() -> None:
     model = randomize(inject(base, config()))
     adapted = model(**batch()).logits
     assert (adapted - reference).abs().max() > 0.01
-    with lora.disabled(model):
+    with disabled(model):
         torch.testing.assert_close(model(**batch()).logits, reference, atol=0, rtol=0)
     torch.testing.assert_close(model(**batch()).logits, adapted, atol=0, rtol=0)
-    lora.unload(model)
+    unload(model)
     assert [n for n, _ in model.named_parameters()] == names
     assert [p.requires_grad for p in model.parameters()] == flags
     torch.testing.assert_close(model(**batch()).logits, reference, atol=0, rtol=0)
-    lora.unload(lora.merge(randomize(inject(model, config()))))
+    unload(merge(randomize(inject(model, config()))))
     torch.testing.assert_close(model(**batch()).logits, adapted, atol=1e-5, rtol=1e-5)
 
 
@@ -336,7 +338,7 @@ def states(
 
 def test_concatenation_is_the_weighted_sum_of_updates() -> None:
     model, made, deltas = states()
-    use_adapter(model, lora.concatenate(made, [0.5, -1.0, 2.0]))
+    use_adapter(model, concatenate(made, [0.5, -1.0, 2.0]))
     for name, layer in adapter_layers(model).items():
         expected = 0.5 * deltas[0][name] - deltas[1][name] + 2 * deltas[2][name]
         assert layer.r == 2 + 3 + 4
@@ -345,12 +347,12 @@ def test_concatenation_is_the_weighted_sum_of_updates() -> None:
 
 def test_truncation_is_the_best_cut_and_exact_at_full_rank() -> None:
     model, made, _ = states()
-    whole = lora.concatenate(made)
+    whole = concatenate(made)
     deltas = {
         n: layer.delta_weight() for n, layer in adapter_layers(use_adapter(model, whole)).items()
     }
     for r in (9, 4, 1):
-        for name, layer in adapter_layers(use_adapter(model, lora.truncate(whole, r))).items():
+        for name, layer in adapter_layers(use_adapter(model, truncate(whole, r))).items():
             U, S, Vh = torch.linalg.svd(deltas[name])
             best = U[:, :r] * S[:r] @ Vh[:r]
             assert layer.r == r
@@ -360,7 +362,7 @@ def test_truncation_is_the_best_cut_and_exact_at_full_rank() -> None:
 def test_pattern_for_one_module_of_the_state_only() -> None:
     _, made, _ = states(2)
     partial = {k: v for k, v in made[1].items() if "q_proj" in k}
-    modules = lora.split_state(lora.concatenate([made[0], partial]))
+    modules = split_state(concatenate([made[0], partial]))
     assert modules["model.layers.0.self_attn.q_proj"]["A"].shape[0] == 5
     assert modules["model.layers.0.mlp.up_proj"]["A"].shape[0] == 2
 
@@ -517,7 +519,7 @@ def test_states_of_other_models_are_refused_before_anything_changes() -> None:
     after = adapter_state(model)
     assert all(torch.equal(before[key], after[key]) for key in before)
     with pytest.raises(ValueError, match="2 states and 1 weights"):
-        lora.concatenate([before, before], [1.0])
+        concatenate([before, before], [1.0])
 
 
 def test_other_architectures_work_as_they_are() -> None:
@@ -535,20 +537,20 @@ def test_a_variant_can_weigh_components_and_connect_its_layers() -> None:
     calls = []
 
     class Half(LoRALinear):
-        def between(self, h: torch.Tensor) -> torch.Tensor:
+        def transform_hidden(self, h: torch.Tensor) -> torch.Tensor:
             return h / 2
 
         @classmethod
-        def connect(cls, model: nn.Module, layers: dict[str, LoRALinear]) -> None:
+        def after_inject(cls, model: nn.Module, layers: dict[str, LoRALinear]) -> None:
             assert layers == adapter_layers(model)
-            calls.append("connect")
+            calls.append("in")
             if len(layers) < 4:
                 raise ValueError("too few")
 
         @classmethod
-        def disconnect(cls, model: nn.Module, layers: dict[str, LoRALinear]) -> None:
+        def before_unload(cls, model: nn.Module, layers: dict[str, LoRALinear]) -> None:
             assert layers == adapter_layers(model)
-            calls.append("disconnect")
+            calls.append("out")
 
     halved, whole = randomize(inject(qwen(), config(), Half)), randomize(inject(qwen(), config()))
     for layer in adapter_layers(whole).values():
@@ -556,11 +558,11 @@ def test_a_variant_can_weigh_components_and_connect_its_layers() -> None:
     torch.testing.assert_close(
         halved(**batch()).logits, whole(**batch()).logits, atol=1e-5, rtol=1e-5
     )
-    lora.unload(halved)
+    unload(halved)
     model = qwen()
     with pytest.raises(ValueError, match="too few"):
         inject(model, config(target_modules=["q_proj"]), Half)
-    assert calls == ["connect", "disconnect", "connect", "disconnect"]
+    assert calls == ["in", "out", "in", "out"]
     assert not any(isinstance(m, LoRALinear) for m in model.modules()) and all(
         p.requires_grad for p in model.parameters()
     )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM, TrainingArguments
 
 from lora_course import qlora
-from lora_course.lora import adapter_layers, inject, merge
+from lora_course.injection import adapter_layers, inject, merge
 from lora_course.qlora import (
     NF4Weight,
     dequantize_model,
