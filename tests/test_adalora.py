@@ -19,7 +19,7 @@ from lora_course.linears import is_4bit
 from lora_course.qlora import quantize_model
 from lora_course.states import adapter_state, use_adapter
 from lora_course.training import AdapterTrainer, training_arguments
-from tests.test_lora import batch, qwen, relative
+from tests.models import batch, qwen, relative
 
 SCHEDULE = {
     "init_r": 4,

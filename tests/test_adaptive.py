@@ -24,7 +24,7 @@ from lora_course.lora import LoRALinear
 from lora_course.qlora import quantize_model
 from lora_course.states import adapter_state, factor_state, use_adapter
 from lora_course.training import AdapterTrainer, last_checkpoint, training_arguments
-from tests.test_lora import batch, config, qwen, relative
+from tests.models import batch, config, qwen, relative
 
 SCHEDULE = GrowthSchedule(
     budget=40, start=3, every=2, top=3, add=2, max_r=6

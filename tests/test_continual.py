@@ -43,7 +43,7 @@ from lora_course.injection import adapter_layers, inject, merge
 from lora_course.qlora import quantize_model
 from lora_course.states import adapter_state, use_adapter
 from lora_course.training import AdapterTrainer, training_arguments
-from tests.test_lora import batch, config, qwen, randomize, relative
+from tests.models import batch, config, qwen, randomize, relative
 
 LENGTH = 10
 

@@ -39,7 +39,7 @@ from lora_course.injection import (
 from lora_course.lora import LoRALinear
 from lora_course.states import adapter_state, factor_state, split_state, use_adapter
 from lora_course.training import AdapterTrainer, training_arguments
-from tests.test_lora import batch, config, qwen, randomize
+from tests.models import batch, config, qwen, randomize
 
 MODES = [
     {}, {"top_k": 2}, {"routing": "shared"}, {"gate_by": "sequence", "prefix": 3},

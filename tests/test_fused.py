@@ -17,7 +17,7 @@ from lora_course.injection import adapter_layers, disabled, inject, merge, unloa
 from lora_course.lora import LARGEST_COPIED_RANK, LoRALinear
 from lora_course.qlora import quantize_model
 from lora_course.states import adapter_state, factor_state, split_state, use_adapter
-from tests.test_lora import batch, config, qwen, randomize, relative
+from tests.models import batch, config, qwen, randomize, relative
 
 # ------------------------------------------------------------------------------------------------- the fused step
 

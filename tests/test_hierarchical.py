@@ -19,7 +19,7 @@ from lora_course.lora import LoRALinear
 from lora_course.qlora import quantize_model
 from lora_course.states import adapter_state, concatenate, factor_state, split_state, use_adapter
 from lora_course.training import AdapterTrainer, training_arguments
-from tests.test_lora import batch, config, qwen, randomize, relative
+from tests.models import batch, config, qwen, randomize, relative
 
 RANKS = (1, 2, 5)
 

@@ -17,7 +17,7 @@ from lora_course.injection import adapter_layers, inject, merge
 from lora_course.lora import AdapterState
 from lora_course.merging import average_factors, cross_term_error, dare, relative_error, ties
 from lora_course.states import adapter_state, concatenate, split_state, truncate, use_adapter
-from tests.test_lora import batch, config, qwen, randomize
+from tests.models import batch, config, qwen, randomize
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]  # square, out < in, and out < in with another width
 

@@ -33,7 +33,7 @@ from lora_course.progressive import (
 from lora_course.qlora import quantize_model
 from lora_course.states import adapter_state, concatenate, factor_state, use_adapter
 from lora_course.training import AdapterTrainer, training_arguments
-from tests.test_lora import batch, config, linear4bit, qwen, relative
+from tests.models import batch, config, linear4bit, qwen, relative
 
 STAGES = [
     Stage(3, ["q_proj", "down_proj"], 1e-2, 4),
@@ -739,7 +739,7 @@ def test_layers_refuse_what_would_make_the_sum_wrong() -> None:
     model = inject_stages(qwen(), STAGES[:1])
     with pytest.raises(ValueError, match="up_proj.*matches no layer that inject_stages"):
         begin_stage(model, Stage(2, ["up_proj"]))
-    with pytest.raises(ValueError, match="LoRALinear layers, stages need StackedLoRALinear"):
+    with pytest.raises(ValueError, match="injected with LoRALinear.*StackedLoRALinear"):
         begin_stage(inject(qwen(), config()), STAGES[0])
     with pytest.raises(ValueError, match="does not support use_rslora"):
         inject(qwen(), config(use_rslora=True), StackedLoRALinear)

@@ -34,7 +34,7 @@ from lora_course.quantized import (
 )
 from lora_course.states import adapter_state, factor_state, use_adapter
 from lora_course.training import AdapterTrainer, training_arguments
-from tests.test_lora import batch, config, qwen, randomize, relative
+from tests.models import batch, config, qwen, randomize, relative
 
 # 48, 80 and 24 are no multiples of 20: the last group of a row is shorter
 GRIDS = [

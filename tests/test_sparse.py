@@ -38,7 +38,7 @@ from lora_course.sparse import (
 )
 from lora_course.states import adapter_state, factor_state, use_adapter
 from lora_course.training import AdapterTrainer, training_arguments
-from tests.test_lora import Calls, batch, config, qwen, relative
+from tests.models import Calls, batch, config, qwen, relative
 
 KINDS = [GatedLoRALinear, SparseLoRALinear, SparseDeltaLinear]
 MASKED = [SparseLoRALinear, SparseDeltaLinear]
