@@ -49,11 +49,11 @@ from lora_course import (
     quantized,
     sparse,
 )
+from lora_course.arguments import compute_dtype
 from lora_course.export import export_peft
 from lora_course.injection import adapter_layers, inject, merge, unload
 from lora_course.lab.study import source_hash
 from lora_course.states import factor_state
-from lora_course.training import compute_dtype
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results.json"

@@ -51,6 +51,7 @@ from transformers import (
 from lora_course import lab, progressive
 from lora_course.adalora import AdaLoRALinear, RankAllocator, prune, regularizer
 from lora_course.adaptive import GrowingLoRALinear, GrowthSchedule, RankGrower
+from lora_course.arguments import compute_dtype, training_arguments
 from lora_course.checkpoint import save_adapter
 from lora_course.hierarchical import NestedLoRALinear
 from lora_course.injection import adapter_layers, inject, trainable_parameters
@@ -59,7 +60,6 @@ from lora_course.qlora import quantize_model
 from lora_course.quantized import QuantizedLoRALinear, save_quantized
 from lora_course.sparse import GatedLoRALinear, GateSparsity, SparseDeltaLinear
 from lora_course.sparse import prune as prune_gates
-from lora_course.training import compute_dtype, training_arguments
 
 PACKAGE = Path(__file__).resolve().parent
 RECORD = study.STUDIES / "5_1_comparison.json"

@@ -30,12 +30,13 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from lora_course.arguments import training_arguments
 from lora_course.checkpoint import load_adapter, read_extra, restore_adapter, save_adapter
 from lora_course.injection import adapter_layers, inject, layers_of, merge, unload
 from lora_course.linears import is_4bit
 from lora_course.lora import AdapterState, LoRALinear, register
 from lora_course.states import core_of, factor_state, split_state
-from lora_course.training import AdapterTrainer, training_arguments
+from lora_course.training import AdapterTrainer
 
 Mode = Literal["stack", "merge"]
 Schedule = Literal["run", "stage"]

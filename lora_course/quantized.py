@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from lora_course.checkpoint import base_fingerprint
+from lora_course.descriptions import base_fingerprint
 from lora_course.files import make_folder, replace_file
 from lora_course.injection import adapter_layers, inject, injection_of, unload
 from lora_course.lora import AdapterState, LoRALinear, register

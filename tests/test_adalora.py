@@ -12,13 +12,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import TrainerCallback
 
 from lora_course.adalora import AdaLoRALinear, RankAllocator, prune, ranks, regularizer
+from lora_course.arguments import training_arguments
 from lora_course.checkpoint import load_adapter, save_adapter
 from lora_course.export import export_peft
 from lora_course.injection import adapter_layers, inject, injection_of, merge, trainable_parameters
 from lora_course.linears import is_4bit
 from lora_course.qlora import quantize_model
 from lora_course.states import adapter_state, use_adapter
-from lora_course.training import AdapterTrainer, training_arguments
+from lora_course.training import AdapterTrainer
 from tests.models import batch, qwen, relative
 
 SCHEDULE = {

@@ -17,13 +17,15 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from lora_course.adaptive import GrowingLoRALinear, GrowthSchedule, RankGrower, rank_history
+from lora_course.arguments import training_arguments
 from lora_course.checkpoint import load_adapter, restore_adapter, save_adapter
 from lora_course.export import export_peft
 from lora_course.injection import adapter_layers, disabled, inject, merge, unload, unmerge
 from lora_course.lora import LoRALinear
 from lora_course.qlora import quantize_model
+from lora_course.runs import last_checkpoint
 from lora_course.states import adapter_state, factor_state, use_adapter
-from lora_course.training import AdapterTrainer, last_checkpoint, training_arguments
+from lora_course.training import AdapterTrainer
 from tests.models import batch, config, qwen, relative
 
 SCHEDULE = GrowthSchedule(
@@ -843,7 +845,7 @@ def test_after_a_kill_in_mid_growth_the_same_command_reaches_the_same_weights(
 ) -> None:
     expected = run_to_the_end(tmp_path / "straight")
     killed(tmp_path / "killed")
-    middle = restore_adapter(growing(), last_checkpoint(tmp_path / "killed"))
+    middle = restore_adapter(growing(lora_dropout=0.2), last_checkpoint(tmp_path / "killed"))
     assert (
         last_checkpoint(tmp_path / "killed").name == "checkpoint-4"
         and sum(layer.r for layer in adapter_layers(middle).values()) == 34

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from lora_course import continual, lora
+from lora_course.arguments import training_arguments
 from lora_course.checkpoint import load_adapter, save_adapter
 from lora_course.continual import (
     Interleaved,
@@ -42,7 +43,7 @@ from lora_course.export import export_peft
 from lora_course.injection import adapter_layers, inject, merge
 from lora_course.qlora import quantize_model
 from lora_course.states import adapter_state, use_adapter
-from lora_course.training import AdapterTrainer, training_arguments
+from lora_course.training import AdapterTrainer
 from tests.models import batch, config, qwen, randomize, relative
 
 LENGTH = 10

@@ -14,6 +14,7 @@ from peft import LoraConfig, XLoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from lora_course.arguments import training_arguments
 from lora_course.checkpoint import load_adapter, save_adapter
 from lora_course.experts import (
     ExpertsLinear,
@@ -38,7 +39,7 @@ from lora_course.injection import (
 )
 from lora_course.lora import LoRALinear
 from lora_course.states import adapter_state, factor_state, split_state, use_adapter
-from lora_course.training import AdapterTrainer, training_arguments
+from lora_course.training import AdapterTrainer
 from tests.models import batch, config, qwen, randomize
 
 MODES = [

@@ -10,6 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import TrainerCallback
 
+from lora_course.arguments import training_arguments
 from lora_course.checkpoint import load_adapter, save_adapter
 from lora_course.export import export_peft
 from lora_course.hierarchical import NestedLoRALinear, RankSampler, at_rank, cut, matryoshka_weights
@@ -18,7 +19,7 @@ from lora_course.linears import is_4bit
 from lora_course.lora import LoRALinear
 from lora_course.qlora import quantize_model
 from lora_course.states import adapter_state, concatenate, factor_state, split_state, use_adapter
-from lora_course.training import AdapterTrainer, training_arguments
+from lora_course.training import AdapterTrainer
 from tests.models import batch, config, qwen, randomize, relative
 
 RANKS = (1, 2, 5)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from lora_course import progressive
+from lora_course.arguments import training_arguments
 from lora_course.checkpoint import load_adapter, read_extra, save_adapter
 from lora_course.export import export_peft
 from lora_course.injection import adapter_layers, disabled, inject, merge, unload, unmerge
@@ -32,7 +33,7 @@ from lora_course.progressive import (
 )
 from lora_course.qlora import quantize_model
 from lora_course.states import adapter_state, concatenate, factor_state, use_adapter
-from lora_course.training import AdapterTrainer, training_arguments
+from lora_course.training import AdapterTrainer
 from tests.models import batch, config, linear4bit, qwen, relative
 
 STAGES = [

@@ -13,6 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from lora_course.arguments import training_arguments
 from lora_course.checkpoint import load_adapter, save_adapter
 from lora_course.export import export_peft
 from lora_course.injection import adapter_layers, inject, merge, unmerge
@@ -33,7 +34,7 @@ from lora_course.quantized import (
     unpack,
 )
 from lora_course.states import adapter_state, factor_state, use_adapter
-from lora_course.training import AdapterTrainer, training_arguments
+from lora_course.training import AdapterTrainer
 from tests.models import batch, config, qwen, randomize, relative
 
 # 48, 80 and 24 are no multiples of 20: the last group of a row is shorter

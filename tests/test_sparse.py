@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import TrainerCallback
 
+from lora_course.arguments import training_arguments
 from lora_course.checkpoint import load_adapter, save_adapter
 from lora_course.export import export_peft
 from lora_course.injection import (
@@ -37,7 +38,7 @@ from lora_course.sparse import (
     soft_threshold,
 )
 from lora_course.states import adapter_state, factor_state, use_adapter
-from lora_course.training import AdapterTrainer, training_arguments
+from lora_course.training import AdapterTrainer
 from tests.models import Calls, batch, config, qwen, relative
 
 KINDS = [GatedLoRALinear, SparseLoRALinear, SparseDeltaLinear]

@@ -16,7 +16,8 @@ import datasets
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from lora_course.training import AdapterTrainer, training_arguments
+from lora_course.arguments import training_arguments
+from lora_course.training import AdapterTrainer
 
 STUDIES = Path(__file__).resolve().parents[1] / "data" / "studies"
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")

@@ -26,6 +26,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from lora_course import lab, lora
+from lora_course.arguments import training_arguments
 from lora_course.continual import (
     Isolated,
     Orthogonal,
@@ -41,7 +42,6 @@ from lora_course.lab import study
 from lora_course.lora import AdapterState
 from lora_course.merging import Merged, average_factors, dare, relative_error, ties
 from lora_course.states import concatenate, split_state, truncate, use_adapter
-from lora_course.training import training_arguments
 
 ROOT = Path(__file__).resolve().parents[2]
 DOMAINS = ["bible", "shakespeare", "milton", "python"]

@@ -28,6 +28,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from lora_course import experts, lab, lora
+from lora_course.arguments import training_arguments
 from lora_course.distillation import (
     DistillationConfig,
     DistillationTrainer,
@@ -38,7 +39,6 @@ from lora_course.distillation import (
 from lora_course.injection import inject, merge, trainable_parameters, unload
 from lora_course.lab import study
 from lora_course.states import adapter_state, concatenate, truncate, use_adapter
-from lora_course.training import training_arguments
 
 ROOT = Path(__file__).resolve().parents[2]
 # What the teachers' mixture is made of: each row's own teacher, all four equally, or all four's logits equally.

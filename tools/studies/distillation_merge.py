@@ -22,10 +22,10 @@ import distillation as first
 import torch
 
 from lora_course import lora
+from lora_course.arguments import training_arguments
 from lora_course.distillation import DistillationConfig, DistillationTrainer, Teachers
 from lora_course.lab import study
 from lora_course.states import concatenate, truncate
-from lora_course.training import training_arguments
 
 SETTINGS = {
     "weights": [0.0625, 0.125, 0.1875, 0.25, 0.5], "seeds": [0, 1, 2],

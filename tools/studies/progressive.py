@@ -21,10 +21,10 @@ import datasets
 import torch
 
 from lora_course import lab, progressive
+from lora_course.arguments import training_arguments
 from lora_course.checkpoint import read_extra, save_adapter
 from lora_course.injection import adapter_layers
 from lora_course.lab import study
-from lora_course.training import training_arguments
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {
