@@ -13,6 +13,7 @@ import hashlib
 import importlib
 import json
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 from peft import AdaLoraConfig, LoraConfig
@@ -182,7 +183,7 @@ def _jsonable(value: object) -> object:
     return sorted(value) if isinstance(value, set) else getattr(value, "value", value)
 
 
-def base_fingerprint(layers: dict[str, LoRALinear]) -> str | None:
+def base_fingerprint(layers: Mapping[str, LoRALinear]) -> str | None:
     """A hash of a sample of the base weights under the adapter: equal for equal values in fp32, bf16 or fp16."""
     if any(layer.merged or layer.base_layer.weight.is_meta for layer in layers.values()):
         return None

@@ -39,8 +39,8 @@ def export_peft(model: nn.Module, folder: str | Path) -> Path:
     alphas = {name: float(t["scaling"]) * ranks[name] for name, t in modules.items()}
     r, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     config = LoraConfig(
-        r=r,
-        lora_alpha=alpha,
+        r=int(r),
+        lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT says int and takes any number
         lora_dropout=info.config.lora_dropout,
         target_modules=sorted(modules),
         rank_pattern={name: rank for name, rank in ranks.items() if rank != r},
@@ -57,7 +57,7 @@ def export_peft(model: nn.Module, folder: str | Path) -> Path:
     }
     folder = make_folder(folder)
     replace_file(folder / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
-    config.save_pretrained(folder)
+    config.save_pretrained(str(folder))
     return folder
 
 

@@ -11,7 +11,7 @@ import copy
 import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from peft import LoraConfig
 from torch import nn
@@ -28,7 +28,7 @@ class Injection:
 
     config: LoraConfig
     layer: type[LoRALinear]
-    arguments: dict[str, object]
+    arguments: dict[str, Any]
     trainable: list[str]
     """Names of the base's parameters that were trainable before; `unload` gives them back."""
 
@@ -89,7 +89,7 @@ def inject(
             p for n, p in module.named_parameters() if not n.startswith("base_layer.")
         ):
             parameter.requires_grad_(not config.inference_mode)
-    model.lora_course = Injection(config, layer, arguments, trainable)
+    model.lora_course = Injection(config, layer, arguments, trainable)  # type: ignore[assignment]  # no module, no tensor
     try:
         layer.after_inject(model, wrapped)
     except Exception:
@@ -122,7 +122,7 @@ def layers_of(model: nn.Module, kind: type[Layer]) -> dict[str, Layer]:
             f"This model was injected with {found.__name__}: "
             f"inject(model, config, layer={kind.__name__}) is expected."
         )
-    return adapter_layers(model)
+    return {name: module for name, module in model.named_modules() if isinstance(module, kind)}
 
 
 def check_same_model(owner: object, model: nn.Module, own: nn.Module) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -34,11 +35,23 @@ def check_fields(config: LoraConfig, layer: type[LoRALinear]) -> None:
         )
 
 
-def find_targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Linear]:
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The layer that gives a language model's logits; None where there is no telling."""
+    found = getattr(model, "get_output_embeddings", None)
+    return found() if found else None
+
+
+def input_embedding(model: nn.Module) -> nn.Module | None:
+    """The table of a language model's tokens; None where there is no telling."""
+    found = getattr(model, "get_input_embeddings", None)
+    return found() if found else None
+
+
+def find_targets(model: nn.Module, config: Any) -> dict[str, Any]:
     """Target layers by name; resolves "all-linear" in `config`, as PEFT does."""
     modules = {name: module for name, module in model.named_modules() if name}
     linears = {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = output_head(model)
     if config.target_modules is None:
         raise ValueError(
             f"target_modules is not set: give 'all-linear' or some of {_endings(linears)}."
@@ -67,7 +80,7 @@ def find_targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Linear]:
         raise ValueError(
             f"exclude_modules={unknown!r} matches no module; the linear layers are {_endings(linears)}."
         )
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    embedding = input_embedding(model)
     for name, module in targets.items():
         check_linear(module, name)
         if embedding is not None and module.weight is getattr(embedding, "weight", None):
@@ -77,12 +90,12 @@ def find_targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Linear]:
     return targets
 
 
-def find_patterns(config: LoraConfig, targets: Iterable[str]) -> dict[str, dict[str, float]]:
+def find_patterns(config: LoraConfig, targets: Iterable[str]) -> dict[str, dict[str, Any]]:
     """`rank_pattern` and `alpha_pattern` by target name. Raises ValueError for a key that matches no target."""
     found = {}
     for field in ("rank_pattern", "alpha_pattern"):
         pattern = getattr(config, field) or {}
-        keys = {name: get_pattern_key(pattern, name) for name in targets}
+        keys = {name: get_pattern_key(list(pattern), name) for name in targets}
         found[field] = {name: pattern[key] for name, key in keys.items() if key in pattern}
         if unused := set(pattern) - set(keys.values()):
             raise ValueError(

@@ -1,7 +1,6 @@
 """Training of injected models: the precision that pays on a device, sane arguments, and a Trainer for adapters."""
 
 import json
-import os
 import shutil
 import sys
 import time
@@ -26,6 +25,7 @@ from transformers import (
 from transformers.trainer_utils import TrainOutput
 
 from lora_course.checkpoint import restore_adapter, save_adapter
+from lora_course.files import replace_file
 from lora_course.injection import adapter_layers
 
 COMPLETE = "complete.json"  # written into a checkpoint's folder when all else is in it
@@ -98,6 +98,8 @@ class AdapterTrainer(Trainer):
     Raises ValueError for a model without adapters, or with merged ones.
     """
 
+    model: Any  # Trainer's own type is for models that may be missing
+
     def __init__(
         self,
         model: nn.Module,
@@ -113,14 +115,15 @@ class AdapterTrainer(Trainer):
             )
         if args.parallel_mode.value == "not_distributed":
             args._n_gpu = 1  # several GPUs in one process mean DataParallel, which copies the model at every step
-        use_cache = model.config.use_cache
+        config: Any = model.config
+        use_cache = config.use_cache
         # Trainer refuses a 4-bit base unless it takes its adapters for PEFT's; saving a model looks at the mark too.
-        model._hf_peft_config_loaded = True
+        model._hf_peft_config_loaded = True  # type: ignore[assignment]  # no module, no tensor
         try:
             super().__init__(model, args, **arguments)
         finally:
             del model._hf_peft_config_loaded
-        model.config.use_cache = use_cache
+        config.use_cache = use_cache
         self.auxiliary_loss = auxiliary_loss
         self.remove_callback(
             PrinterCallback if args.disable_tqdm else trainer.DEFAULT_PROGRESS_CALLBACK
@@ -137,7 +140,7 @@ class AdapterTrainer(Trainer):
             if "loss" in entry
         ]
 
-    def train(
+    def train(  # type: ignore[override]  # a Path will do, and trials are not supported
         self, resume_from_checkpoint: str | Path | bool | None = None, **arguments: Any
     ) -> TrainOutput:
         """Trains, from the seed in the arguments on. resume_from_checkpoint: True (the last complete checkpoint in
@@ -148,7 +151,7 @@ class AdapterTrainer(Trainer):
         set_seed(self.args.seed)
         folder = None
         if resume_from_checkpoint is True:
-            folder = last_checkpoint(self.args.output_dir)
+            folder = last_checkpoint(str(self.args.output_dir))
         elif resume_from_checkpoint:
             folder = Path(resume_from_checkpoint)
             if not (folder / COMPLETE).is_file():
@@ -207,7 +210,7 @@ class AdapterTrainer(Trainer):
         self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None
     ) -> None:
         if self.args.should_save:
-            save_adapter(self.model, output_dir or self.args.output_dir)
+            save_adapter(self.model, output_dir or str(self.args.output_dir))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
@@ -223,9 +226,8 @@ class AdapterTrainer(Trainer):
             self._rotate(folder.parent, limit)
 
     def _mark_complete(self, folder: Path) -> None:
-        unfinished = folder / f"{COMPLETE}.unfinished"
-        unfinished.write_text(json.dumps({"step": self.state.global_step, "written": time.time()}))
-        os.replace(unfinished, folder / COMPLETE)
+        mark = {"step": self.state.global_step, "written": time.time()}
+        replace_file(folder / COMPLETE, json.dumps(mark).encode())
 
     def _rotate(self, folder: Path, limit: int | None) -> None:
         """Deletes the oldest complete checkpoints until `limit` are left; the best one stays. None or 0: keeps all."""
@@ -241,7 +243,7 @@ class AdapterTrainer(Trainer):
         restore_adapter(self.model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        restore_adapter(self.model, self.state.best_model_checkpoint)
+        restore_adapter(self.model, str(self.state.best_model_checkpoint))
 
 
 class Progress(TrainerCallback):
@@ -260,7 +262,7 @@ class Progress(TrainerCallback):
             disable=not shown,
         )
 
-    def on_log(
+    def on_log(  # type: ignore[override]  # the trainer gives it by name
         self,
         args: TrainingArguments,
         state: TrainerState,
