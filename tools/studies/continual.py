@@ -57,7 +57,7 @@ SOURCES = [
     Path(__file__),
     *(
         ROOT / "lora_course" / name
-        for name in ("lora.py", "continual.py", "merging.py", "training.py", "lab/corpora.py")
+        for name in ("lora.py", "continual", "merging.py", "training.py", "lab/corpora.py")
     ),
     ROOT / "lora_course/data/nano/model.safetensors",
     *(ROOT / f"lora_course/data/text/{domain}.parquet" for domain in DOMAINS),
