@@ -1,24 +1,4 @@
-"""Adaptive rank growth: start small, and give rank to the layers that turn out to matter while training goes on.
-
-    ΔW = s · (B₀ A₀ + B₁ A₁ + … + B_K A_K),     s = α / r₀ for good;     a new A_k is random, a new B_k zero
-
-A growth adds one pair to a layer. As B_k A_k = 0, the function is what it was; as A_k ≠ 0, the pair learns
-(∂L/∂B_k = s · ∂L/∂y (A_k x)ᵀ). Dividing by the new rank, as α/r invites to, would shrink what was learnt by r/(r + k).
-
-A pair is two tensors of its own. Old tensors, and what an optimiser keeps for them, are not touched by a bit; new ones
-begin with no moments and a step count of 0. One larger tensor would share the old step count, and its state would have
-to be cut and sewn, which that of 8-bit optimisers (blocks of 256, another type below 4,096 numbers) is not made for.
-
-Where to grow follows IncreLoRA, arXiv 2308.12043: every so many steps the top few layers gain rank, by the smoothed
-sensitivity of the *layer* times its uncertainty. Unlike its code, the scale is held, the budget is met exactly, and the
-sensitivity comes from the factors' gradients, so that no `[out, in]` matrix is formed.
-
-    inject(model, LoraConfig(r=2, lora_alpha=4, …), layer=GrowingLoRALinear)
-    grower = RankGrower(model, GrowthSchedule(budget=8 * layers, start=50, every=10, top=8, max_r=16))
-    AdapterTrainer(model, args, callbacks=[grower], …).train()
-
-or, in a loop, `backward(); grower.observe(); optimizer.step(); grower.grow(optimizer, step); optimizer.zero_grad()`.
-"""
+"""When and where ranks are handed out."""
 
 from __future__ import annotations
 
@@ -27,150 +7,13 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from lora_course.injection import adapter_layers
-from lora_course.lora import AdapterState, LoRALinear, register
-
-
-@register
-class GrowingLoRALinear(LoRALinear):
-    """A LoRA layer whose rank can grow: `y = base(x) + s · Σ_k B_k A_k dropout(x)`, s held at α/r₀ (or α/√r₀).
-
-    It computes what the plain layer of its concatenated factors computes: however many pairs, two matrix products, and a
-    copy of the factors for the time of a pass. Arguments are those of `LoRALinear`.
-
-    Attributes:
-        A, B, A1, B1, …: the pairs, `[r_k, in]` and `[out, r_k]`, in the order in which they came; r = Σ r_k.
-        importance, uncertainty: the smoothed sensitivity Ī and its smoothed deviation Ū, scalars; see `observe`.
-        grown_at: the step at which each later pair came, `[K]` int64. With the pairs' shapes it is the layer's whole
-            history, and like the averages it is saved and loaded with the adapter.
-    """
-
-    def __init__(
-        self,
-        base_layer: nn.Linear,
-        r: int,
-        lora_alpha: float,
-        lora_dropout: float = 0.0,
-        use_rslora: bool = False,
-        init_lora_weights: bool | str = True,
-    ) -> None:
-        super().__init__(base_layer, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights)
-        self.gaussian = init_lora_weights == "gaussian"
-        self.register_buffer("importance", torch.zeros((), device=self.A.device))
-        self.register_buffer("uncertainty", torch.zeros((), device=self.A.device))
-        self.register_buffer("grown_at", torch.zeros(0, dtype=torch.int64, device=self.A.device))
-
-    @property
-    def pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
-        """`[(A, B), (A1, B1), …]`."""
-        return [(getattr(self, a), getattr(self, b)) for a, b in _names(len(self.grown_at))]
-
-    def factors(self) -> tuple[Tensor, Tensor, float]:
-        """All pairs side by side: `A` `[r, in]`, `B` `[out, r]`, and s."""
-        if len(self.grown_at) == 0:
-            return self.A, self.B, self.scaling
-        As, Bs = zip(*self.pairs, strict=True)
-        return torch.cat(As), torch.cat(Bs, 1), self.scaling
-
-    def grow(
-        self, k: int, step: int, generator: torch.Generator | None = None
-    ) -> tuple[nn.Parameter, nn.Parameter]:
-        """Add a pair of rank `k`: `A` `[k, in]` drawn as the first one was, `B` `[out, k]` zero.
-
-        Args:
-            step: kept in `grown_at`.    generator: of the CPU, so that the draw is the same on every device.
-
-        Returns:
-            The new pair, which no optimiser knows yet: `RankGrower.grow` tells it.
-
-        Raises:
-            ValueError: k < 1, or more rank than any matrix of this shape has.    RuntimeError: the layer is merged.
-        """
-        room = min(self.in_features, self.out_features) - self.r
-        if not 1 <= k <= room:
-            raise ValueError(
-                f"k={k}: a layer of rank {self.r} and shape {[self.out_features, self.in_features]} can gain 1 to {room}."
-            )
-        if self.merged:
-            raise RuntimeError(f"This layer is {MERGED}")
-        A = torch.empty(k, self.in_features)
-        if self.gaussian:
-            nn.init.normal_(A, std=1 / self.A.shape[0], generator=generator)
-        else:
-            nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
-        self.grown_at = torch.cat([self.grown_at, self.grown_at.new_tensor([step])])
-        self._set_pair(_names(len(self.grown_at))[-1], A, torch.zeros(self.out_features, k))
-        self._count()
-        return self.pairs[-1]
-
-    @torch.no_grad()
-    def sensitivity(self) -> Tensor:
-        """I = Σᵢ |⟨ΔWᵢ, G⟩| / √(in · out), a scalar, with G = ∂L/∂ΔW, from the gradients that lie there.
-
-        ΔWᵢ = s bᵢ aᵢ is the i-th part of rank one, and ⟨ΔWᵢ, G⟩, to first order, what the loss would change without it.
-        As ∂L/∂B = s G Aᵀ, it is bᵢ · ∂L/∂bᵢ (and as well aᵢ · ∂L/∂aᵢ): G itself is not needed. For random factors and
-        gradients it grows as √(in · out), by which large layers compare with small ones. The sum is the *layer's*; that
-        of IncreLoRA, |ΔW ∘ G| over all elements, needs both matrices.
-
-        Raises:
-            RuntimeError: a pair has no gradient.
-        """
-        if any(B.grad is None for _, B in self.pairs):
-            raise RuntimeError(
-                "There is no gradient: call observe() after backward() and before zero_grad()."
-            )
-        parts = torch.cat([(B * B.grad).float().sum(0) for _, B in self.pairs])
-        return parts.abs().sum() / math.sqrt(self.in_features * self.out_features)
-
-    @torch.no_grad()
-    def observe(self, beta: float) -> None:
-        """Ī ← β Ī + (1 − β) I, then Ū ← β Ū + (1 − β) |I − Ī|. An I that overflowed, as fp16's may, is passed over."""
-        sensitivity = self.sensitivity()
-        finite = sensitivity.isfinite()  # used on the device: a GPU need not be waited for
-        importance = torch.lerp(sensitivity, self.importance, beta)
-        uncertainty = torch.lerp((sensitivity - importance).abs(), self.uncertainty, beta)
-        self.importance.copy_(torch.where(finite, importance, self.importance))
-        self.uncertainty.copy_(torch.where(finite, uncertainty, self.uncertainty))
-
-    def load_tensors(self, tensors: AdapterState) -> None:
-        """Take over `tensors`, with as many pairs as they have. If the number changes, optimisers have to be made anew."""
-        wanted = _names(len(tensors["grown_at"]))
-        for a, b in _names(len(self.grown_at))[len(wanted) :]:
-            delattr(self, a), delattr(self, b)
-        for names in wanted[len(self.grown_at) + 1 :]:
-            self._set_pair(names, *(torch.empty_like(tensors[name]) for name in names))
-        super().load_tensors(tensors)
-        self._count()
-
-    def check_tensors(self, name: str, tensors: AdapterState) -> None:
-        """Raise ValueError unless `tensors` are of such a layer of this size; the number of pairs may be another."""
-        names = _names(len(tensors.get("grown_at", ())))
-        expected = {"scaling", "importance", "uncertainty", "grown_at"}.union(*names)
-        if set(tensors) != expected:
-            raise ValueError(
-                f"The adapter holds {sorted(tensors)} for {name!r}, a {type(self).__name__} that grew {len(names) - 1} times keeps "
-                f"{sorted(expected)}: it was made with another kind of layer. Inject that layer, or use factor_state() of its model."
-            )
-        for a, b in names:
-            A, B = list(tensors[a].shape), list(tensors[b].shape)
-            if [A[1:], B[:1], B[1:]] != [[self.in_features], [self.out_features], A[:1]]:
-                raise ValueError(
-                    f"The adapter's factors for {name!r} are {a} {A} and {b} {B}; this layer needs A [r, {self.in_features}] "
-                    f"and B [{self.out_features}, r]: it was made for another base model."
-                )
-
-    def _set_pair(self, names: tuple[str, str], *factors: Tensor) -> None:
-        for name, tensor in zip(names, factors, strict=True):
-            self.register_parameter(name, nn.Parameter(tensor.to(self.A), self.A.requires_grad))
-
-    def _count(self) -> None:
-        self.r = sum(A.shape[0] for A, _ in self.pairs)
-        # the α with which a plain layer of this rank has the same scale
-        self.lora_alpha = self.scaling * (math.sqrt(self.r) if self.use_rslora else self.r)
+from lora_course.adaptive.layer import MERGED, GrowingLoRALinear
+from lora_course.callbacks import ModelCallback
+from lora_course.injection import layers_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,7 +69,7 @@ class GrowthSchedule:
         return [first + i * self.every for i in range(count)]
 
 
-class RankGrower(TrainerCallback):
+class RankGrower(ModelCallback):
     """Observes the layers of a model and makes the important ones grow, by a schedule.
 
     In a loop: `observe()` after each `backward`, `grow(optimizer, step)` after each `optimizer.step`. With a Trainer:
@@ -243,7 +86,9 @@ class RankGrower(TrainerCallback):
     """
 
     def __init__(self, model: nn.Module, schedule: GrowthSchedule) -> None:
-        self.layers, self.schedule = growing_layers(model), schedule
+        super().__init__(model)
+        self.schedule = schedule
+        self.layers = layers_of(model, GrowingLoRALinear)
         self.check()
 
     @property
@@ -336,7 +181,7 @@ class RankGrower(TrainerCallback):
         ) in self.layers.items():  # the generator's draws are dealt in the model's order
             if name in gains:
                 layer.grow(gains[name], step, generator)
-                _introduce(layer, optimizer)
+                add_to_optimizer(layer, optimizer)
         return gains
 
     def check(self, optimizer: Optimizer | None = None) -> None:
@@ -368,15 +213,17 @@ class RankGrower(TrainerCallback):
         limit = min(layer.in_features, layer.out_features)
         return limit if self.schedule.max_r is None else min(limit, self.schedule.max_r)
 
-    def on_train_begin(
+    def on_train_begin(  # type: ignore[override]  # the trainer gives the optimiser by name
         self,
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
+        model: nn.Module,
         optimizer: Optimizer,
         **_: Any,
     ) -> None:
-        """Raises ValueError for more than one process, or a run that ends before the budget is spent."""
+        """Raises ValueError for another model, more than one process, or a run that ends before the budget is spent."""
+        super().on_train_begin(args, state, control, model)
         if args.world_size > 1:
             raise ValueError(
                 f"{args.world_size} processes: new pairs are unknown to DistributedDataParallel. Train in one process."
@@ -395,7 +242,7 @@ class RankGrower(TrainerCallback):
         """`observe`, where the gradients are whole and clipped."""
         self.observe()
 
-    def on_step_end(
+    def on_step_end(  # type: ignore[override]  # the trainer gives the optimiser by name
         self,
         args: TrainingArguments,
         state: TrainerState,
@@ -407,44 +254,7 @@ class RankGrower(TrainerCallback):
         self.grow(optimizer, state.global_step)
 
 
-def growing_layers(model: nn.Module) -> dict[str, GrowingLoRALinear]:
-    """The layers of an injected model that can grow, by module name. Raises ValueError if there is none."""
-    layers = adapter_layers(model)
-    layers = {name: layer for name, layer in layers.items() if isinstance(layer, GrowingLoRALinear)}
-    if not layers:
-        raise ValueError(
-            "This model has no layer that can grow: inject(model, config, layer=GrowingLoRALinear)."
-        )
-    return layers
-
-
-def rank_history(model: nn.Module) -> list[dict[str, Any]]:
-    """`[{"step": 0, "ranks": {module: r₀, …}}, {"step": …, "ranks": …}, …]`, one entry a growth, as JSON can write it.
-
-    Read off the layers, so it is whole after resuming and comes with every adapter that is loaded.
-    """
-    layers = growing_layers(model)
-    births = {name: [0, *layer.grown_at.tolist()] for name, layer in layers.items()}
-    sizes = {name: [A.shape[0] for A, _ in layer.pairs] for name, layer in layers.items()}
-
-    def ranks(step: int) -> dict[str, int]:
-        return {
-            n: sum(r for r, born in zip(sizes[n], births[n], strict=True) if born <= step)
-            for n in layers
-        }
-
-    return [{"step": step, "ranks": ranks(step)} for step in sorted(set().union(*births.values()))]
-
-
-MERGED = "merged, so a new pair would get no gradient: call unmerge(model) before it grows."
-
-
-def _names(growths: int) -> list[tuple[str, str]]:
-    """The pairs' attributes. Without a dot, which in an adapter's state ends the module's name."""
-    return [("A", "B"), *((f"A{k}", f"B{k}") for k in range(1, growths + 1))]
-
-
-def _introduce(layer: GrowingLoRALinear, optimizer: Optimizer) -> None:
+def add_to_optimizer(layer: GrowingLoRALinear, optimizer: Optimizer) -> None:
     """Put the layer's last pair into the parameter groups of its first, behind the layer's other tensors there."""
     own = {id(tensor) for pair in layer.pairs for tensor in pair}
     for first, new in zip(layer.pairs[0], layer.pairs[-1], strict=True):
@@ -455,3 +265,23 @@ def _introduce(layer: GrowingLoRALinear, optimizer: Optimizer) -> None:
                 group["params"].insert(place, new)
                 if names := group.get("param_names"):
                     names.insert(place, f"{names[ids.index(id(first))]}{len(layer.grown_at)}")
+
+
+def rank_history(model: nn.Module) -> list[dict[str, Any]]:
+    """`[{"step": 0, "ranks": {module: r₀, …}}, {"step": …, "ranks": …}, …]`, one entry a growth, as JSON can write it.
+
+    Read off the layers, so it is whole after resuming and comes with every adapter that is loaded.
+    """
+    layers = layers_of(model, GrowingLoRALinear)
+    births = {name: [0, *layer.grown_at.tolist()] for name, layer in layers.items()}
+    sizes = {name: [A.shape[0] for A, _ in layer.pairs] for name, layer in layers.items()}
+
+    def ranks_at(step: int) -> dict[str, int]:
+        return {
+            n: sum(r for r, born in zip(sizes[n], births[n], strict=True) if born <= step)
+            for n in layers
+        }
+
+    return [
+        {"step": step, "ranks": ranks_at(step)} for step in sorted(set().union(*births.values()))
+    ]
