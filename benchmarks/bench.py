@@ -53,6 +53,7 @@ from lora_course.arguments import compute_dtype
 from lora_course.export import export_peft
 from lora_course.injection import adapter_layers, inject, merge, unload
 from lora_course.lab.study import source_hash
+from lora_course.serving import load_adapters, row_adapters
 from lora_course.states import factor_state
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -291,12 +292,12 @@ def serving(name: str, model: nn.Module, size: str, r: int, count: int) -> Arm:
         for i in range(count)
     }
     if name == "tasks":
-        ours = fused.load_adapters(twin(model), states)
+        ours = load_adapters(twin(model), states)
         arm = Arm(ours, ids, training=False)
         plain = arm.run
 
         def run() -> None:
-            with fused.rows(ours, names):
+            with row_adapters(ours, names):
                 plain()
 
         arm.run = run
@@ -460,10 +461,10 @@ def provenance() -> dict[str, Any]:
         for line in _cpuinfo()
         if line.startswith(("model name", "CPU part"))
     ]
+    package = ROOT / "lora_course"
+    others = ("classroom", "cli.py", "compare.py", "lab", "__init__.py")
     ours = sorted(
-        path
-        for path in (ROOT / "lora_course").glob("*.py")
-        if path.stem not in ("compare", "cli", "__init__")
+        path for path in package.rglob("*.py") if path.relative_to(package).parts[0] not in others
     )
     return {
         "machine": f"{platform.system()} {platform.machine()}", "processor": names[0] if names else platform.processor() or "unknown",

@@ -49,7 +49,7 @@ from transformers import (
 )
 
 from lora_course import lab, progressive
-from lora_course.adalora import AdaLoRALinear, RankAllocator, prune, regularizer
+from lora_course.adalora import AdaLoRALinear, RankAllocator, prune_triplets, regularizer
 from lora_course.adaptive import GrowingLoRALinear, GrowthSchedule, RankGrower
 from lora_course.arguments import compute_dtype, training_arguments
 from lora_course.checkpoint import save_adapter
@@ -58,8 +58,7 @@ from lora_course.injection import adapter_layers, inject, trainable_parameters
 from lora_course.lab import study
 from lora_course.qlora import quantize_model
 from lora_course.quantized import QuantizedLoRALinear, save_quantized
-from lora_course.sparse import GatedLoRALinear, GateSparsity, SparseDeltaLinear
-from lora_course.sparse import prune as prune_gates
+from lora_course.sparse import GatedLoRALinear, GateSparsity, SparseDeltaLinear, prune_gates
 
 PACKAGE = Path(__file__).resolve().parent
 RECORD = study.STUDIES / "5_1_comparison.json"
@@ -174,7 +173,7 @@ def make_adalora(seed: int) -> Arm:
         ),
         layer=AdaLoRALinear,
     )  # fmt: skip
-    return Arm(model, [RankAllocator(model)], regularizer, finish=prune)
+    return Arm(model, [RankAllocator(model)], regularizer, finish=prune_triplets)
 
 
 def make_adaptive(seed: int) -> Arm:
@@ -407,7 +406,10 @@ def source_hash(method: str, domain: str) -> str:
     """SHA-256 over what makes the runs of a method on a domain; comments and docstrings don't count."""
     files = [
         *(PACKAGE / name for name in ("lora.py", "training.py", "lab/study.py", "lab/corpora.py")),
-        *(PACKAGE / f"{name}.py" for name in METHODS[method].modules),
+        *(
+            PACKAGE / (name if (PACKAGE / name).is_dir() else f"{name}.py")
+            for name in METHODS[method].modules
+        ),
         PACKAGE / "data/nano/model.safetensors",
         *(PACKAGE / f"data/text/{name}.parquet" for name in (domain, SETTINGS["own_domain"])),
     ]

@@ -88,7 +88,7 @@ def export_peft(
     name = base_model_name_or_path or getattr(unwrapped(model), "name_or_path", None)
     config = LoraConfig(
         r=r,
-        lora_alpha=alpha,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT says int and takes any number
         lora_dropout=info.config.lora_dropout,
         target_modules=_targets(model, modules),
         rank_pattern={_exact(name, modules): rank for name, rank in ranks.items() if rank != r},

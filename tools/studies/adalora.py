@@ -18,7 +18,13 @@ from peft import AdaLoraConfig, LoraConfig
 from torch import Tensor
 
 from lora_course import lab, lora
-from lora_course.adalora import AdaLoRALinear, RankAllocator, prune, ranks, regularizer
+from lora_course.adalora import (
+    AdaLoRALinear,
+    RankAllocator,
+    kept_triplets,
+    prune_triplets,
+    regularizer,
+)
 from lora_course.injection import inject, injection_of, trainable_parameters
 from lora_course.lab import study
 from lora_course.states import adapter_state, use_adapter
@@ -42,7 +48,7 @@ SOURCES = [
     Path(__file__),
     *(
         ROOT / "lora_course" / name
-        for name in ("lora.py", "adalora.py", "training.py", "lab/study.py", "lab/corpora.py")
+        for name in ("lora.py", "adalora", "training.py", "lab/study.py", "lab/corpora.py")
     ),
     ROOT / "lora_course/data/nano/model.safetensors",
     ROOT / "lora_course/data/text/shakespeare.parquet",
@@ -121,7 +127,7 @@ def train(
         "orthogonality": regularizer(model).item(),
         "history": allocator.history,
     }
-    return prune(model), seen
+    return prune_triplets(model), seen
 
 
 def score(model: torch.nn.Module, split: str) -> float:
@@ -156,7 +162,7 @@ def result(
         found["losses"] = [round(loss, 4) for loss in seen["losses"]]
         if method != "lora":
             found |= {
-                "ranks": ranks(model),
+                "ranks": kept_triplets(model),
                 "history": {str(t): list(kept.values()) for t, kept in seen["history"].items()},
             }
     return found

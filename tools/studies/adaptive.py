@@ -43,7 +43,7 @@ SOURCES = [
     Path(__file__),
     *(
         ROOT / "lora_course" / name
-        for name in ("adaptive.py", "lora.py", "training.py", "lab/study.py", "lab/corpora.py")
+        for name in ("adaptive", "lora.py", "training.py", "lab/study.py", "lab/corpora.py")
     ),
     ROOT / "lora_course/data/nano/model.safetensors",
     *(ROOT / f"lora_course/data/text/{domain}.parquet" for domain in SETTINGS["domains"]),

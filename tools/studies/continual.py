@@ -40,8 +40,8 @@ from lora_course.continual import (
 from lora_course.injection import inject
 from lora_course.lab import study
 from lora_course.lora import AdapterState
-from lora_course.merging import Merged, average_factors, dare, relative_error, ties
-from lora_course.states import concatenate, split_state, truncate, use_adapter
+from lora_course.merging import Merged, average_factors, dare, ties
+from lora_course.states import concatenate, relative_error, split_state, truncate, use_adapter
 
 ROOT = Path(__file__).resolve().parents[2]
 DOMAINS = ["bible", "shakespeare", "milton", "python"]
@@ -57,7 +57,7 @@ SOURCES = [
     Path(__file__),
     *(
         ROOT / "lora_course" / name
-        for name in ("lora.py", "continual.py", "merging.py", "training.py", "lab/corpora.py")
+        for name in ("lora.py", "continual", "merging.py", "training.py", "lab/corpora.py")
     ),
     ROOT / "lora_course/data/nano/model.safetensors",
     *(ROOT / f"lora_course/data/text/{domain}.parquet" for domain in DOMAINS),

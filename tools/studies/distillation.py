@@ -60,7 +60,7 @@ SOURCES = [
     Path(__file__),
     *(
         ROOT / "lora_course" / name
-        for name in ("distillation.py", "experts.py", "lora.py", "training.py")
+        for name in ("distillation", "experts", "lora.py", "training.py")
     ),
     *(ROOT / "lora_course/lab" / name for name in ("study.py", "corpora.py")),
     ROOT / "lora_course/data/nano/model.safetensors",

@@ -21,9 +21,10 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from lora_course import lab, lora
-from lora_course.fused import FusedLoRALinear, load_adapters, rows
+from lora_course.fused import FusedLoRALinear
 from lora_course.injection import inject, merge, unload
 from lora_course.lab import study
+from lora_course.serving import load_adapters, row_adapters
 from lora_course.states import factor_state, split_state, use_adapter
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,6 +44,7 @@ SOURCES = [
         ROOT / "lora_course" / name
         for name in (
             "fused.py",
+            "serving.py",
             "lora.py",
             "training.py",
             "lab/study.py",
@@ -238,7 +240,7 @@ def served(count: int) -> dict[str, list[float]]:
             one(input_ids=ids[[i for i, n in enumerate(names) if n == name]], use_cache=False)
 
     def batched() -> None:
-        with rows(ours, names):
+        with row_adapters(ours, names):
             ours(input_ids=ids, use_cache=False)
 
     arms = {
@@ -268,7 +270,7 @@ def generated() -> dict[str, list[float]]:
     }
 
     def batched() -> torch.Tensor:
-        with rows(ours, names):
+        with row_adapters(ours, names):
             return ours.generate(ids, **how)
 
     def by_groups() -> torch.Tensor:

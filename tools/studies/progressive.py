@@ -6,7 +6,7 @@ All arms see the same batches in the same order, at the same scale, with the sam
 decay over all steps. The rate is chosen by the first seed's bits a byte on validation text. At the chosen rate all seeds are
 trained, scored on the test text, and their updates' singular values kept. Writes lora_course/data/studies/2_2_progressive.json.
 
-One LoRA is a run of one stage (tests/test_progressive.py: that is LoRA). "restarts" clears the moments and warms the learning
+One LoRA is a run of one stage (tests/progressive/test_trainer.py: that is LoRA). "restarts" clears the moments and warms the learning
 rate up again where the stages do, and keeps its factors. "merge" is trained at the rate of "stack" only: the two differ by
 rounding. What was trained lies under build/studies/.
 """
@@ -41,7 +41,7 @@ SOURCES = [
     Path(__file__),
     *(
         ROOT / "lora_course" / name
-        for name in ("progressive.py", "lora.py", "training.py", "lab/corpora.py")
+        for name in ("progressive", "lora.py", "training.py", "lab/corpora.py")
     ),
     ROOT / "lora_course/data/nano/model.safetensors",
     ROOT / "lora_course/data/text/shakespeare.parquet",

@@ -36,7 +36,14 @@ SOURCES = [
     Path(__file__),
     *(
         ROOT / "lora_course" / name
-        for name in ("lora.py", "qlora.py", "training.py", "lab/study.py", "lab/corpora.py")
+        for name in (
+            "lora.py",
+            "nf4.py",
+            "qlora.py",
+            "training.py",
+            "lab/study.py",
+            "lab/corpora.py",
+        )
     ),
     ROOT / "lora_course/data/nano/model.safetensors",
     ROOT / "lora_course/data/text/shakespeare.parquet",

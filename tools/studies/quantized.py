@@ -48,7 +48,7 @@ SOURCES = [
     Path(__file__),
     *(
         ROOT / "lora_course" / name
-        for name in ("lora.py", "quantized.py", "training.py", "lab/study.py", "lab/corpora.py")
+        for name in ("lora.py", "quantized", "training.py", "lab/study.py", "lab/corpora.py")
     ),
     ROOT / "lora_course/data/nano/model.safetensors",
     ROOT / "lora_course/data/text/shakespeare.parquet",

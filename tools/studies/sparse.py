@@ -26,8 +26,8 @@ from lora_course.sparse import (
     GateSparsity,
     SparseDeltaLinear,
     SparseLoRALinear,
-    prune,
-    ranks,
+    open_gates,
+    prune_gates,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,7 +62,7 @@ SOURCES = [
     Path(__file__),
     *(
         ROOT / "lora_course" / name
-        for name in ("lora.py", "sparse.py", "training.py", "lab/study.py", "lab/corpora.py")
+        for name in ("lora.py", "sparse", "training.py", "lab/study.py", "lab/corpora.py")
     ),
     ROOT / "lora_course/data/nano/model.safetensors",
     ROOT / "lora_course/data/text/shakespeare.parquet",
@@ -114,9 +114,9 @@ def train(method: str, learning_rate: float, seed: int) -> tuple[nn.Module, dict
         "start": [[round(g, 4) for g in gate.tolist()] for gate in start],
         "end": [[round(g, 4) for g in layer.gate.tolist()] for layer in layers],
     }
-    return prune(model), {
+    return prune_gates(model), {
         "losses": losses,
-        "ranks": ranks(model),
+        "ranks": open_gates(model),
         "opened": recorder.opened,
         "gates": gates,
     }
