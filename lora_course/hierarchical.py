@@ -199,6 +199,14 @@ class RankSampler(ModelCallback):
                 "These layers have Matryoshka weighting, which trains all cuts in each step: leave the sampler out, or inject with weighting='equal'."
             )
 
+    def settings(self) -> dict[str, Any]:
+        """Seed, and what is trained of a cut."""
+        return {"seed": self.seed, "only_last": self.only_last, "hold": self.hold}
+
+    def stopped(self) -> None:
+        """The adapter is whole again."""
+        self.end()
+
     def rank(self, t: int) -> int:
         """The rank of step t."""
         return random.Random(f"{self.seed}/{t}").choice(self.ranks)

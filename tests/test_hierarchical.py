@@ -530,3 +530,24 @@ def test_what_has_no_such_cut_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="needs rank 5"):
         use_adapter(model, adapter_state(inject(qwen(), config(r=4), layer=NestedLoRALinear)))
     assert isinstance(next(iter(adapter_layers(model).values())), LoRALinear)
+
+
+def test_a_training_that_was_stopped_by_hand_leaves_the_adapter_whole(tmp_path: Path) -> None:
+    class Stop(TrainerCallback):
+        def on_substep_end(self, args, state, control, **_) -> None:
+            raise KeyboardInterrupt
+
+    torch.manual_seed(0)
+    model = inject(qwen(), config(r=8), NestedLoRALinear, ranks=(1, 2, 4, 8))
+    data = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}] * 4
+    args = training_arguments(
+        tmp_path, device="cpu", bf16=False, max_steps=1, gradient_accumulation_steps=2, save_strategy="no",
+        per_device_train_batch_size=1,
+    )  # fmt: skip
+    sampler = RankSampler(
+        model, seed=next(s for s in range(9) if RankSampler(model, s).rank(1) < 8)
+    )
+    trainer = AdapterTrainer(model, args, train_dataset=data, callbacks=[sampler, Stop()])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert {layer.rank for layer in adapter_layers(model).values()} == {8}

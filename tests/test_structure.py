@@ -22,6 +22,11 @@ from tools import facts, pages, run_chapters
 from tools.run_chapters import ROOT
 
 GROUND = (
+    "arguments",
+    "descriptions",
+    "folders",
+    "progress",
+    "runs",
     "linears",
     "lora",
     "targets",
