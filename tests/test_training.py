@@ -17,8 +17,9 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from lora_course import training
-from lora_course.lora import adapter_layers, adapter_state, inject, merge
+from lora_course.injection import adapter_layers, inject, merge
 from lora_course.qlora import load_4bit, quantize_model
+from lora_course.states import adapter_state
 from lora_course.training import (
     COMPLETE,
     AdapterTrainer,
@@ -193,11 +194,11 @@ def test_gradient_checkpointing_gives_the_same_weights(tmp_path: Path) -> None:
     for checkpointing in (False, True):
         model = injected(dropout=0.2)
         trainer = AdapterTrainer(
-            model, arguments(tmp_path, activation_checkpointing=checkpointing), train_dataset=rows()
+            model, arguments(tmp_path, gradient_checkpointing=checkpointing), train_dataset=rows()
         )
         trainer.train()
         states.append(adapter_state(model))
-        assert model.is_activation_checkpointing == checkpointing
+        assert model.is_gradient_checkpointing == checkpointing
     assert_same(*states, tolerance=1e-6)
     assert difference(states[0], adapter_state(injected(dropout=0.2))) > 1e-3
 

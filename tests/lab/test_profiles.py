@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
+from lora_course.injection import inject, trainable_parameters
 from lora_course.lab import profiles as module
 from lora_course.lab.memory import peak_memory, tensor_bytes
 from lora_course.lab.models import load_base
@@ -19,7 +20,6 @@ from lora_course.lab.profiles import (
     preflight,
     profiles,
 )
-from lora_course.lora import inject, trainable_parameters
 
 WITHIN = 1.25  # the factor that estimate and measurement may differ by
 
@@ -91,7 +91,7 @@ def test_the_estimate_agrees_with_a_measured_step(batch, length, checkpointing) 
     model, _ = load_base("nano")
     inject(model, LoraConfig(r=8, lora_alpha=8, target_modules="all-linear")).train()
     if checkpointing:
-        model.activation_checkpointing_enable()
+        model.gradient_checkpointing_enable()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     ids = torch.randint(0, 4096, (batch, length), generator=torch.Generator().manual_seed(0))
 
