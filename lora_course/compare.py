@@ -59,7 +59,7 @@ from lora_course.qlora import quantize_model
 from lora_course.quantized import QuantizedLoRALinear, save_quantized
 from lora_course.sparse import GatedLoRALinear, GateSparsity, SparseDeltaLinear
 from lora_course.sparse import prune as prune_gates
-from lora_course.training import compute_dtype, training_arguments
+from lora_course.training import compute_dtype, device_of, one_device, training_arguments
 
 PACKAGE = Path(__file__).resolve().parent
 RECORD = study.STUDIES / "5_1_comparison.json"
@@ -144,9 +144,9 @@ def make_peft(seed: int, **fields: Any) -> Arm:
 
     def fit(rows: datasets.Dataset, learning_rate: float, seed: int) -> list[float]:
         with tempfile.TemporaryDirectory() as folder:
-            trainer = Trainer(
-                model, training_arguments(folder, **recipe(learning_rate, seed)), train_dataset=rows
-            )
+            args = training_arguments(folder, device_of(model), **recipe(learning_rate, seed))
+            one_device(model, args)
+            trainer = Trainer(model, args, train_dataset=rows)
             trainer.remove_callback(PrinterCallback)
             trainer.train()
         return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

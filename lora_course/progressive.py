@@ -35,7 +35,7 @@ from lora_course.injection import adapter_layers, inject, layers_of, merge, unlo
 from lora_course.linears import is_4bit
 from lora_course.lora import AdapterState, LoRALinear, register
 from lora_course.states import core_of, factor_state, split_state
-from lora_course.training import AdapterTrainer, training_arguments
+from lora_course.training import AdapterTrainer, device_of, training_arguments
 
 Mode = Literal["stack", "merge"]
 Schedule = Literal["run", "stage"]
@@ -397,7 +397,7 @@ def train_stages(
         keep_original: for "merge", see `StackedLoRALinear`. Costs a copy of every target's weight.
         trainer: arguments of `AdapterTrainer` (`callbacks`, `data_collator`, `auxiliary_loss`, …).
         arguments: fields of `TrainingArguments` that hold in all stages (`per_device_train_batch_size`, `save_steps`,
-            `gradient_checkpointing`, …) and `device`.
+            `gradient_checkpointing`, …) and `device`, by default the model's.
 
     Returns:
         For each stage what its folder keeps: `{"stage", "mode", "history": [{"step", "loss"}, …]}`.
@@ -448,7 +448,7 @@ def train_stages(
             learning_rate=stage.learning_rate,
             max_steps=stage.steps,
             seed=stage_seed,
-            **arguments,
+            **{"device": device_of(model), **arguments},
         )
         running = StageTrainer(
             model, args, stages, index, schedule, train_dataset=rows[index], **(trainer or {})

@@ -60,7 +60,7 @@ def training_arguments(
     a service, autocast in `compute_dtype(device)`, AdamW at 2e-4 (arXiv 2305.14314) after 5% of warm-up, small
     checkpoints every 100 steps and at the end, of which two are kept.
 
-    device: where to train, as in `compute_dtype`. overrides: any field of `TrainingArguments`.
+    device: where to train, which is where the model lies; by default the GPU where there is one. overrides: any field of `TrainingArguments`.
     """
     kind, dtype = _device_type(device), compute_dtype(device)
     defaults: dict[str, Any] = {
@@ -81,6 +81,28 @@ def training_arguments(
     return TrainingArguments(output_dir=str(output_dir), **{**defaults, **overrides})
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's computation begins: the device of its first parameter, or the one that accelerate's hook names."""
+    hook = getattr(model, "_hf_hook", None)
+    device = getattr(hook, "execution_device", None)
+    return torch.device(next(model.parameters()).device if device is None else device)
+
+
+def one_device(model: nn.Module, args: TrainingArguments) -> None:
+    """Holds `args` to the one device that the model lies on; for a Trainer in a process of its own.
+
+    With several GPUs in one process Trainer would use DataParallel, which copies the model at every step.
+    Raises ValueError where the model lies elsewhere, as Trainer would move it and leave it there.
+    """
+    there = device_of(model).type
+    if there not in ("meta", args.device.type):
+        raise ValueError(
+            f"the model is on {there} and the arguments train on {args.device.type}: "
+            f"make them with training_arguments(..., device={there!r}), or move the model first"
+        )
+    args._n_gpu = 1
+
+
 class AdapterTrainer(Trainer):
     """`transformers.Trainer` for a model that `inject` has been called on, with a plain or a 4-bit base.
 
@@ -95,7 +117,8 @@ class AdapterTrainer(Trainer):
 
     model, args, train_dataset, …: as for `Trainer`; args are best made by `training_arguments`.
     auxiliary_loss: called with the model at each micro-batch after its forward pass; returns a scalar tensor.
-    Raises ValueError for a model without adapters, or with merged ones.
+    Raises ValueError for a model without adapters, or with merged ones, and for one that lies on another kind of device
+    than the arguments train on: no model is moved without a word.
     """
 
     def __init__(
@@ -112,7 +135,7 @@ class AdapterTrainer(Trainer):
                 f"{merged[0]!r} is merged, so its factors would get no gradient: call unmerge(model) before training"
             )
         if args.parallel_mode.value == "not_distributed":
-            args._n_gpu = 1  # several GPUs in one process mean DataParallel, which copies the model at every step
+            one_device(model, args)
         use_cache = model.config.use_cache
         # Trainer refuses a 4-bit base unless it takes its adapters for PEFT's; saving a model looks at the mark too.
         model._hf_peft_config_loaded = True

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -24,7 +25,9 @@ from lora_course.training import (
     COMPLETE,
     AdapterTrainer,
     compute_dtype,
+    device_of,
     last_checkpoint,
+    one_device,
     training_arguments,
 )
 
@@ -483,3 +486,16 @@ def test_a_gpu_without_bf16_computes_in_fp16(monkeypatch, native, dtype) -> None
         lambda including_emulation=True: native or including_emulation,
     )
     assert compute_dtype() == compute_dtype("cuda:0") == dtype
+
+
+def test_a_model_is_not_moved_to_where_the_arguments_train(tmp_path: Path) -> None:
+    model = injected()
+    on_gpu = SimpleNamespace(device=torch.device("cuda"), _n_gpu=2)
+    with pytest.raises(ValueError, match=r"the model is on cpu .* cuda: .*device='cpu'"):
+        one_device(model, on_gpu)
+    on_cpu = SimpleNamespace(device=torch.device("cpu"), _n_gpu=0)
+    one_device(model, on_cpu)
+    assert on_cpu._n_gpu == 1
+    model._hf_hook = SimpleNamespace(execution_device="cuda:0")  # offloaded: it computes on the GPU
+    one_device(model, on_gpu)
+    assert on_gpu._n_gpu == 1 and device_of(model) == torch.device("cuda:0")
