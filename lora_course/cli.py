@@ -67,7 +67,6 @@ def parser() -> argparse.ArgumentParser:
 
     for name, does in (("book", "execute the chapters, build the book"), ("test", "every test")):
         inside = commands.add_parser(name, help=f"in a copy of the repository: {does}")
-        inside.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
         inside.set_defaults(run=run_checkout)
 
     convert = commands.add_parser(
@@ -143,7 +142,7 @@ def run_get(arguments: argparse.Namespace) -> None:
 def run_checkout(arguments: argparse.Namespace) -> int:
     from lora_course.machine import checkout
 
-    return checkout.run(arguments.command, arguments.arguments)
+    return checkout.run(arguments.command, arguments.more)
 
 
 def run_convert(arguments: argparse.Namespace) -> None:
@@ -169,7 +168,10 @@ def run_convert(arguments: argparse.Namespace) -> None:
 
 def main(given: Sequence[str] | None = None) -> int:
     """Runs a command. What the user can mend is one sentence on the error stream, and exit status 2."""
-    arguments = parser().parse_args(given)
+    top = parser()
+    arguments, arguments.more = top.parse_known_args(given)
+    if arguments.more and arguments.run is not run_checkout:
+        top.error(f"unrecognized arguments: {' '.join(arguments.more)}")
     try:
         return arguments.run(arguments) or 0
     except (

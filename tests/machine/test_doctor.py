@@ -33,8 +33,9 @@ def test_a_gpu_that_torch_has_no_kernels_for_is_said(capsys, monkeypatch) -> Non
         "mem_get_info": (profiles.GIB,) * 2,
     }
     answers |= {"get_device_capability": (6, 0), "get_arch_list": ["sm_75"], "device_count": 1}
+    answers["is_bf16_supported"] = False
     for name, value in answers.items():
-        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value, **__: value)
     assert cli.main(["doctor"]) == 0
     said = lines(capsys)
     assert "no kernels" in said["GPU"] and said["t4"] == "needs an NVIDIA GPU"

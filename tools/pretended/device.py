@@ -200,6 +200,9 @@ def moved_parameter(old: torch.Tensor, function: Any, parameter: bool) -> torch.
 
 def pretend(gpus: int = 1, bf16: bool = False, memory: int = 15 * GIB) -> TorchFunctionMode:
     """Puts the device in place for the rest of this process. gpus: how many; memory: bytes of each, all of them free."""
+    import bitsandbytes  # noqa: F401  (it and PEFT look for CUDA's own parts when they are loaded)
+    import peft  # noqa: F401
+
     cuda, name = torch.cuda, "a pretended A100" if bf16 else "a pretended T4"
     capability = (8, 0) if bf16 else (7, 5)
     answers = {
