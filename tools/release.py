@@ -13,7 +13,7 @@ from tools import facts
 def notes(changelog: str, version: str) -> str:
     """The part of a changelog under `## <version>`, without its heading."""
     found = re.search(
-        rf"^## {re.escape(version)}\b.*\n((?s:.*?))(?=^## |\Z)", changelog, re.MULTILINE
+        rf"^## {re.escape(version)}(?![\w.]).*\n((?s:.*?))(?=^## |\Z)", changelog, re.MULTILINE
     )
     if not found or not found[1].strip():
         raise SystemExit(f"CHANGELOG.md: nothing under `## {version}`")

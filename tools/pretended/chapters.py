@@ -60,25 +60,26 @@ def redirect(folder: Path) -> None:
         auto.from_pretrained = classmethod(from_pretrained)
 
 
-def run(chapter: Path) -> str | None:
-    """Runs the cells of a chapter in this process; what failed, or None."""
+def run(chapter: Path) -> list[str]:
+    """Runs the cells of a chapter in this process, past those that fail; what failed, the cause before what it causes."""
     from IPython.core.interactiveshell import InteractiveShell
 
-    shell = InteractiveShell.instance()
-    number = 0
-    for cell in jupytext.read(chapter).cells:
-        if cell.cell_type != "code":
-            continue
-        number += 1
+    shell, text, failures = InteractiveShell.instance(), chapter.read_text(), []
+    code = [cell for cell in jupytext.read(chapter).cells if cell.cell_type == "code"]
+    for number, cell in enumerate(code, start=1):
         result = shell.run_cell(cell.source, silent=True)
         error = result.error_before_exec or result.error_in_exec
         if error is not None:
-            line = chapter.read_text()[: chapter.read_text().find(cell.source)].count("\n") + 1
-            return f"notebooks/{chapter.name}:{line}: code cell {number}: {type(error).__name__}: {str(error)[:300]}"
-    return None
+            line = text[: text.find(cell.source)].count("\n") + 1
+            message = " ".join(str(error).split())[:300]
+            failures.append(
+                f"notebooks/{chapter.name}:{line}: code cell {number}: {type(error).__name__}: {message}"
+            )
+    return failures
 
 
-def run_here(stem: str, gpus: int, bf16: bool) -> int:
+def run_here(stem: str, gpus: int, bf16: bool) -> list[str]:
+    """Makes this process one on such a machine, for good, and runs a chapter; what failed."""
     import transformers  # noqa: F401  (imports settle before the device changes torch)
 
     from lora_course import lab, qlora  # noqa: F401
@@ -90,9 +91,33 @@ def run_here(stem: str, gpus: int, bf16: bool) -> int:
         pretend(gpus, bf16, 80 * GIB if bf16 else 15 * GIB)
         os.chdir(folder)
         (chapter,) = [path for path in chapters() if path.stem == stem]
-        failure = run(chapter)
-    print(failure or "passed", file=sys.stderr)
-    return bool(failure)
+        return run(chapter)
+
+
+def run_apart(stem: str, given: argparse.Namespace) -> list[str]:
+    """Runs a chapter in a process of its own; what failed."""
+    with TemporaryDirectory() as folder:
+        report = Path(folder) / "report"
+        settings = {
+            "LORA_COURSE_PROFILE": given.profile,
+            "LORA_COURSE_CLAIMS": folder,
+            "HF_HUB_OFFLINE": "1",
+        }
+        command = [
+            sys.executable,
+            "-m",
+            "tools.pretended.chapters",
+            stem,
+            "--gpus",
+            str(given.gpus),
+        ]
+        command += ["--report", str(report), *["--bf16"] * given.bf16]
+        done = subprocess.run(
+            command, cwd=ROOT, env=os.environ | settings, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )  # fmt: skip
+        if not report.exists():
+            return [f"{stem}: the process ended early: {done.stderr[-300:]}"]
+        return report.read_text().splitlines()
 
 
 def main() -> None:
@@ -103,25 +128,23 @@ def main() -> None:
     parser.add_argument(
         "--bf16", action="store_true", help="a GPU with bf16; else one without, as a T4"
     )
-    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--report", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.here:
-        raise SystemExit(run_here(given.stems[0], given.gpus, given.bf16))
+    if given.report:
+        given.report.write_text("\n".join(run_here(given.stems[0], given.gpus, given.bf16)))
+        return
     failed = []
     for stem in given.stems or [path.stem for path in chapters()]:
         start = time.perf_counter()
-        with TemporaryDirectory() as claims:
-            settings = {
-                "LORA_COURSE_PROFILE": given.profile,
-                "LORA_COURSE_CLAIMS": claims,
-                "HF_HUB_OFFLINE": "1",
-            }
-            command = [sys.executable, "-m", "tools.pretended.chapters", *sys.argv[1:], "--here"]
-            command = [word for word in command if word not in given.stems] + [stem]
-            done = subprocess.run(command, cwd=ROOT, env=os.environ | settings, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)  # fmt: skip
-        last = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "no output"
-        print(f"{stem}: {last} ({time.perf_counter() - start:.0f} s)", flush=True)
-        failed += [stem] * bool(done.returncode)
+        failures = run_apart(stem, given)
+        verdict = f"{len(failures)} cells failed" if failures else "passed"
+        print(
+            f"{stem}: {verdict} ({time.perf_counter() - start:.0f} s)",
+            *failures,
+            sep="\n",
+            flush=True,
+        )
+        failed += [stem] * bool(failures)
     raise SystemExit(f"failed: {', '.join(failed)}" if failed else 0)
 
 
