@@ -6,18 +6,17 @@ import importlib
 import importlib.metadata
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable
-from pathlib import Path
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from packaging.version import InvalidVersion, Version
+from packaging.version import Version
 
 COURSE = "lora-course"
 # PEFT raises ImportError at the first plain linear where it finds an older torchao; Colab and Kaggle preinstall 0.10.
 # Where torchao is not installed, nobody needs it.
 REFUSED_WHEN_OLDER = (Requirement("torchao>=0.16.0"),)
+KEPT = ("torch", "numpy")  # an image's own builds: nothing may replace them
 RESTART = (
     "restart the session (Colab: Runtime > Restart session; Kaggle: Run > Restart) and run it again"
 )
@@ -39,10 +38,15 @@ def wanting(versions: dict[str, str] | None = None) -> list[Requirement]:
     versions: `installed()` by default.
     """
     versions = installed() if versions is None else versions
-    needed = [Requirement(text) for text in importlib.metadata.requires(COURSE) or []]
-    needed = [need for need in needed if not need.marker or need.marker.evaluate({"extra": ""})]
+    needed = _requirements(COURSE)
     optional = [need for need in REFUSED_WHEN_OLDER if canonicalize_name(need.name) in versions]
     return [need for need in [*needed, *optional] if not _met(need, versions)]
+
+
+def _requirements(name: str) -> list[Requirement]:
+    """What an installed distribution requires here, without its extras."""
+    needs = [Requirement(text) for text in importlib.metadata.requires(name) or []]
+    return [need for need in needs if not need.marker or need.marker.evaluate({"extra": ""})]
 
 
 def _met(need: Requirement, versions: dict[str, str]) -> bool:
@@ -51,31 +55,57 @@ def _met(need: Requirement, versions: dict[str, str]) -> bool:
 
 
 def install(needs: Iterable[Requirement]) -> None:
-    """Installs what is asked for, and changes the version of nothing else that is there.
+    """Installs what is asked for, then what that lacks, and nothing else: pip resolves nothing, so it replaces nothing.
 
-    Raises RuntimeError, with pip's last line, where that can't be: no network, or no set of versions that fits.
+    Of a package that is there already, what is lacking stays in its major version, which its other users ask for.
+    Raises RuntimeError with one sentence where that can't be: no network, no such version, or another torch would be needed.
     """
     needs = list(needs)
-    changed = {canonicalize_name(need.name) for need in needs}
-    pins = [
-        f"{name}=={version}"
-        for name, version in installed().items()
-        if name not in changed and _valid(version)
-    ]
-    with tempfile.TemporaryDirectory() as folder:
-        constraints = Path(folder) / "constraints.txt"
-        constraints.write_text("\n".join(pins))
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--upgrade"]
-        command += ["--disable-pip-version-check", "--constraint", str(constraints)]
-        run = subprocess.run(
-            [*command, *map(str, needs)], capture_output=True, text=True, stdin=subprocess.DEVNULL
-        )
+    while needs:
+        kept = [need for need in needs if canonicalize_name(need.name) in KEPT]
+        if kept:
+            raise RuntimeError(
+                f"the course would need {listed(kept)}, and {kept[0].name} {installed()[kept[0].name]} is here: take a newer "
+                "runtime, or set LORA_COURSE_SOURCE to an older release of the course"
+            )
+        _pip([_in_major(need) for need in needs])
+        needs = _lacking({canonicalize_name(need.name) for need in needs})
+
+
+def _pip(packages: list[str]) -> None:
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--upgrade", "--no-deps"]
+    run = subprocess.run(
+        [*command, *packages], capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
     if run.returncode:
-        lines = [line for line in run.stderr.splitlines() if line.startswith("ERROR")]
+        errors = [line for line in run.stderr.splitlines() if line.startswith("ERROR")]
         raise RuntimeError(
-            f"pip could not install {listed(needs)} and leave the rest as it is. On Kaggle, switch the internet on "
-            f"(Session options > Internet). pip said: {(lines or ['nothing'])[-1]}"
+            f"pip could not install {', '.join(packages)}. On Kaggle, switch the internet on (Session options > Internet). "
+            f"pip said: {(errors or ['nothing'])[-1]}"
         )
+
+
+def _lacking(names: set[str]) -> list[Requirement]:
+    """What installed distributions require and don't find; one requirement for each package."""
+    versions, found = installed(), {}
+    for name in sorted(names):
+        for need in _requirements(name):
+            if not _met(need, versions):
+                key = canonicalize_name(need.name)
+                together = found[key].specifier & need.specifier if key in found else need.specifier
+                found[key] = Requirement(f"{need.name}{together}")
+    return list(found.values())
+
+
+def _in_major(need: Requirement) -> str:
+    """A requirement as pip reads it, kept below the next major version of what is there, unless it asks for more."""
+    version = installed().get(canonicalize_name(need.name))
+    if version is None:
+        return str(need)
+    bound = Requirement(f"{need.name}{need.specifier},<{Version(version).major + 1}")
+    lowest = [Version(part.version) for part in need.specifier if part.operator in (">=", "==")]
+    above = any(low.major > Version(version).major for low in lowest)
+    return str(need if above else bound)
 
 
 def prepare(version: str, hosted: bool) -> None:
@@ -132,12 +162,3 @@ def pip_line(packages: Iterable[str]) -> str:
 
 def listed(needs: Iterable[Requirement]) -> str:
     return ", ".join(str(need) for need in needs)
-
-
-def _valid(version: str) -> bool:
-    """Debian's own packages carry versions that pip refuses to read."""
-    try:
-        Version(version)
-    except InvalidVersion:
-        return False
-    return True

@@ -62,6 +62,23 @@ def test_the_cell_installs_what_is_missing_mends_torchao_and_touches_nothing_els
     assert (again.stdout, again.returncode) == (f"lora-course {version} is ready.\n", 0)
 
 
+def test_a_newer_transformers_moves_its_own_within_their_major_version(tmp_path: Path) -> None:
+    """Fault 34: huggingface-hub 2 came along, and diffusers and gradio want 1."""
+    there = {need.name: lowest(need) for need in NEEDED}
+    there |= {"transformers": "5.0.0", "huggingface-hub": "1.11.0", "tokenizers": "0.22.2"}
+    image = Image(tmp_path, there)
+    wheel(image.index, "transformers", "5.23.0", ("huggingface-hub>=1.31,<3", "tokenizers>=0.23"))
+    for name, version in {"huggingface-hub": "1.40.0", "tokenizers": "0.23.3"}.items():
+        wheel(image.index, name, version)
+    wheel(image.index, "huggingface-hub", "2.4.0")
+    course_wheel(image.index)
+    run = image.run(CELL, "kaggle", LORA_COURSE_SOURCE=source(image))
+    assert run.returncode == 0, run.stderr
+    assert "transformers 5.23.0 (was 5.0.0)" in run.stdout
+    after = image.versions()
+    assert after["huggingface-hub"] == "1.40.0" and after["tokenizers"] == "0.23.3"
+
+
 def test_a_torchao_that_is_not_there_is_not_brought(image: Image) -> None:
     for path in image.site.glob("torchao*"):
         subprocess.run(["rm", "-r", path], check=True)
@@ -103,6 +120,15 @@ def test_on_a_laptop_it_says_what_to_paste(image: Image) -> None:
     assert run.returncode == 1 and '%pip install --upgrade "torchao>=0.16.0"' in run.stderr
 
 
+def test_a_package_that_would_need_another_torch_is_refused(image: Image) -> None:
+    wheel(image.index, "bitsandbytes", "0.60", ("torch>=98",))
+    before = image.versions()
+    run = image.run(CELL, LORA_COURSE_SOURCE=source(image))
+    assert run.returncode == 1 and run.stderr.count("\n") == 1
+    assert f"would need torch>=98, and torch {before['torch']} is here" in run.stderr
+    assert image.versions()["torch"] == before["torch"]
+
+
 def test_another_version_than_the_chapters_is_said(image: Image) -> None:
     assert image.run(CELL, LORA_COURSE_SOURCE=source(image)).returncode == 0
     other = CELL.replace(f'"{facts.read().version}"', '"0.0.1"')
@@ -115,16 +141,16 @@ def test_every_chapter_begins_with_the_same_cell() -> None:
         assert code[0].source == CELL, chapter.name
 
 
-@pytest.mark.parametrize("name", ["colab-gpu", "kaggle"])
+@pytest.mark.parametrize(("name", "more"), [("colab-gpu", set()), ("kaggle", {"transformers"})])
 def test_the_ranges_are_met_by_the_images_but_for_what_the_cell_installs(
-    name: str, monkeypatch: pytest.MonkeyPatch
+    name: str, more: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stated = facts.project()["dependencies"]  # the installed ones may be those of another day
     monkeypatch.setattr(importlib.metadata, "requires", lambda _: stated)
     lines = (LISTS / f"{name}.txt").read_text().splitlines()
     pins = [line.split("==") for line in lines if "==" in line]
     versions = {name.lower().replace("_", "-"): version for name, version in pins}
-    assert {need.name for need in wanting(versions)} == {"peft", "bitsandbytes", "torchao"}
+    assert {need.name for need in wanting(versions)} == {"peft", "bitsandbytes", "torchao"} | more
 
 
 def test_this_environment_wants_nothing() -> None:

@@ -19,8 +19,11 @@ from tools.run_chapters import ROOT
 
 # What the course needs, what those need, and neighbours on the image that state versions of them.
 MET = (Path(__file__).parent / "met.txt").read_text().split()
-UNTOUCHED = ("torch", "numpy", "pandas", "pyarrow", "transformers", "huggingface-hub")
-COLAB = "import sys, types\nsys.modules['google.colab'] = types.ModuleType('google.colab')\n"
+UNTOUCHED = ("torch", "numpy", "pandas", "pyarrow", "datasets", "accelerate")
+COLAB = """import importlib.machinery, sys, types
+sys.modules["google.colab"] = types.ModuleType("google.colab")
+sys.modules["google.colab"].__spec__ = importlib.machinery.ModuleSpec("google.colab", None)
+"""
 
 
 def pins(name: str, torch: bool) -> list[str]:
@@ -49,8 +52,10 @@ def run(given: argparse.Namespace, folder: Path) -> str | int:
     wheel = build_wheel(folder / "wheel")
     place = Place(folder, beside=not given.torch, python=given.python)
     place.install(*pins(given.image, given.torch), alone=True)
-    if given.torch:  # the kernel, and what the list leaves to the system
-        place.install("ipykernel", "setuptools")
+    # What the list leaves to the system, or names by another package.
+    place.install(
+        "backcall", "pickleshare", "pytz", "tzdata", *["setuptools", "ipykernel"] * given.torch
+    )
     before, conflicts = place.versions(), place.conflicts()
     settings = {
         "LORA_COURSE_SOURCE": str(wheel),

@@ -111,7 +111,7 @@ class Place:
         )
         try:
             client.execute()
-        except CellExecutionError as error:
+        except (CellExecutionError, RuntimeError) as error:  # a cell raised, or the kernel died
             return f"{stem}: {str(error).strip()[-1500:]}"
         finally:
             nbformat.write(notebook, work / f"{stem}.ipynb")

@@ -10,6 +10,7 @@ show: speed, memory, kernels, and how a GPU rounds.
 from __future__ import annotations
 
 import contextlib
+import sys
 import types
 from typing import Any
 
@@ -87,6 +88,8 @@ class Pretended(TorchFunctionMode):
             and not packed(args[0])
         ):
             return move(name, *args, **kwargs)
+        if function is torch.device and args and type(args[0]) is int:
+            return CUDA  # a number alone means the accelerator
         device = kwargs.get("device")
         if device is not None and is_cuda(device):
             kwargs["device"] = "cpu"
@@ -227,6 +230,7 @@ def pretend(gpus: int = 1, bf16: bool = False, memory: int = 15 * GIB) -> TorchF
     cuda.stream = contextlib.nullcontext
     torch.nn.Module._apply = apply_to_module
     _pretend_autocast()
+    _read_files_on_the_cpu()
     _without_devices(torch.random)
     _without_pinned_memory()
     mode = Pretended()
@@ -252,6 +256,37 @@ def _pretend_autocast() -> None:
     torch.autocast.__init__ = init
     torch.is_autocast_enabled = lambda kind="cuda": enabled(on_cpu(kind))
     torch.get_autocast_dtype = lambda kind: dtype(on_cpu(kind))
+
+
+def _read_files_on_the_cpu() -> None:
+    """safetensors reads into a GPU's memory by itself, past torch; here the tensors are read, then moved."""
+    import safetensors
+
+    original = safetensors.safe_open
+
+    class Opened:
+        def __init__(self, path: Any, framework: str, device: Any = "cpu", **kwargs: Any) -> None:
+            self.file, self.device = original(path, framework, "cpu", **kwargs), device
+
+        def __enter__(self) -> Any:
+            self.file.__enter__()
+            return self
+
+        def __exit__(self, *error: Any) -> None:
+            self.file.__exit__(*error)
+
+        def get_tensor(self, name: str) -> torch.Tensor:
+            return self.file.get_tensor(name).to(self.device)
+
+        def get_tensors(self) -> dict[str, torch.Tensor]:
+            return {name: self.get_tensor(name) for name in self.file.keys()}  # noqa: SIM118
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.file, name)
+
+    for module in list(sys.modules.values()):
+        if getattr(module, "safe_open", None) is original:
+            module.safe_open = Opened
 
 
 def _without_devices(random: Any) -> None:
