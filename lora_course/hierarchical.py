@@ -205,7 +205,7 @@ class RankSampler(ModelCallback):
 
     def stopped(self) -> None:
         """The adapter is whole again."""
-        self.end()
+        self.end_step()
 
     def rank(self, t: int) -> int:
         """The rank of step t."""

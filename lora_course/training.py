@@ -19,6 +19,7 @@ from transformers import (
 )
 from transformers.trainer_utils import TrainOutput
 
+from lora_course.arguments import one_device
 from lora_course.callbacks import ModelCallback
 from lora_course.checkpoint import restore_adapter, save_adapter
 from lora_course.files import replace_file
@@ -57,7 +58,8 @@ class AdapterTrainer(Trainer):
 
     model, args, train_dataset, …: as for `Trainer`; args are best made by `training_arguments`.
     auxiliary_loss: called with the model at each micro-batch after its forward pass; returns a scalar tensor.
-    Raises ValueError for a model without adapters, with merged ones, or with nothing to train.
+    Raises ValueError for a model without adapters, with merged ones, with nothing to train, and for one that lies on
+    another kind of device than the arguments train on: no model is moved without a word.
     """
 
     model: Any  # Trainer's own type is for models that may be missing
@@ -80,7 +82,7 @@ class AdapterTrainer(Trainer):
                 "No parameter of this model requires a gradient (inference_mode=True?): inject with inference_mode=False to train."
             )
         if args.parallel_mode.value == "not_distributed":
-            args._n_gpu = 1  # several GPUs in one process mean DataParallel, which copies the model at every step
+            one_device(model, args)
         use_cache = self._use_cache(model)
         # Trainer refuses a 4-bit base unless it takes its adapters for PEFT's; saving a model looks at the mark too.
         model._hf_peft_config_loaded = True  # type: ignore[assignment]  # no module, no tensor

@@ -38,7 +38,7 @@ GROUND = (
     "export",
     "training",
 )
-ROOF = ("compare", "cli", "classroom")
+ROOF = ("compare", "cli", "classroom", "machine")
 CHAPTERS = run_chapters.chapters()
 PROSE = [
     ROOT / "README.md",

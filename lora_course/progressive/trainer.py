@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback
 
-from lora_course.arguments import training_arguments
+from lora_course.arguments import device_of, training_arguments
 from lora_course.checkpoint import load_adapter, read_extra, restore_adapter, save_adapter
 from lora_course.injection import adapter_layers, merge, unload
 from lora_course.linears import is_4bit
@@ -111,7 +111,7 @@ def train_stages(
         trainer: arguments of `AdapterTrainer` (`callbacks`, `data_collator`, `auxiliary_loss`, …).
         overwrite: delete what `output_dir` holds of another plan, and start anew.
         arguments: fields of `TrainingArguments` that hold in all stages (`per_device_train_batch_size`, `save_steps`,
-            `gradient_checkpointing`, …) and `device`.
+            `gradient_checkpointing`, …) and `device`, by default the model's.
 
     Returns:
         For each stage what its folder keeps: `{"stage", "mode", "history": [{"step", "loss"}, …]}`.
@@ -125,7 +125,7 @@ def train_stages(
     """
     stages, folder = list(stages), Path(output_dir)
     rows = _check_plan(stages, dataset, mode, schedule, arguments)
-    args = training_arguments(folder, **arguments)
+    args = training_arguments(folder, **{"device": device_of(model), **arguments})
     plan = {
         "mode": mode, "scaling": scaling, "schedule": schedule, "seed": seed, "lora_dropout": lora_dropout,
         "stages": {f"{index}": dataclasses.asdict(stage) for index, stage in enumerate(stages)},
@@ -169,7 +169,7 @@ def train_stages(
             learning_rate=stage.learning_rate,
             max_steps=stage.steps,
             seed=stage_seed,
-            **arguments,
+            **{"device": device_of(model), **arguments},
         )
         running = StageTrainer(
             model, args, stages, index, schedule, train_dataset=rows[index], **(trainer or {})
