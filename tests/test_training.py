@@ -413,18 +413,6 @@ def test_the_best_adapter_is_kept_and_brought_back_at_the_end(tmp_path: Path) ->
 # --- what it shows ------------------------------------------------------------------------------------------------------
 
 
-def test_progress_goes_to_the_error_stream_with_the_loss(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    trainer = AdapterTrainer(
-        injected(), arguments(tmp_path, disable_tqdm=False), train_dataset=rows()
-    )
-    trainer.train()
-    shown = capsys.readouterr()
-    assert "6/6" in shown.err and "loss=" in shown.err
-    assert shown.out == ""
-
-
 def test_a_loss_that_is_not_finite_is_shown_as_such(tmp_path: Path) -> None:
     args = arguments(tmp_path, max_steps=3)
     trainer = AdapterTrainer(
