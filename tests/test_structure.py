@@ -18,7 +18,7 @@ from tools import facts, pages, run_chapters
 from tools.run_chapters import ROOT
 
 GROUND = ("lora", "checkpoint", "training")
-ROOF = ("compare", "cli", "classroom")
+ROOF = ("compare", "experiments", "cli", "classroom")
 CHAPTERS = run_chapters.chapters()
 PROSE = [
     ROOT / "README.md",
