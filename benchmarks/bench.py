@@ -50,7 +50,7 @@ from lora_course import (
     sparse,
 )
 from lora_course.checkpoint import export_peft
-from lora_course.lab.study import source_hash
+from lora_course.experiments.record import commit
 from lora_course.training import compute_dtype
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -460,16 +460,11 @@ def provenance() -> dict[str, Any]:
         for line in _cpuinfo()
         if line.startswith(("model name", "CPU part"))
     ]
-    ours = sorted(
-        path
-        for path in (ROOT / "lora_course").glob("*.py")
-        if path.stem not in ("compare", "cli", "__init__")
-    )
     return {
         "machine": f"{platform.system()} {platform.machine()}", "processor": names[0] if names else platform.processor() or "unknown",
         "cores": os.cpu_count(), "threads": torch.get_num_threads(), "native_bf16": NATIVE_BF16,
         "versions": {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}},
-        "source_sha256": source_hash([Path(__file__), *ours]),
+        "commit": commit(),
     }  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from lora_course.experiments import (
     Trained,
     Witness,
     adapted,
-    base_of,
+    base_score,
     bits_of,
     compete,
     rows_of,
@@ -112,25 +112,23 @@ def score(found: Trained, split: str) -> dict[str, Any]:
     return values | found.seen | {"losses": found.curve}
 
 
+def control(choice: str, rate: float, seed: int) -> dict[str, Any]:
+    return score(trained("adalora", rate, seed, choice), "test")
+
+
 def body(runs: Runs) -> None:
-    runs.expect(2 + 3 * 5 * 3 + (len(METHODS) + len(CONTROLS)) * len(runs.seeds))
+    rates, seeds = SETTINGS["learning_rates"], SETTINGS["search_seeds"]
+    controls = (len(METHODS) + len(CONTROLS)) * len(runs.seeds)
+    runs.expect(2 + len(METHODS) * len(rates) * len(seeds) + controls)
     for split in ("validation", "test"):
-        runs(
-            f"base/{split}",
-            lambda s=split: {"bits_per_byte": bits_of(SETTINGS, base_of(SETTINGS), s)},
-        )
+        runs(f"base/{split}", base_score, SETTINGS, split)
     best = {}
     for method in METHODS:
-        kept = Kept(lambda rate, seed, m=method: trained(m, rate, seed))
-        rates, seeds = SETTINGS["learning_rates"], SETTINGS["search_seeds"]
-        best[method] = compete(runs, method, kept, score, rates, seeds)
+        best[method] = compete(runs, method, Kept(trained, method), score, rates, seeds)
     rate = best["adalora"]
     for choice in CONTROLS:
         for seed in runs.seeds:
-            runs(
-                run_key(choice, rate, seed, "test"),
-                lambda c=choice, s=seed: score(trained("adalora", rate, s, c), "test"),
-            )
+            runs(run_key(choice, rate, seed, "test"), control, choice, rate, seed)
 
 
 WITNESS = Witness(
