@@ -21,8 +21,9 @@ from peft import prepare_model_for_kbit_training
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from lora_course.lora import adapter_layers, is_4bit, unload
-from lora_course.training import compute_dtype as fastest_dtype
+from lora_course.arguments import compute_dtype as fastest_dtype
+from lora_course.injection import adapter_layers, unload
+from lora_course.linears import is_4bit
 
 OFFSET = 0.9677083
 """The outermost quantile: 1 − ½ (1/32 + 1/30), so that the end codes stand for the middle of their share of the tail."""

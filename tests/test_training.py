@@ -17,15 +17,12 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from lora_course import training
-from lora_course.lora import adapter_layers, adapter_state, inject, merge
+from lora_course.arguments import compute_dtype, training_arguments
+from lora_course.injection import adapter_layers, inject, merge
 from lora_course.qlora import load_4bit, quantize_model
-from lora_course.training import (
-    COMPLETE,
-    AdapterTrainer,
-    compute_dtype,
-    last_checkpoint,
-    training_arguments,
-)
+from lora_course.runs import COMPLETE, last_checkpoint
+from lora_course.states import adapter_state
+from lora_course.training import AdapterTrainer
 
 NANO = Path(training.__file__).parent / "data" / "nano"
 LENGTH = 16

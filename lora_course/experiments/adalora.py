@@ -12,7 +12,6 @@ import torch
 from peft import AdaLoraConfig, LoraConfig
 from torch import Tensor
 
-from lora_course import lora
 from lora_course.adalora import AdaLoRALinear, RankAllocator, prune, ranks, regularizer
 from lora_course.experiments import (
     Arm,
@@ -29,6 +28,7 @@ from lora_course.experiments import (
     run_key,
     train,
 )
+from lora_course.injection import injection_of
 
 SETTINGS = {
     "model": "nano", "domain": "shakespeare", "steps": 60, "batch": 4, "length": 128,
@@ -85,7 +85,7 @@ def make(method: str, seed: int, choice: str = "importance") -> Arm:
     allocator = Recorder(model, choice, seed)
 
     def finish(model: torch.nn.Module) -> dict[str, Any]:
-        lora.injection(model).config.orth_reg_weight = 1.0  # to measure by, as "free" has none
+        injection_of(model).config.orth_reg_weight = 1.0  # to measure by, as "free" has none
         orthogonality = regularizer(model).item()
         prune(model)
         return {

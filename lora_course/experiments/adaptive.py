@@ -16,7 +16,6 @@ from peft import LoraConfig
 from torch import nn
 from transformers import TrainerCallback
 
-from lora_course import lora
 from lora_course.adaptive import GrowingLoRALinear, GrowthSchedule, RankGrower, rank_history
 from lora_course.experiments import (
     Arm,
@@ -34,6 +33,8 @@ from lora_course.experiments import (
     train,
 )
 from lora_course.experiments.adaptive_moment import moment
+from lora_course.injection import adapter_layers
+from lora_course.lora import LoRALinear
 
 SETTINGS = {
     "model": "nano", "domain": "shakespeare", "domains": ["shakespeare", "bible", "milton", "python"], "steps": 60, "batch": 8,
@@ -54,7 +55,7 @@ class Pruner(TrainerCallback):
     """
 
     def __init__(self, model: nn.Module, steps: list[int], parameters: int, beta: float) -> None:
-        self.layers, self.beta = lora.adapter_layers(model), beta
+        self.layers, self.beta = adapter_layers(model), beta
         self.kept = {n: torch.ones(layer.r, dtype=torch.bool) for n, layer in self.layers.items()}
         self.mean = {n: torch.zeros(layer.r) for n, layer in self.layers.items()}
         self.deviation = {n: torch.zeros(layer.r) for n, layer in self.layers.items()}
@@ -95,12 +96,12 @@ class Pruner(TrainerCallback):
             layer.B[:, ~self.kept[name]] = 0
 
 
-def cost(layer: lora.LoRALinear) -> int:
+def cost(layer: LoRALinear) -> int:
     """Parameters of one rank."""
     return layer.in_features + layer.out_features
 
 
-def parameters_of(layers: dict[str, lora.LoRALinear], ranks: Ranks) -> int:
+def parameters_of(layers: dict[str, LoRALinear], ranks: Ranks) -> int:
     return sum(ranks[name] * cost(layer) for name, layer in layers.items())
 
 
@@ -115,7 +116,7 @@ def uniform_ranks(costs: dict[str, int], parameters: int) -> Ranks:
     return ranks
 
 
-def with_ranks(layer: type[lora.LoRALinear], ranks: int | Ranks, seed: int) -> nn.Module:
+def with_ranks(layer: type[LoRALinear], ranks: int | Ranks, seed: int) -> nn.Module:
     """nano with an adapter of the study's scale; ranks: one for all layers, or by layer."""
     by_layer = ranks if isinstance(ranks, dict) else {}
     common, s = min(by_layer.values()) if by_layer else ranks, SETTINGS["scaling"]
@@ -132,20 +133,20 @@ def make(arm: str, seed: int, like: Ranks | None = None) -> Arm:
     if arm == "grown":
         model = with_ranks(GrowingLoRALinear, SETTINGS["r"], seed)
         return Arm(model, [RankGrower(model, schedule)], finish=histories)
-    layers = lora.adapter_layers(with_ranks(lora.LoRALinear, 1, 0))
+    layers = adapter_layers(with_ranks(LoRALinear, 1, 0))
     total = parameters_of(layers, like)
     if arm == "pruned":
-        model = with_ranks(lora.LoRALinear, SETTINGS["high_r"], seed)
+        model = with_ranks(LoRALinear, SETTINGS["high_r"], seed)
         pruner = Pruner(model, schedule.steps(SETTINGS["r"] * len(layers)), total, schedule.beta)
         return Arm(model, [pruner], finish=lambda model: {"ranks": pruner.ranks})
     costs = {name: cost(layer) for name, layer in layers.items()}
     ranks = like if arm == "final" else uniform_ranks(costs, total)
-    return Arm(with_ranks(lora.LoRALinear, ranks, seed))
+    return Arm(with_ranks(LoRALinear, ranks, seed))
 
 
 def histories(model: nn.Module) -> dict[str, Any]:
     history = rank_history(model)
-    by_layer = {n: [entry["ranks"][n] for entry in history] for n in lora.adapter_layers(model)}
+    by_layer = {n: [entry["ranks"][n] for entry in history] for n in adapter_layers(model)}
     return {"history": by_layer, "steps": [entry["step"] for entry in history]}
 
 
@@ -157,7 +158,7 @@ def trained(
 
 
 def seen(found: Trained) -> dict[str, Any]:
-    layers = lora.adapter_layers(found.model)
+    layers = adapter_layers(found.model)
     ranks = {"ranks": {name: layer.r for name, layer in layers.items()}} | found.seen
     counted = {"parameters": parameters_of(layers, ranks["ranks"]), "seconds": found.seconds}
     return ranks | counted | {"losses": found.curve}

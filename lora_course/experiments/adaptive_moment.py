@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_course import lora
 from lora_course.adaptive import GrowingLoRALinear, GrowthSchedule, RankGrower
 from lora_course.experiments import adapted, config_of, rows_of
+from lora_course.injection import adapter_layers
 
 WAYS = ["none", "preserved", "scale not held", "both zero", "moments thrown away"]
 
@@ -30,7 +30,7 @@ def moment(settings: Mapping[str, Any], seed: int) -> dict[str, Any]:
         return torch.optim.AdamW(trained, lr=plan["learning_rate"], weight_decay=0)
 
     model = adapted(settings, seed, config_of(settings["r"], settings["scaling"]), layer=GrowingLoRALinear)  # fmt: skip
-    layers = lora.adapter_layers(model.train())
+    layers = adapter_layers(model.train())
     budget = (settings["r"] + plan["add"]) * len(layers)
     schedule = GrowthSchedule(
         budget, start=plan["before"], every=1, top=len(layers), add=plan["add"], seed=seed

@@ -17,9 +17,10 @@ from peft import LoraConfig
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 
-from lora_course import lab, lora
+from lora_course import lab
 from lora_course.checkpoint import save_adapter
 from lora_course.experiments.study import Runs
+from lora_course.injection import inject, trainable_parameters
 from lora_course.lab import study
 
 EXTENSIONS = 8  # doublings or halvings of a rate beyond the first ones, before a search gives up
@@ -40,7 +41,7 @@ class Arm:
     auxiliary_loss: Callable[[nn.Module], torch.Tensor] | None = None
     fit: Callable[[datasets.Dataset, float, int], list[float]] | None = None
     finish: Callable[[nn.Module], object] | None = None
-    parameters: Callable[[nn.Module], int] = lora.trainable_parameters
+    parameters: Callable[[nn.Module], int] = trainable_parameters
     save: Callable[[nn.Module, Path], object] = save_adapter
 
 
@@ -218,7 +219,7 @@ def adapted(settings: Mapping[str, Any], seed: int, config: LoraConfig, **layer:
     """The base with a fresh adapter that the seed draws; layer: the rest of what `inject` takes."""
     model = base_of(settings)
     torch.manual_seed(seed)
-    return lora.inject(model, config, **layer)
+    return inject(model, config, **layer)
 
 
 def rows_of(settings: Mapping[str, Any], domain: str | None = None) -> datasets.Dataset:

@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from lora_course import lab
+from lora_course.arguments import compute_dtype
 from lora_course.experiments import (
     Kept,
     Runs,
@@ -40,7 +41,6 @@ from lora_course.experiments import train as train_arm
 from lora_course.experiments.comparison_arms import METHODS, SETTINGS
 from lora_course.lab import study
 from lora_course.lab.evidence import differences, interval, verdict
-from lora_course.training import compute_dtype
 
 DOMAINS = ("shakespeare", "python")
 

@@ -13,16 +13,17 @@ from peft import AdaLoraConfig, get_peft_model
 from torch import nn
 from transformers import PrinterCallback, Trainer
 
-from lora_course import lora, progressive
+from lora_course import progressive
 from lora_course.adalora import AdaLoRALinear, RankAllocator, prune, regularizer
 from lora_course.adaptive import GrowingLoRALinear, GrowthSchedule, RankGrower
+from lora_course.arguments import training_arguments
 from lora_course.experiments import Arm, adapted, base_of, config_of
 from lora_course.hierarchical import NestedLoRALinear
+from lora_course.injection import adapter_layers, inject
 from lora_course.qlora import quantize_model
 from lora_course.quantized import QuantizedLoRALinear, save_quantized
 from lora_course.sparse import GatedLoRALinear, GateSparsity, SparseDeltaLinear
 from lora_course.sparse import prune as prune_gates
-from lora_course.training import training_arguments
 
 SETTINGS: dict[str, Any] = {
     "model": "nano", "own_domain": "glosses", "steps": 32, "batch": 4, "length": 128, "train_bytes": 1_000_000,
@@ -67,12 +68,12 @@ def make_lora(seed: int) -> Arm:
 def make_qlora(seed: int) -> Arm:
     model = quantize_model(base_of(SETTINGS))
     torch.manual_seed(seed)
-    return Arm(lora.inject(model, config_of(SETTINGS["r"], SETTINGS["scaling"])))
+    return Arm(inject(model, config_of(SETTINGS["r"], SETTINGS["scaling"])))
 
 
 def make_peft(seed: int, **fields: Any) -> Arm:
     """PEFT's layers in transformers' own Trainer, starting from the `A`s that the course's LoRA draws with this seed."""
-    drawn = lora.adapter_layers(injected(seed))
+    drawn = adapter_layers(injected(seed))
     config = config_of(SETTINGS["r"], SETTINGS["scaling"], task_type="CAUSAL_LM", **fields)
     model = get_peft_model(base_of(SETTINGS), config)
     with torch.no_grad():
@@ -113,7 +114,7 @@ def make_adalora(seed: int) -> Arm:
 def make_adaptive(seed: int) -> Arm:
     r, steps = SETTINGS["r"], SETTINGS["steps"]
     model = injected(seed, r // 4, layer=GrowingLoRALinear)
-    layers = len(lora.adapter_layers(model))
+    layers = len(adapter_layers(model))
     # half of the layers by 2 ranks at a time, from a fifth of the steps on, done after three quarters of them
     when = {"start": steps // 5, "every": steps // 10}
     schedule = GrowthSchedule(layers * r, **when, top=layers // 2, add=2, max_r=2 * r, seed=seed)
@@ -137,7 +138,7 @@ def make_progressive(seed: int) -> Arm:
         return [entry["loss"] for result in results for entry in result["history"]]
 
     def parameters(model: nn.Module) -> int:
-        factors = [layer.factors() for layer in lora.adapter_layers(model).values()]
+        factors = [layer.factors() for layer in adapter_layers(model).values()]
         return sum(A.numel() + B.numel() for A, B, _ in factors)
 
     return Arm(model, fit=fit, parameters=parameters)

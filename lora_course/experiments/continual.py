@@ -18,7 +18,8 @@ from typing import Any
 import datasets
 import torch
 
-from lora_course import lab, lora
+from lora_course import lab
+from lora_course.arguments import training_arguments
 from lora_course.continual import (
     Isolated,
     Orthogonal,
@@ -41,9 +42,9 @@ from lora_course.experiments import (
 )
 from lora_course.experiments.continual_merges import merged_states
 from lora_course.lab import study
-from lora_course.lora import AdapterState, use_adapter
-from lora_course.merging import Merged, relative_error
-from lora_course.training import training_arguments
+from lora_course.lora import AdapterState
+from lora_course.merging import Merged
+from lora_course.states import concatenate, relative_error, use_adapter
 
 DOMAINS = ["bible", "shakespeare", "milton", "python"]
 SETTINGS = {
@@ -129,7 +130,7 @@ def merges(
     found = {}
     for count in range(2, len(states) + 1):
         part = states[:count]
-        exact = lora.concatenate(part, [1 / count] * count)
+        exact = concatenate(part, [1 / count] * count)
         for method, merged in merged_states(SETTINGS, part, seed).items():
             state = merged.state if isinstance(merged, Merged) else merged
             use_adapter(model, state)

@@ -11,8 +11,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from lora_course.experiments import base_of
-from lora_course.lora import AdapterState, concatenate, split_state, truncate
+from lora_course.lora import AdapterState
 from lora_course.merging import Merged, average_factors, dare, ties
+from lora_course.states import concatenate, split_state, truncate
 
 
 def merged_states(

@@ -17,7 +17,6 @@ from typing import Any
 
 from torch import nn
 
-from lora_course import lora
 from lora_course.experiments import (
     Runs,
     Study,
@@ -42,14 +41,17 @@ from lora_course.experiments.distillation_models import (
     teacher_states,
     with_router,
 )
+from lora_course.injection import trainable_parameters
+from lora_course.lora import AdapterState
+from lora_course.states import use_adapter
 
 
 def score(
-    model: nn.Module | lora.AdapterState, split: str, domains: Sequence[str] = DOMAINS
+    model: nn.Module | AdapterState, split: str, domains: Sequence[str] = DOMAINS
 ) -> dict[str, float]:
     """Bits a byte on a sample of a split, by domain; of a model, or of the base with an adapter's state."""
     if not isinstance(model, nn.Module):
-        model = lora.use_adapter(adapted(SETTINGS, 0, config_of(R)), model)
+        model = use_adapter(adapted(SETTINGS, 0, config_of(R)), model)
     return {domain: bits_of(SETTINGS, model, split, domain) for domain in domains}
 
 
@@ -60,7 +62,7 @@ def result(scores: dict[str, float], **more: Any) -> dict[str, Any]:
 def trained_result(found: Found, split: str) -> dict[str, Any]:
     model, history = found
     curves = {key: [round(x, 4) for x in history[key]] for key in history if key != "seconds"}
-    counted = {"parameters": lora.trainable_parameters(model)}
+    counted = {"parameters": trainable_parameters(model)}
     seconds = {"seconds": round(history["seconds"], 2)}
     return result(score(model, split)) | counted | seconds | curves
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_course import experts, lab, lora
+from lora_course import experts, lab
 from lora_course.distillation import (
     DistillationConfig,
     Teachers,
@@ -26,6 +26,8 @@ from lora_course.experiments.distillation_models import (
     mixed_rows,
     teacher_states,
 )
+from lora_course.injection import merge, unload
+from lora_course.states import adapter_state, use_adapter
 
 
 class Ensemble(nn.Module):
@@ -60,13 +62,13 @@ def latency(seed: int) -> dict[str, Any]:
     """Milliseconds of a forward pass of each way to serve four domains, median of repeats that take turns."""
     how = SETTINGS["latency"]
     ids = mixed_rows()["input_ids"][: how["batch"]][:, : how["length"]]
-    plain, inside = (lora.use_adapter(student(seed), merged(1.0, seed)) for _ in range(2))
+    plain, inside = (use_adapter(student(seed), merged(1.0, seed)) for _ in range(2))
     mixed = base_of(SETTINGS)
     experts.mix_experts(mixed, list(teacher_states(seed).values()))
     models = {
         "base": base_of(SETTINGS),
         "student": plain,
-        "student, merged into the base": lora.unload(lora.merge(inside)),
+        "student, merged into the base": unload(merge(inside)),
         "mixture of experts": mixed,
         "all four teachers": ensemble(seed, "probabilities"),
     }
@@ -96,6 +98,6 @@ def memory(seed: int) -> dict[str, Any]:
     return {
         "base_bytes": lab.tensor_bytes(base_of(SETTINGS)),
         "teacher_bytes": sum(t.nbytes for t in states[DOMAINS[0]].values()),
-        "student_bytes": sum(tensor.nbytes for tensor in lora.adapter_state(model).values()),
+        "student_bytes": sum(tensor.nbytes for tensor in adapter_state(model).values()),
         "step_peak_bytes": peaks,
     }

@@ -12,11 +12,13 @@ import datasets
 import torch
 from torch import nn
 
-from lora_course import experts, lora
+from lora_course import experts
+from lora_course.arguments import training_arguments
 from lora_course.distillation import DistillationConfig, DistillationTrainer, Teachers
 from lora_course.experiments import adapted, base_of, config_of, rows_of
 from lora_course.lab import study
-from lora_course.training import training_arguments
+from lora_course.lora import AdapterState
+from lora_course.states import adapter_state, concatenate, truncate
 
 # What the teachers' mixture is made of: each row's own teacher, all four equally, or all four's logits equally.
 DISTILLED = {
@@ -48,14 +50,14 @@ def mixed_rows(domains: Sequence[str] = DOMAINS, steps: int = STEPS) -> datasets
 
 
 @functools.cache
-def teacher_states(seed: int) -> dict[str, lora.AdapterState]:
+def teacher_states(seed: int) -> dict[str, AdapterState]:
     """One adapter a domain, each trained on its own text."""
     states, how = {}, SETTINGS["teacher"]
     for domain in DOMAINS:
         model = adapted(SETTINGS, seed, config_of(how["r"]))
         plan = (how["learning_rate"], seed, how["steps"], SETTINGS["batch"])
         study.fit(model, rows_of(SETTINGS, domain), *plan, disable_tqdm=True)
-        states[domain] = lora.adapter_state(model)
+        states[domain] = adapter_state(model)
     return states
 
 
@@ -76,7 +78,7 @@ def distilled(kind: str, rate: float, seed: int, **settings: Any) -> Found:
 
 
 def distil(
-    states: dict[str, lora.AdapterState], weights: torch.Tensor | None, config: DistillationConfig, rate: float, seed: int,
+    states: dict[str, AdapterState], weights: torch.Tensor | None, config: DistillationConfig, rate: float, seed: int,
     steps: int, rows: datasets.Dataset,
 ) -> Found:  # fmt: skip
     """Teachers into one student on the rows."""
@@ -97,11 +99,11 @@ def distil(
     return model, {"losses": losses, "divergences": divergences, "seconds": seconds}
 
 
-def merged(weight: float, seed: int, cut: bool = True) -> lora.AdapterState:
+def merged(weight: float, seed: int, cut: bool = True) -> AdapterState:
     """The sum of the teachers' updates, each times `weight`; cut: to the student's rank."""
     states = list(teacher_states(seed).values())
-    whole = lora.concatenate(states, [weight] * len(states))
-    return lora.truncate(whole, R) if cut else whole
+    whole = concatenate(states, [weight] * len(states))
+    return truncate(whole, R) if cut else whole
 
 
 def with_router(rate: float, seed: int) -> nn.Module:

@@ -15,7 +15,7 @@ import datasets
 import torch
 from torch import nn
 
-from lora_course import experts, lab, lora
+from lora_course import experts, lab
 from lora_course.experiments import (
     Kept,
     Runs,
@@ -32,7 +32,10 @@ from lora_course.experiments import (
     tokenizer_of,
 )
 from lora_course.experiments.experts_cost import cost
+from lora_course.injection import inject, trainable_parameters
 from lora_course.lab import study
+from lora_course.lora import AdapterState
+from lora_course.states import concatenate, factor_state, use_adapter
 
 SETTINGS = {
     "model": "nano", "domains": ["bible", "shakespeare", "milton", "python"], "steps": 16, "router_steps": 16, "batch": 8,
@@ -68,12 +71,12 @@ def fit(
     return model
 
 
-def train_experts(rate: float, seed: int) -> list[lora.AdapterState]:
+def train_experts(rate: float, seed: int) -> list[AdapterState]:
     """One LoRA a domain, each trained on its own text."""
     states = []
     for domain in DOMAINS:
         model = adapted(SETTINGS, seed, config_of(R))
-        states.append(lora.factor_state(fit(model, rows(domain), rate, seed, STEPS)))
+        states.append(factor_state(fit(model, rows(domain), rate, seed, STEPS)))
     return states
 
 
@@ -92,7 +95,7 @@ def train_joint(
     return fit(model, mixed_rows(), rate, seed, STEPS * len(DOMAINS), balance)
 
 
-def train_router(states: list[lora.AdapterState], rate: float, seed: int) -> nn.Module:
+def train_router(states: list[AdapterState], rate: float, seed: int) -> nn.Module:
     """Frozen experts, and routers trained on all text."""
     model = base_of(SETTINGS)
     torch.manual_seed(seed)
@@ -105,12 +108,10 @@ def score(model: nn.Module, split: str, domains: list[str] = DOMAINS) -> dict[st
     return {domain: bits_of(SETTINGS, model, split, domain) for domain in domains}
 
 
-def score_state(
-    state: lora.AdapterState, split: str, domains: list[str] = DOMAINS
-) -> dict[str, float]:
+def score_state(state: AdapterState, split: str, domains: list[str] = DOMAINS) -> dict[str, float]:
     """`score` of the base with a plain adapter."""
-    model = lora.inject(base_of(SETTINGS), config_of(R))
-    return score(lora.use_adapter(model, state), split, domains)
+    model = inject(base_of(SETTINGS), config_of(R))
+    return score(use_adapter(model, state), split, domains)
 
 
 def result(by_domain: dict[str, float], **more: Any) -> dict[str, Any]:
@@ -136,16 +137,16 @@ def own_experts(rate: float, seed: int, split: str) -> dict[str, Any]:
     return result({domain: score_state(state, split, [domain])[domain] for domain, state in states})
 
 
-def separate(states: list[lora.AdapterState], router_rate: float, seed: int) -> dict[str, Any]:
+def separate(states: list[AdapterState], router_rate: float, seed: int) -> dict[str, Any]:
     """The mixture of trained experts, each of them alone, and their average."""
     mixture = train_router(states, router_rate, seed)
-    average = lora.concatenate(states, [1 / len(states)] * len(states))
+    average = concatenate(states, [1 / len(states)] * len(states))
     return result(
         score(mixture, "test"),
         each=[score_state(state, "test") for state in states],
         average=score_state(average, "test"),
         usage=usage(mixture),
-        router_parameters=lora.trainable_parameters(mixture),
+        router_parameters=trainable_parameters(mixture),
     )
 
 
@@ -154,7 +155,7 @@ def whole(method: str, found: tuple[nn.Module, float], split: str) -> dict[str, 
     model, rate = found
     values = result(score(model, split))
     if split == "test":
-        values |= {"parameters": lora.trainable_parameters(model), "rate": rate}
+        values |= {"parameters": trainable_parameters(model), "rate": rate}
         values |= {"usage": usage(model)} if method == "joint" else {}
     return values
 

@@ -14,9 +14,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lora_course import experts, lab, lora
-from lora_course.checkpoint import export_peft
+from lora_course import experts, lab
 from lora_course.experiments import config_of
+from lora_course.export import export_peft
+from lora_course.injection import inject
 
 SMOL_SHAPES = {
     "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
@@ -28,7 +29,7 @@ def arms_of(name: str) -> dict[str, nn.Module]:
     """The four models; "smol" has random weights of SmolLM2-135M's shapes, as times don't depend on what they are."""
     base = lab.load_base("nano")[0] if name == "nano" else LlamaForCausalLM(LlamaConfig(**SMOL_SHAPES))  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        adapter = export_peft(lora.inject(copy.deepcopy(base), config_of(8)), folder)
+        adapter = export_peft(inject(copy.deepcopy(base), config_of(8)), folder)
         base.config.use_cache = False  # X-LoRA needs it off, and its adapters named by number
         adapters = {str(i): str(adapter) for i in range(8)}
         settings = XLoraConfig(
@@ -38,7 +39,7 @@ def arms_of(name: str) -> dict[str, nn.Module]:
     ours = {}
     for count in (1, 8):
         layer = {"layer": experts.ExpertsLinear, "num_experts": count}
-        ours[count] = lora.inject(copy.deepcopy(base), config_of(8), **layer)
+        ours[count] = inject(copy.deepcopy(base), config_of(8), **layer)
     frozen = experts.freeze_experts(copy.deepcopy(ours[8]))
     return {"one": ours[1], "eight": ours[8], "eight, frozen": frozen, "X-LoRA, frozen": theirs}
 

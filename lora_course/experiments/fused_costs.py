@@ -14,6 +14,8 @@ from torch import nn
 from lora_course import lab, lora
 from lora_course.experiments import base_of, config_of
 from lora_course.fused import FusedLoRALinear
+from lora_course.injection import inject
+from lora_course.lora import LoRALinear
 
 SETTINGS = {
     "model": "nano", "batch": 4, "length": 128, "dropout": 0.1, "memory_ranks": [4, 16, 64], "autocast_rank": 16,
@@ -21,7 +23,7 @@ SETTINGS = {
     "layer": {"width": 1024, "tokens": 512, "r": 16, "rounds": 31},
     "orders": {"rows": 512, "out": 704, "ranks": [2, 4, 8, 10, 12, 16, 32, 64], "rounds": 41},
 }  # fmt: skip
-LAYERS = {"plain": lora.LoRALinear, "fused": FusedLoRALinear}
+LAYERS = {"plain": LoRALinear, "fused": FusedLoRALinear}
 
 
 def config(r: int, dropout: float = 0.0) -> LoraConfig:
@@ -35,7 +37,7 @@ def injected(kind: str, r: int, dropout: float = 0.0, seed: int = 0) -> nn.Modul
     model = (
         get_peft_model(model, config(r, dropout))
         if kind == "peft"
-        else lora.inject(model, config(r, dropout), layer=LAYERS[kind])
+        else inject(model, config(r, dropout), layer=LAYERS[kind])
     )
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and ("lora_B" in name or name.endswith(".B")):
@@ -107,16 +109,16 @@ def race(arms: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[floa
 
 
 def step_times(r: int, dropout: float) -> dict[str, list[float]]:
-    """Of a whole step; "B as it lies" is the plain one without lora.THIN's transposed copy."""
+    """Of a whole step; "B as it lies" is the plain one without lora.LARGEST_COPIED_RANK's transposed copy."""
     models = {kind: injected(kind, r, dropout) for kind in ("plain", "fused", "peft")}
     ids = tokens(SETTINGS["batch"], SETTINGS["length"])
 
-    def arm(model: nn.Module, thin: int = lora.THIN) -> Callable[[], None]:
+    def arm(model: nn.Module, thin: int = lora.LARGEST_COPIED_RANK) -> Callable[[], None]:
         def run() -> None:
-            before, lora.THIN = lora.THIN, thin
+            before, lora.LARGEST_COPIED_RANK = lora.LARGEST_COPIED_RANK, thin
             model.zero_grad()
             step(model, ids)
-            lora.THIN = before
+            lora.LARGEST_COPIED_RANK = before
 
         return run
 

@@ -8,10 +8,12 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-from lora_course import lora
 from lora_course.experiments import base_of
 from lora_course.experiments.fused_costs import config, injected, race, tokens
 from lora_course.fused import load_adapters, rows
+from lora_course.injection import merge, unload
+from lora_course.lora import AdapterState
+from lora_course.states import factor_state, split_state, use_adapter
 
 SETTINGS = {
     "model": "nano", "latency_ranks": [4, 16, 64, 256], "tokens": [1, 4, 16, 64, 256], "latency_rounds": 31,
@@ -25,7 +27,7 @@ def latency(count: int) -> dict[str, list[float]]:
     """One forward pass of `count` rows of one token: the base, merged adapters, unmerged ones of several ranks."""
     ids = tokens(count, 1)
     models = {"base": base_of(SETTINGS)}
-    models["merged"] = lora.unload(lora.merge(injected("plain", 16)))
+    models["merged"] = unload(merge(injected("plain", 16)))
     models |= {f"r = {r}": injected("plain", r) for r in SETTINGS["latency_ranks"]}
     arms = {}
     for name, model in models.items():
@@ -33,18 +35,16 @@ def latency(count: int) -> dict[str, list[float]]:
     return race(arms, SETTINGS["latency_rounds"])
 
 
-def fleet(
-    count: int, r: int
-) -> tuple[dict[str, lora.AdapterState], nn.Module, nn.Module, nn.Module]:
+def fleet(count: int, r: int) -> tuple[dict[str, AdapterState], nn.Module, nn.Module, nn.Module]:
     """States of so many adapters; all of them on one base, ours and PEFT's; and a model that takes one at a time."""
-    states = {f"adapter {i}": lora.factor_state(injected("plain", r, seed=i)) for i in range(count)}
+    states = {f"adapter {i}": factor_state(injected("plain", r, seed=i)) for i in range(count)}
     ours = load_adapters(base_of(SETTINGS), states).eval()
     one = injected("plain", r).eval()
     theirs = get_peft_model(base_of(SETTINGS), config(r), adapter_name="adapter 0")
     for name in list(states)[1:]:
         theirs.add_adapter(name, config(r))
     for name, state in states.items():
-        for module, tensors in lora.split_state(state).items():
+        for module, tensors in split_state(state).items():
             peft = theirs.base_model.model.get_submodule(module)
             peft.lora_A[name].weight.data.copy_(tensors["A"])
             peft.lora_B[name].weight.data.copy_(tensors["B"])
@@ -61,7 +61,7 @@ def served(count: int) -> dict[str, list[float]]:
 
     def by_groups() -> None:
         for name, state in states.items():
-            lora.use_adapter(one, state)
+            use_adapter(one, state)
             one(input_ids=ids[[i for i, n in enumerate(names) if n == name]], use_cache=False)
 
     def batched() -> None:
@@ -102,7 +102,7 @@ def generated() -> dict[str, list[float]]:
         written = torch.empty(len(ids), s["prompt"] + s["new"], dtype=ids.dtype)
         for name, state in states.items():
             own = [i for i, n in enumerate(names) if n == name]
-            written[own] = lora.use_adapter(one, state).generate(ids[own], **how)
+            written[own] = use_adapter(one, state).generate(ids[own], **how)
         return written
 
     def peft() -> torch.Tensor:

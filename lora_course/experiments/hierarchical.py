@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from lora_course import lora
 from lora_course.experiments import (
     Arm,
     Kept,
@@ -31,7 +30,9 @@ from lora_course.experiments import (
     train,
 )
 from lora_course.hierarchical import NestedLoRALinear, RankSampler, cut
+from lora_course.injection import adapter_layers
 from lora_course.lora import AdapterState
+from lora_course.states import factor_state, truncate, use_adapter
 
 RANKS = [1, 2, 4, 8]
 STEPS = 32
@@ -68,14 +69,14 @@ def trained(name: str, rate: float, seed: int) -> Trained:
 
 def adapters(model: torch.nn.Module, serving: str) -> dict[int, AdapterState]:
     """What is served, by rank: plain LoRA factors."""
-    whole = lora.factor_state(model)
-    r = next(iter(lora.adapter_layers(model).values())).r
+    whole = factor_state(model)
+    r = next(iter(adapter_layers(model).values())).r
     if serving == "whole":
         return {r: whole}
     if serving == "sliced":
         return {b: sliced(whole, b) for b in RANKS}
     if serving == "svd":
-        return {b: lora.truncate(whole, b) for b in RANKS}
+        return {b: truncate(whole, b) for b in RANKS}
     return {b: cut(model, b, weighted=serving == "cut") for b in RANKS}
 
 
@@ -93,7 +94,7 @@ def plain() -> torch.nn.Module:
 
 def score(serving: str, found: Trained, split: str) -> dict[str, Any]:
     scores = {
-        str(b): bits_of(SETTINGS, lora.use_adapter(plain(), state), split)
+        str(b): bits_of(SETTINGS, use_adapter(plain(), state), split)
         for b, state in adapters(found.model, serving).items()
     }
     values: dict[str, Any] = {"bits_per_byte": scores}

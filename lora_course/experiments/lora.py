@@ -12,7 +12,7 @@ from typing import Any
 from peft import LoraConfig
 from torch import nn
 
-from lora_course import lab, lora
+from lora_course import lab
 from lora_course.experiments import (
     Arm,
     Kept,
@@ -28,6 +28,7 @@ from lora_course.experiments import (
     tokenizer_of,
     train,
 )
+from lora_course.injection import adapter_layers
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
@@ -64,7 +65,7 @@ def trained(arm: str, rate: float, seed: int) -> Trained:
     if (
         arm == "full"
     ):  # every weight trains, and the adapter stays the zero that it is: the same trainer and batches
-        adapter = {p for layer in lora.adapter_layers(model).values() for p in (layer.A, layer.B)}
+        adapter = {p for layer in adapter_layers(model).values() for p in (layer.A, layer.B)}
         for parameter in model.parameters():
             parameter.requires_grad_(parameter not in adapter)
     return train(Arm(model), rows_of(SETTINGS), rate, seed, SETTINGS["steps"], SETTINGS["batch"])

@@ -16,7 +16,8 @@ from typing import Any
 import datasets
 import torch
 
-from lora_course import lora, progressive
+from lora_course import progressive
+from lora_course.arguments import training_arguments
 from lora_course.checkpoint import save_adapter
 from lora_course.experiments import (
     Kept,
@@ -30,7 +31,7 @@ from lora_course.experiments import (
     rows_of,
     run_key,
 )
-from lora_course.training import training_arguments
+from lora_course.injection import adapter_layers
 
 METHODS = {
     "small": {"mode": "stack", "r": 4, "stages": 1}, "large": {"mode": "stack", "r": 16, "stages": 1},
@@ -99,7 +100,7 @@ def restart(
 def spectrum(model: torch.nn.Module) -> dict[str, Any]:
     """Over the adapted layers: ranks of the accumulated update (singular values above a millionth of the largest), the mean
     effective rank, the mean size ‖ΔW‖ / ‖W₀‖, and the mean singular values as shares of the largest."""
-    values, layers = progressive.singular_values(model), lora.adapter_layers(model)
+    values, layers = progressive.singular_values(model), adapter_layers(model)
     ranks = [int((s > 1e-6 * s[0]).sum()) for s in values.values()]
     effective = [progressive.effective_rank(s) for s in values.values()]
     sizes = [(s.norm() / layers[n].base_layer.weight.norm()).item() for n, s in values.items()]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_course import lora, qlora
+from lora_course import qlora
 from lora_course.experiments import (
     Arm,
     Kept,
@@ -27,6 +27,7 @@ from lora_course.experiments import (
     rows_of,
     train,
 )
+from lora_course.injection import inject, merge, unload
 
 METHODS = {
     "lora": {"quantize": False, "target_modules": "all-linear", "r": 8},
@@ -49,7 +50,7 @@ def trained(method: str, rate: float, seed: int) -> Trained:
     how = METHODS[method]
     model = base(how["quantize"])
     torch.manual_seed(seed)
-    lora.inject(model, config_of(how["r"], target_modules=how["target_modules"]))
+    inject(model, config_of(how["r"], target_modules=how["target_modules"]))
     return train(Arm(model), rows_of(SETTINGS), rate, seed, SETTINGS["steps"], SETTINGS["batch"])
 
 
@@ -72,7 +73,7 @@ def score_merged(found: Trained, split: str) -> dict[str, Any]:
     if split == "test":
         dequantized = qlora.dequantize_model(copy.deepcopy(model))
         values["merged"] = {
-            "dequantized": bits(lora.unload(lora.merge(dequantized)), split),
+            "dequantized": bits(unload(merge(dequantized)), split),
             "requantized": bits(qlora.merge_requantized(copy.deepcopy(model)), split),
             "original": bits(qlora.merge_into(base(False), model), split),
         }

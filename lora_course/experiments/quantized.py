@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from lora_course import lora
 from lora_course.experiments import (
     Arm,
     Kept,
@@ -31,6 +30,7 @@ from lora_course.experiments import (
     run_key,
     train,
 )
+from lora_course.injection import adapter_layers
 from lora_course.quantized import QuantizedLoRALinear, quantize_after_training, save_quantized
 
 RANKS = {"lora": 8, "r1": 1, "r2": 2}
@@ -88,8 +88,8 @@ def quantized_after(found: Trained, grid: dict[str, Any], with_error: bool) -> d
     arm = Arm(model, save=save_quantized)
     values = {"bits_per_byte": bits_of(SETTINGS, model, "test"), "bytes": file_bytes(arm)}
     if with_error:
-        before = {n: x.delta_weight() for n, x in lora.adapter_layers(found.model).items()}
-        after = {n: x.delta_weight() for n, x in lora.adapter_layers(model).items()}
+        before = {n: x.delta_weight() for n, x in adapter_layers(found.model).items()}
+        after = {n: x.delta_weight() for n, x in adapter_layers(model).items()}
         lost = sum((after[n] - before[n]).square().sum() for n in before)
         values["error"] = (lost / sum(w.square().sum() for w in before.values())).sqrt().item()
     return values

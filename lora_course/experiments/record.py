@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from lora_course.training import compute_dtype
+from lora_course.arguments import compute_dtype
+from lora_course.files import replace_file
 
 PACKAGE = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
@@ -81,9 +82,8 @@ class Record:
 
     def _write(self, record: Mapping[str, Any]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_name(self.path.name + ".part")
-        part.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-        part.replace(self.path)
+        text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+        replace_file(self.path, text.encode())
 
     def _refuse_another(self) -> None:
         try:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_course import lora
 from lora_course.experiments import (
     Arm,
     Runs,
@@ -29,6 +28,8 @@ from lora_course.experiments import (
     search,
     train,
 )
+from lora_course.injection import adapter_layers
+from lora_course.lora import LoRALinear
 from lora_course.sparse import (
     GatedLoRALinear,
     GateSparsity,
@@ -39,7 +40,7 @@ from lora_course.sparse import (
 )
 
 LAYERS = {
-    "lora": lora.LoRALinear,
+    "lora": LoRALinear,
     "gates": GatedLoRALinear,
     "factors": SparseLoRALinear,
     "delta": SparseDeltaLinear,
@@ -101,7 +102,7 @@ def family_of(method: str) -> str:
 
 
 def gates_of(model: nn.Module) -> list[list[float]]:
-    layers = lora.adapter_layers(model).values()
+    layers = adapter_layers(model).values()
     return [[round(gate, 4) for gate in layer.gate.tolist()] for layer in layers]
 
 

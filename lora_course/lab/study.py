@@ -15,7 +15,8 @@ import pandas
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from lora_course.training import AdapterTrainer, training_arguments
+from lora_course.arguments import training_arguments
+from lora_course.training import AdapterTrainer
 
 STUDIES = Path(__file__).resolve().parents[1] / "data" / "studies"
 RUN = re.compile(r"(?P<arm>.+)/(?P<rate>[\d.e+-]+)/(?P<seed>\d+)/(?P<split>validation|test)")

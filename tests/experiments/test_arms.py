@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from lora_course import lora
 from lora_course.experiments import Arm, Kept, Runs, adapted, compete, config_of, search, train
 from lora_course.experiments.arms import rows_of
 from lora_course.experiments.record import Record
+from lora_course.injection import adapter_layers
 
 SETTINGS = {
     "model": "nano", "domain": "bible", "length": 32, "train_bytes": 20_000, "score_bytes": 500, "seeds": [0, 1], "steps": 3,
@@ -102,7 +102,7 @@ class Counter(TrainerCallback):
 def test_an_arms_own_parts_take_part_in_its_training() -> None:
     rows = rows_of(SETTINGS)
     model, counter, seen = adapted(SETTINGS, 0, config_of(2)), Counter(), []
-    before = {name: layer.B.clone() for name, layer in lora.adapter_layers(model).items()}
+    before = {name: layer.B.clone() for name, layer in adapter_layers(model).items()}
     arm = Arm(
         model, [counter], lambda model: torch.tensor(100.0),
         finish=lambda model: {"after": len(seen), "steps": counter.steps},
@@ -110,7 +110,7 @@ def test_an_arms_own_parts_take_part_in_its_training() -> None:
     found = train(arm, rows, 1e-2, 0, 3, 2, before_finish=lambda: seen.append("measured"))
     assert len(found.losses) == len(found.curve) == 3 and min(found.losses) > 100
     assert found.seen == {"after": 1, "steps": 3} and found.seconds > 0 and found.model is model
-    layers = lora.adapter_layers(model)
+    layers = adapter_layers(model)
     assert all((layers[name].B - before[name]).abs().max() > 0 for name in layers)
     assert arm.parameters(model) == sum(layer.A.numel() + layer.B.numel() for layer in layers.values())  # fmt: skip
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from lora_course import lora
 from lora_course.experiments import base_of, comparison, comparison_arms
 from lora_course.experiments.comparison import METHODS, SETTINGS, STUDY, paired, series, table
+from lora_course.injection import adapter_layers, trainable_parameters
 from lora_course.lab import study
 
 SMALL = {
@@ -58,7 +58,7 @@ def test_each_method_ends_with_about_as_many_parameters_as_lora_and_at_its_scale
 ) -> None:
     trained = comparison.train(method, "python", 4e-3, 0)
     found, values = trained[0], comparison.score("python", trained, "test")
-    plain = lora.trainable_parameters(comparison_arms.make_lora(0).model)
+    plain = trainable_parameters(comparison_arms.make_lora(0).model)
     # a tenth, since what moves ranks between layers has a budget of ranks, and they cost less in small layers; gates have none
     most = 0.5 if method == "gates" else 0.1
     assert abs(values["parameters"] / plain - 1) < most
@@ -68,7 +68,7 @@ def test_each_method_ends_with_about_as_many_parameters_as_lora_and_at_its_scale
     base = base_of(SETTINGS)
     assert values["bits_per_byte"] != comparison.bits_per_byte(base, "python", "test")
     if not METHODS[method].title.endswith("(PEFT)"):
-        layers = lora.adapter_layers(found.model).values()
+        layers = adapter_layers(found.model).values()
         assert {round(layer.scaling, 6) for layer in layers} == {SETTINGS["scaling"]}
 
 
