@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import (
+    PrinterCallback,
     Trainer,
     TrainerState,
     TrainingArguments,
@@ -86,7 +87,9 @@ class AdapterTrainer(Trainer):
             del model._hf_peft_config_loaded
         self._set_use_cache(use_cache)
         self.auxiliary_loss = auxiliary_loss
-        if not args.disable_tqdm:
+        if args.disable_tqdm:
+            self.remove_callback(PrinterCallback)  # or it prints each logged step instead
+        else:
             self.remove_callback(trainer.DEFAULT_PROGRESS_CALLBACK)
             self.add_callback(Progress())
 

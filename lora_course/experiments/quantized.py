@@ -115,8 +115,8 @@ def body(runs: Runs) -> None:
 
 
 WITNESS = Witness(
-    ("2 group/0.008/0/test",),
-    {"bits_per_byte": 0.01, "bytes": 0},
+    ("4 group/0.008/0/test",),
+    {"bits_per_byte": 0.01, "bytes": 64},
     "@quantized",
     chapter="4_3_quantized",
 )
