@@ -53,6 +53,7 @@ from lora_course.arguments import compute_dtype
 from lora_course.experiments.record import commit
 from lora_course.export import export_peft
 from lora_course.injection import adapter_layers, inject, merge, unload
+from lora_course.serving import load_adapters, row_adapters
 from lora_course.states import factor_state
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -291,12 +292,12 @@ def serving(name: str, model: nn.Module, size: str, r: int, count: int) -> Arm:
         for i in range(count)
     }
     if name == "tasks":
-        ours = fused.load_adapters(twin(model), states)
+        ours = load_adapters(twin(model), states)
         arm = Arm(ours, ids, training=False)
         plain = arm.run
 
         def run() -> None:
-            with fused.rows(ours, names):
+            with row_adapters(ours, names):
                 plain()
 
         arm.run = run

@@ -51,7 +51,7 @@ def differences(found: Mapping[str, Any], asked: Mapping[str, Any], prefix: str 
     return lines
 
 
-def base_fingerprint(layers: dict[str, LoRALinear]) -> str | None:
+def base_fingerprint(layers: Mapping[str, LoRALinear]) -> str | None:
     """A hash of a sample of the base weights under the adapter: equal for equal values in fp32, bf16 or fp16."""
     if any(layer.merged or layer.base_layer.weight.is_meta for layer in layers.values()):
         return None
@@ -63,7 +63,7 @@ def base_fingerprint(layers: dict[str, LoRALinear]) -> str | None:
 
 
 def warn_of_another_base(
-    layers: dict[str, LoRALinear], base: Mapping[str, Any], folder: str | Path
+    layers: Mapping[str, LoRALinear], base: Mapping[str, Any], folder: str | Path
 ) -> None:
     """Warn where the weights under `layers` are not those that the adapter in `folder` was trained on."""
     found, expected = base_fingerprint(layers), base["fingerprint"]

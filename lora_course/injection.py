@@ -32,7 +32,7 @@ class Injection:
 
     config: LoraConfig
     layer: type[LoRALinear]
-    arguments: dict[str, object]
+    arguments: dict[str, Any]
     trainable: list[str]
     """Names of the base's parameters that were trainable before; `unload` gives them back."""
 
@@ -96,9 +96,9 @@ def inject(
             p for n, p in module.named_parameters() if not n.startswith("base_layer.")
         ):
             parameter.requires_grad_(not config.inference_mode)
-    model.lora_course = Injection(config, layer, arguments, trainable)
+    model.lora_course = Injection(config, layer, arguments, trainable)  # type: ignore[assignment]  # no module, no tensor
     if hasattr(model, "save_pretrained"):
-        model.save_pretrained = AdapterSaver(model)
+        model.save_pretrained = AdapterSaver(model)  # type: ignore[assignment]  # as above
     try:
         layer.after_inject(model, wrapped)
     except Exception:
@@ -114,13 +114,19 @@ class AdapterSaver:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = weakref.ref(model)
+        self.reference = weakref.ref(model)
+
+    @property
+    def model(self) -> nn.Module:
+        found = self.reference()
+        assert found is not None, "a model's own attribute goes with it"
+        return found
 
     def __call__(self, save_directory: str | Path, *, push_to_hub: bool = False, **_: Any) -> None:
         """As `save_adapter`. Raises ValueError for `push_to_hub`, RuntimeError where the adapter is merged."""
         from lora_course.checkpoint import save_adapter  # which stands on this module
 
-        model = self.model()
+        model = self.model
         if push_to_hub:
             raise ValueError(
                 "push_to_hub would upload the course's own format: call export_peft(model, folder) and upload that folder."
@@ -137,10 +143,10 @@ class AdapterSaver:
         save_adapter(model, save_directory)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AdapterSaver:
-        return AdapterSaver(memo.get(id(self.model()), self.model()))
+        return AdapterSaver(memo.get(id(self.model), self.model))
 
     def __reduce__(self) -> tuple[type[AdapterSaver], tuple[nn.Module]]:
-        return AdapterSaver, (self.model(),)
+        return AdapterSaver, (self.model,)
 
 
 def injection_of(model: nn.Module) -> Injection:
@@ -176,7 +182,9 @@ def layers_of(model: nn.Module, kind: type[Layer]) -> dict[str, Layer]:
             f"This model was injected with {found.__name__}: "
             f"inject(model, config, layer={kind.__name__}) is expected."
         )
-    return adapter_layers(model)
+    return {
+        name: module for name, module in adapter_layers(model).items() if isinstance(module, kind)
+    }
 
 
 def check_same_model(owner: object, model: nn.Module, own: nn.Module) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -13,6 +15,13 @@ MERGEABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 def is_4bit(linear: nn.Module) -> bool:
     """Whether `linear` is a bitsandbytes `Linear4bit` (its weight is packed, two codes a byte)."""
     return type(linear).__name__ in {"Linear4bit", "LinearNF4", "LinearFP4"}
+
+
+def dequantized(linear: Any) -> Tensor:
+    """The weight `[out, in]` that a `Linear4bit` computes with."""
+    from bitsandbytes.functional import dequantize_4bit  # a second to import, for 4-bit bases alone
+
+    return dequantize_4bit(linear.weight.data, linear.weight.quant_state)
 
 
 def check_linear(module: nn.Module, name: str) -> None:
@@ -39,13 +48,13 @@ def check_linear(module: nn.Module, name: str) -> None:
         )
 
 
-def execution_device(linear: nn.Module) -> torch.device | str | int:
+def execution_device(linear: Any) -> torch.device | str | int:
     # A layer that accelerate keeps on the CPU or on disk runs on the device its hook names.
     hook = getattr(linear, "_hf_hook", None)
     return getattr(hook, "execution_device", None) or linear.weight.device
 
 
-def keep_unpacked(linear: nn.Module) -> None:
+def keep_unpacked(linear: Any) -> None:
     """Keep bitsandbytes from repacking a 4-bit weight in an eval-mode forward on a CPU with AVX512-BF16.
 
     After the repacking, dequantising the weight, and so merging and the gradient below it, give garbage.

@@ -25,7 +25,7 @@ class Progress(TrainerCallback):
             disable=not shown,
         )
 
-    def on_log(
+    def on_log(  # type: ignore[override]  # the trainer gives logs by name
         self,
         args: TrainingArguments,
         state: TrainerState,

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
 from lora_course.descriptions import describe_adapter, differences
 
@@ -32,7 +32,7 @@ SAMPLE = 64
 """Rows that a fingerprint reads."""
 
 
-def describe_run(trainer: Trainer, method: dict[str, Any]) -> dict[str, Any]:
+def describe_run(trainer: Any, method: dict[str, Any]) -> dict[str, Any]:
     """`adapter`, `trainer`, `method`, `callbacks`, `auxiliary_loss`, `schedule`, `rows` of a trainer, as JSON holds them.
 
     method: what the trainer's class adds. A callback adds what its method `settings()` returns, if it has one.
@@ -92,7 +92,7 @@ def check_same_run(folder: Path, found: dict[str, Any], asked: dict[str, Any]) -
 
 
 def folder_to_resume(
-    output_dir: str | Path, resume: str | Path | bool | None, asked: dict[str, Any], overwrite: bool
+    output_dir: Any, resume: str | Path | bool | None, asked: dict[str, Any], overwrite: bool
 ) -> Path | None:
     """The checkpoint that a run goes on from; None to start. Arguments and errors as `AdapterTrainer.train`.
 

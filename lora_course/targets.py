@@ -63,11 +63,23 @@ def plain_numbers(value: Any) -> Any:
     return value.item() if isinstance(value, numpy.generic) else value
 
 
-def find_targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Linear]:
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The layer that gives a language model's logits; None where there is no telling."""
+    found = getattr(model, "get_output_embeddings", None)
+    return found() if found else None
+
+
+def input_embedding(model: nn.Module) -> nn.Module | None:
+    """The table of a language model's tokens; None where there is no telling."""
+    found = getattr(model, "get_input_embeddings", None)
+    return found() if found else None
+
+
+def find_targets(model: nn.Module, config: Any) -> dict[str, Any]:
     """Target layers by name; resolves "all-linear" in `config`, as PEFT does."""
     modules = {name: module for name, module in model.named_modules() if name}
     linears = {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = output_head(model)
     if config.target_modules is None:
         raise ValueError(
             f"target_modules is not set: give 'all-linear' or some of {_endings(linears)}."
@@ -96,7 +108,7 @@ def find_targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Linear]:
         raise ValueError(
             f"exclude_modules={unknown!r} matches no module; the linear layers are {_endings(linears)}."
         )
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    embedding = input_embedding(model)
     for name, module in targets.items():
         check_linear(module, name)
         if embedding is not None and module.weight is getattr(embedding, "weight", None):
@@ -106,12 +118,12 @@ def find_targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Linear]:
     return targets
 
 
-def find_patterns(config: LoraConfig, targets: Iterable[str]) -> dict[str, dict[str, float]]:
+def find_patterns(config: LoraConfig, targets: Iterable[str]) -> dict[str, dict[str, Any]]:
     """`rank_pattern` and `alpha_pattern` by target name. Raises ValueError for a key that matches no target."""
     found = {}
     for field in ("rank_pattern", "alpha_pattern"):
         pattern = getattr(config, field) or {}
-        keys = {name: get_pattern_key(pattern, name) for name in targets}
+        keys = {name: get_pattern_key(list(pattern), name) for name in targets}
         found[field] = {name: pattern[key] for name, key in keys.items() if key in pattern}
         if unused := set(pattern) - set(keys.values()):
             raise ValueError(
@@ -128,7 +140,7 @@ def _unmatched(keys: Iterable[str], names: Iterable[str]) -> list[str]:
 
 def _fused_experts(model: nn.Module) -> list[str]:
     """Names of parameters that hold the weights of several experts, `[experts, …, …]`, and are no linear layers."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     counts = {getattr(text, name, None) for name in EXPERT_COUNTS} - {None}
     return [

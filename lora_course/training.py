@@ -59,6 +59,8 @@ class AdapterTrainer(Trainer):
     Raises ValueError for a model without adapters, with merged ones, or with nothing to train.
     """
 
+    model: Any  # Trainer's own type is for models that may be missing
+
     def __init__(
         self,
         model: nn.Module,
@@ -80,7 +82,7 @@ class AdapterTrainer(Trainer):
             args._n_gpu = 1  # several GPUs in one process mean DataParallel, which copies the model at every step
         use_cache = self._use_cache(model)
         # Trainer refuses a 4-bit base unless it takes its adapters for PEFT's; saving a model looks at the mark too.
-        model._hf_peft_config_loaded = True
+        model._hf_peft_config_loaded = True  # type: ignore[assignment]  # no module, no tensor
         try:
             super().__init__(model, args, **arguments)
         finally:
@@ -106,7 +108,7 @@ class AdapterTrainer(Trainer):
         """What a subclass adds to the description of a run, as JSON holds it; nothing here."""
         return {}
 
-    def train(
+    def train(  # type: ignore[override]  # a Path will do, and trials are not supported
         self,
         resume_from_checkpoint: str | Path | bool | None = None,
         overwrite: bool = False,
@@ -141,7 +143,7 @@ class AdapterTrainer(Trainer):
                 vars(self.model).pop(name, None)
             vars(self.model).update(before)
             self._set_use_cache(use_cache)
-        last = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        last = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save and (last / COMPLETE).is_file():
             self._mark_complete(last, finished=True)
         return output
@@ -191,7 +193,7 @@ class AdapterTrainer(Trainer):
         self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None
     ) -> None:
         if self.args.should_save:
-            save_adapter(self.model, output_dir or self.args.output_dir)
+            save_adapter(self.model, output_dir or str(self.args.output_dir))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
@@ -229,7 +231,7 @@ class AdapterTrainer(Trainer):
         restore_adapter(self.model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        best = Path(self.state.best_model_checkpoint)
+        best = Path(str(self.state.best_model_checkpoint))
         if not best.is_dir():  # the run's folder was moved
-            best = Path(self.args.output_dir) / best.name
+            best = Path(str(self.args.output_dir)) / best.name
         restore_adapter(self.model, best)

@@ -12,7 +12,13 @@ import torch
 from peft import AdaLoraConfig, LoraConfig
 from torch import Tensor
 
-from lora_course.adalora import AdaLoRALinear, RankAllocator, prune, ranks, regularizer
+from lora_course.adalora import (
+    AdaLoRALinear,
+    RankAllocator,
+    kept_triplets,
+    prune_triplets,
+    regularizer,
+)
 from lora_course.experiments import (
     Arm,
     Kept,
@@ -87,10 +93,10 @@ def make(method: str, seed: int, choice: str = "importance") -> Arm:
     def finish(model: torch.nn.Module) -> dict[str, Any]:
         injection_of(model).config.orth_reg_weight = 1.0  # to measure by, as "free" has none
         orthogonality = regularizer(model).item()
-        prune(model)
+        prune_triplets(model)
         return {
             "orthogonality": orthogonality,
-            "ranks": ranks(model),
+            "ranks": kept_triplets(model),
             "history": allocator.history,
         }
 

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PrinterCallback, Trainer
 
 from lora_course import progressive
-from lora_course.adalora import AdaLoRALinear, RankAllocator, prune, regularizer
+from lora_course.adalora import AdaLoRALinear, RankAllocator, prune_triplets, regularizer
 from lora_course.adaptive import GrowingLoRALinear, GrowthSchedule, RankGrower
 from lora_course.arguments import training_arguments
 from lora_course.experiments import Arm, adapted, base_of, config_of
@@ -22,8 +22,7 @@ from lora_course.hierarchical import NestedLoRALinear
 from lora_course.injection import adapter_layers, inject
 from lora_course.qlora import quantize_model
 from lora_course.quantized import QuantizedLoRALinear, save_quantized
-from lora_course.sparse import GatedLoRALinear, GateSparsity, SparseDeltaLinear
-from lora_course.sparse import prune as prune_gates
+from lora_course.sparse import GatedLoRALinear, GateSparsity, SparseDeltaLinear, prune_gates
 
 SETTINGS: dict[str, Any] = {
     "model": "nano", "own_domain": "glosses", "steps": 32, "batch": 4, "length": 128, "train_bytes": 1_000_000,
@@ -108,7 +107,7 @@ def make_adalora(seed: int) -> Arm:
         tinit=steps // 10, tfinal=steps // 3, deltaT=2, total_step=steps,
     )  # fmt: skip
     model = adapted(SETTINGS, seed, config, layer=AdaLoRALinear)
-    return Arm(model, [RankAllocator(model)], regularizer, finish=prune)
+    return Arm(model, [RankAllocator(model)], regularizer, finish=prune_triplets)
 
 
 def make_adaptive(seed: int) -> Arm:

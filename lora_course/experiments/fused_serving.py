@@ -10,9 +10,9 @@ from torch import nn
 
 from lora_course.experiments import base_of
 from lora_course.experiments.fused_costs import config, injected, race, tokens
-from lora_course.fused import load_adapters, rows
 from lora_course.injection import merge, unload
 from lora_course.lora import AdapterState
+from lora_course.serving import load_adapters, row_adapters
 from lora_course.states import factor_state, split_state, use_adapter
 
 SETTINGS = {
@@ -65,7 +65,7 @@ def served(count: int) -> dict[str, list[float]]:
             one(input_ids=ids[[i for i, n in enumerate(names) if n == name]], use_cache=False)
 
     def batched() -> None:
-        with rows(ours, names):
+        with row_adapters(ours, names):
             ours(input_ids=ids, use_cache=False)
 
     arms = {
@@ -95,7 +95,7 @@ def generated() -> dict[str, list[float]]:
     }
 
     def batched() -> torch.Tensor:
-        with rows(ours, names):
+        with row_adapters(ours, names):
             return ours.generate(ids, **how)
 
     def by_groups() -> torch.Tensor:

@@ -35,8 +35,8 @@ from lora_course.sparse import (
     GateSparsity,
     SparseDeltaLinear,
     SparseLoRALinear,
-    prune,
-    ranks,
+    open_gates,
+    prune_gates,
 )
 
 LAYERS = {
@@ -91,8 +91,8 @@ def make(method: str, seed: int) -> Arm:
 
     def finish(model: nn.Module) -> dict[str, Any]:
         gates = {"start": start, "end": gates_of(model)}
-        prune(model)
-        return {"ranks": ranks(model), "opened": recorder.opened, "gates": gates}
+        prune_gates(model)
+        return {"ranks": open_gates(model), "opened": recorder.opened, "gates": gates}
 
     return Arm(model, [recorder], finish=finish)
 
