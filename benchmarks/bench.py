@@ -50,9 +50,9 @@ from lora_course import (
     sparse,
 )
 from lora_course.arguments import compute_dtype
+from lora_course.experiments.record import commit
 from lora_course.export import export_peft
 from lora_course.injection import adapter_layers, inject, merge, unload
-from lora_course.lab.study import source_hash
 from lora_course.serving import load_adapters, row_adapters
 from lora_course.states import factor_state
 
@@ -461,16 +461,11 @@ def provenance() -> dict[str, Any]:
         for line in _cpuinfo()
         if line.startswith(("model name", "CPU part"))
     ]
-    package = ROOT / "lora_course"
-    others = ("classroom", "cli.py", "compare.py", "lab", "__init__.py")
-    ours = sorted(
-        path for path in package.rglob("*.py") if path.relative_to(package).parts[0] not in others
-    )
     return {
         "machine": f"{platform.system()} {platform.machine()}", "processor": names[0] if names else platform.processor() or "unknown",
         "cores": os.cpu_count(), "threads": torch.get_num_threads(), "native_bf16": NATIVE_BF16,
         "versions": {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}},
-        "source_sha256": source_hash([Path(__file__), *ours]),
+        "commit": commit(),
     }  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import (
     EarlyStoppingCallback,
+    PrinterCallback,
     Trainer,
     TrainerState,
     TrainingArguments,
@@ -56,7 +57,8 @@ class AdapterTrainer(Trainer):
 
     After `train` the model is given back as it came: without autocast around its `forward`, its cache switched on again.
 
-    model, args, train_dataset, …: as for `Trainer`; args are best made by `training_arguments`.
+    model, args, train_dataset, …: as for `Trainer`; args are best made by `training_arguments`. With `disable_tqdm=True` it
+    is silent: `history` has the losses; `callbacks=[PrinterCallback()]` prints them.
     auxiliary_loss: called with the model at each micro-batch after its forward pass; returns a scalar tensor.
     Raises ValueError for a model without adapters, with merged ones, with nothing to train, and for one that lies on
     another kind of device than the arguments train on: no model is moved without a word.
@@ -92,7 +94,9 @@ class AdapterTrainer(Trainer):
             del model._hf_peft_config_loaded
         self._set_use_cache(use_cache)
         self.auxiliary_loss = auxiliary_loss
-        if not args.disable_tqdm:
+        if args.disable_tqdm:
+            self.remove_callback(PrinterCallback)  # or it prints each logged step instead
+        else:
             self.remove_callback(trainer.DEFAULT_PROGRESS_CALLBACK)
             self.add_callback(Progress())
 

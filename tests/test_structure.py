@@ -38,7 +38,7 @@ GROUND = (
     "export",
     "training",
 )
-ROOF = ("compare", "cli", "classroom", "machine")
+ROOF = ("experiments", "cli", "classroom", "machine")
 CHAPTERS = run_chapters.chapters()
 PROSE = [
     ROOT / "README.md",
@@ -108,6 +108,8 @@ def test_imports_run_one_way(tmp_path: Path) -> None:
         ("training", "from lora_course.lab import plots"),
         ("lab/plots", "import lora_course.fused"),
         ("fused", "import lora_course.cli"),
+        ("lab/plots", "import lora_course.experiments"),
+        ("sparse", "from lora_course import experiments"),
         ("sparse/masks", "import lora_course.cli"),
     ],
 )
@@ -119,6 +121,7 @@ def test_an_import_the_other_way_is_found(tmp_path: Path, module: str, line: str
         "training": "",
         "fused": "",
         "cli": "",
+        "experiments": "",
         "lab/__init__": "",
         "lab/plots": "",
         "sparse/__init__": "from lora_course.sparse import gates, masks",
@@ -256,6 +259,8 @@ def test_every_module_has_its_test_file() -> None:
         if path.name != "__init__.py":
             flat = "_".join([*name.parent.parts, name.name])
             names = [f"test_{flat}", f"{name.parent}/test_{name.name}", f"test_{name.name}"]
+            if name.parts[0] == "experiments" and name.stem not in ("record", "study", "arms"):
+                names = ["experiments/test_studies.py"]  # which tries all studies
             assert any((ROOT / "tests" / test).exists() for test in names), (
                 f"lora_course/{name} has none of tests/{', tests/'.join(names)}"
             )
@@ -263,7 +268,6 @@ def test_every_module_has_its_test_file() -> None:
 
 LARGEST_ROOM = 200
 TOO_LARGE = {
-    "compare.py",
     "classroom/chapter_3_1.py",
     "classroom/chapter_3_2.py",
     "classroom/chapter_3_3.py",

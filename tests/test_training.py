@@ -448,3 +448,10 @@ def test_a_gpu_without_bf16_computes_in_fp16(monkeypatch, native, dtype) -> None
         lambda including_emulation=True: native or including_emulation,
     )
     assert compute_dtype() == compute_dtype("cuda:0") == dtype
+
+
+def test_without_progress_nothing_is_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    AdapterTrainer(injected(), arguments(tmp_path, max_steps=2), train_dataset=rows()).train()
+    assert capsys.readouterr().out == ""  # transformers prints each logged step in place of its bar

@@ -244,13 +244,14 @@ def cell(text: str) -> str:
 
 
 def api_modules(root: Path) -> list[str]:
-    """The modules that get an API page: the ground floor, the variants that exist, merging, the comparison, and the lab."""
+    """The modules that get an API page: the ground floor, the variants that exist, merging, the studies' core, and the lab."""
     first = ["lora", "injection", "states", "checkpoint", "export", "training"]
     rest = [module for row in data(root, "coverage.yml") for module in answers(row)]
     lab = sorted(f"lab.{path.stem}" for path in (root / "lora_course" / "lab").glob("[a-z]*.py"))
+    core = [f"experiments.{name}" for name in ("study", "arms", "record", "comparison")]
     return [
         name
-        for name in dict.fromkeys([*first, *rest, "merging", "compare", *lab])
+        for name in dict.fromkeys([*first, *rest, "merging", *core, *lab])
         if exists(root, name)
     ]
 
