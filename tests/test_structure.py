@@ -22,6 +22,11 @@ from tools import facts, pages, run_chapters
 from tools.run_chapters import ROOT
 
 GROUND = (
+    "arguments",
+    "descriptions",
+    "folders",
+    "progress",
+    "runs",
     "linears",
     "lora",
     "targets",
@@ -33,7 +38,7 @@ GROUND = (
     "export",
     "training",
 )
-ROOF = ("experiments", "cli", "classroom")
+ROOF = ("experiments", "cli", "classroom", "machine")
 CHAPTERS = run_chapters.chapters()
 PROSE = [
     ROOT / "README.md",
@@ -263,14 +268,12 @@ def test_every_module_has_its_test_file() -> None:
 
 LARGEST_ROOM = 200
 TOO_LARGE = {
-    "training.py",
     "classroom/chapter_3_1.py",
     "classroom/chapter_3_2.py",
     "classroom/chapter_3_3.py",
     "classroom/chapter_4_1.py",
     "classroom/chapter_4_4.py",
     "lab/claims.py",
-    "lab/profiles.py",
 }
 """Files that are still to be divided. None is added; whatever leaves the list stays out of it."""
 NO_CODE = {

@@ -180,11 +180,11 @@ def test_gradient_checkpointing_gives_the_same_weights(tmp_path: Path) -> None:
     for checkpointing in (False, True):
         model = injected(dropout=0.2)
         trainer = AdapterTrainer(
-            model, arguments(tmp_path, activation_checkpointing=checkpointing), train_dataset=rows()
+            model, arguments(tmp_path, gradient_checkpointing=checkpointing), train_dataset=rows()
         )
         trainer.train()
         states.append(adapter_state(model))
-        assert model.is_activation_checkpointing == checkpointing
+        assert model.is_gradient_checkpointing == checkpointing
     assert_same(*states, tolerance=1e-6)
     assert difference(states[0], adapter_state(injected(dropout=0.2))) > 1e-3
 

@@ -28,14 +28,19 @@ class Facts:
         return self.url.removeprefix("https://github.com/")
 
 
+def project(root: Path = ROOT) -> dict:
+    """The table `[project]` of pyproject.toml."""
+    return tomllib.loads((root / "pyproject.toml").read_text())["project"]
+
+
 def read(root: Path = ROOT) -> Facts:
-    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
-    url = project["urls"]["Repository"].rstrip("/")
+    stated = project(root)
+    url = stated["urls"]["Repository"].rstrip("/")
     if not re.fullmatch(r"https://github\.com/[\w.-]+/[\w.-]+", url):
         raise SystemExit(
             f"pyproject.toml: Repository = {url!r}; expected https://github.com/<owner>/<repository>"
         )
-    return Facts(project["name"], project["version"], url)
+    return Facts(stated["name"], stated["version"], url)
 
 
 def chapter_badges(facts: Facts, stem: str) -> str:
@@ -46,6 +51,13 @@ def chapter_badges(facts: Facts, stem: str) -> str:
         f"[Open in Kaggle](https://kaggle.com/kernels/welcome?src=https://github.com/{path}) · "
         f"[View on GitHub](https://github.com/{path})"
     )
+
+
+def setup_cell(facts: Facts) -> str:
+    """The first code cell of every chapter, from tools/setup_cell.py; folded in the book."""
+    code = (ROOT / "tools" / "setup_cell.py").read_text().rstrip()
+    code = code.replace("OWNER/REPOSITORY", facts.slug).replace("VERSION", facts.version)
+    return f"```{{code-cell}} ipython3\n:tags: [hide-input]\n\n{code}\n```"
 
 
 def readme_badges(facts: Facts) -> str:
@@ -103,7 +115,10 @@ def updated(root: Path = ROOT) -> dict[Path, str]:
         text = path.read_text().replace(known[1], facts.slug)
         chosen = rules.get(path.name, []) if path.parent == root else []
         if path.parent.name == "notebooks":
-            chosen = [(r"^\[Open in Colab\].*$", chapter_badges(facts, path.stem))]
+            chosen = [
+                (r"^\[Open in Colab\].*$", chapter_badges(facts, path.stem)),
+                (r"^```\{code-cell\} ipython3\n(?s:.*?)^```$", setup_cell(facts)),
+            ]
         for pattern, replacement in chosen:
             text, count = re.subn(
                 pattern, lambda _, new=replacement: new, text, count=1, flags=re.MULTILINE

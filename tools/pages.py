@@ -93,6 +93,33 @@ def run_times(root: Path, results: list[Result]) -> str:
     return "\n".join(lines)
 
 
+def recorded_runs(root: Path, results: list[Result]) -> str:
+    """What chapters took on machines where somebody ran them: a table for each record in data/runs/."""
+    records = sorted((root / "lora_course" / "data" / "runs").glob("*.json"))
+    parts = []
+    for path in records:
+        record = json.loads(path.read_text())
+        versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+        parts.append(
+            f"`{record['profile']}` on {record['device']}, {record['date']} ({versions}):\n"
+        )
+        parts.append(
+            "| chapter | minutes | peak of the GPU's memory | claims that hold |\n|---|---|---|---|"
+        )
+        for stem, run in record["chapters"].items():
+            peak = f"{run['peak_gib']:.1f} GiB" if "peak_gib" in run else "not counted"
+            parts.append(
+                f"| {stem} | {run['minutes']:.1f} | {peak} | {run['hold']} of {run['claims']} |"
+            )
+        parts.append("")
+    gpus = {"t4", "large"} & {path.stem for path in records}
+    if not gpus:
+        parts.append(
+            "No run on a GPU is recorded yet: the minutes that chapters announce for `t4` and `large` are guesses."
+        )
+    return "\n".join(parts)
+
+
 def seconds(value: float) -> str:
     return f"{value:.0f} s" if value < 120 else f"{value / 60:.1f} min"
 
@@ -256,6 +283,7 @@ PARTS: dict[str, Callable[[Path, list[Result]], str]] = {
     "picture": picture,
     "chapters": chapter_list,
     "run times": run_times,
+    "recorded runs": recorded_runs,
     "coverage": coverage,
     "bibliography": bibliography,
     "ledger": ledger,
