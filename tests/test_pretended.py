@@ -41,9 +41,9 @@ def test_devices_are_told_apart_and_refuse_to_be_mixed() -> None:
 @pytest.mark.parametrize(("bf16", "expected"), [(False, "torch.float16"), (True, "torch.bfloat16")])
 def test_precision_and_profile_are_those_of_the_gpu(bf16: bool, expected: str) -> None:
     code = """
-    from lora_course import lab, training
-    print(training.compute_dtype(), lab.pick_profile().name)
-    with torch.autocast("cuda", training.compute_dtype()):
+    from lora_course import lab, arguments
+    print(arguments.compute_dtype(), lab.pick_profile().name)
+    with torch.autocast("cuda", arguments.compute_dtype()):
         print((torch.ones(2, 2, device="cuda") @ torch.ones(2, 2, device="cuda")).dtype)
     """
     chosen, computed = on_a_gpu(code, bf16=bf16).splitlines()
