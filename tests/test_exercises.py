@@ -78,7 +78,7 @@ def test_no_wrong_answer_passes_and_each_gets_a_sentence(id: str) -> None:
     assert len(answers.wrongs) >= 15, f"{id} has {len(answers.wrongs)} wrong answers"
     passed = []
     for label, answer in answers.wrongs + named:
-        for seed in SEEDS:
+        for seed in SEEDS[: 1 if label.startswith("named") else None]:
             result = judged(answers, answer, seed)
             if result.status == "right":
                 passed.append((label, seed))

@@ -227,9 +227,10 @@ class Exercise:
             if (result is None or result is ...) and not self.changes:
                 raise Unanswered
             if shared := [place for at, place in storages(result).items() if at in memory]:
+                part = f" (its {shared[0].lstrip('.')})" if shared[0] else ""
                 raise Mistake(
-                    f"What you return{shared[0]} shares its memory with what you were given: who changes one changes "
-                    "the other. Copy it."
+                    f"What you return{part} shares its memory with what you were given: who changes one changes the "
+                    "other. Copy it."
                 )
             return result
 
