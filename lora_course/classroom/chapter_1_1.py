@@ -82,12 +82,12 @@ def check_storage(draw: Draw):
     yield case(1, bits=3, hint="One weight has a block, a group and a mean of its own.")
 
 
-def quantizer(weight, codebook, block=64, *, scale=None, nearest=None):
+def quantizer(weight, codebook, block=64, *, scale=None, nearest=None, back=True):
     blocks = weight.reshape(-1, block)
     absmax = blocks.abs().amax(1, keepdim=True) if scale is None else scale(blocks)
     scaled = blocks / absmax.clamp(min=1e-12)
-    nearest = nearest or (lambda x, codes: codes[torch.bucketize(x, (codes[1:] + codes[:-1]) / 2)])
-    return (nearest(scaled, codebook) * absmax).reshape(weight.shape)
+    nearest = nearest or (lambda x, codes: codes[_index(x, codes)])
+    return (nearest(scaled, codebook) * (absmax if back else 1)).reshape(weight.shape)
 
 
 def _quantizer(**other):
@@ -107,14 +107,9 @@ QUANTIZER_MISTAKES = {
         _quantizer(nearest=lambda x, c: c[(torch.bucketize(x, c, right=True) - 1).clamp(0, len(c) - 1)]),
     "You take the next higher code; the nearest may be the one below.":
         _quantizer(nearest=lambda x, c: c[torch.bucketize(x, c).clamp(0, len(c) - 1)]),
-    "The result is still divided by the block's largest magnitude: multiply it back.":
-        lambda weight, codebook, block=64: quantizer(
-            weight / weight.reshape(-1, block).abs().amax(1).clamp(min=1e-12).repeat_interleave(block)
-            .reshape(weight.shape), codebook, block),
+    "The result is still divided by the block's largest magnitude: multiply it back.": _quantizer(back=False),
     "You return the numbers of the codes; their values, times the block's largest magnitude, are asked for.":
-        lambda weight, codebook, block=64: _index(
-            weight.reshape(-1, block) / weight.reshape(-1, block).abs().amax(1, keepdim=True).clamp(min=1e-12),
-            codebook).reshape(weight.shape).float(),
+        _quantizer(nearest=lambda x, c: _index(x, c).float(), back=False),
     "The largest weight is taken with its sign; the largest *magnitude* is meant.":
         _quantizer(scale=lambda blocks: blocks.amax(1, keepdim=True)),
     "`codebook` is not used: NF4 is only one of them.":

@@ -62,7 +62,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora_course.classroom.calls import Answer, Mistake, Unanswered, random_states
+from lora_course.classroom.calls import Answer, Mistake, Unanswered, bind, random_states
 from lora_course.classroom.comparison import PRECISION, Difference, difference
 from lora_course.classroom.draws import Case, Draw, case
 from lora_course.classroom.snapshots import changed, snapshot, storages
@@ -101,7 +101,7 @@ def mistake(happened: bool, message: str, *values: Any) -> None:
         raise Mistake(message.format(*values) if values else message)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Exercise:
     """What `exercise` was given; see the module's text."""
 
@@ -124,7 +124,7 @@ class Exercise:
         answer = learner if isinstance(learner, Answer) else Answer(learner)
         states = random_states()
         try:
-            self._compare(answer, list(self.cases(Draw(seed))))
+            self._compare(answer, self._prepared(seed))
         except Unanswered:
             text = "Replace the stub, let it return its answer, and run the cell again."
             return Result(self.id, "not attempted", text, 0, seed)
@@ -135,12 +135,19 @@ class Exercise:
                 put_back(state)
         return Result(self.id, "right", "", self.points, seed)
 
-    def _compare(self, answer: Answer, cases: list[Case]) -> None:
+    @functools.lru_cache(maxsize=4)  # noqa: B019 (exercises live as long as their module)
+    def _prepared(self, seed: int) -> list[tuple[Case, dict[str, Any]]]:
+        """The cases of a seed, each with the right outcome."""
+        return [
+            (this, self._outcome(lambda a: _called(self.right, a), this))
+            for this in self.cases(Draw(seed))
+        ]
+
+    def _compare(self, answer: Answer, cases: list[tuple[Case, dict[str, Any]]]) -> None:
         """Raises Mistake or Unanswered for an answer that is not right on every case."""
         outcomes: list[tuple[Case, Any]] = []
         first: tuple[Case, Difference] | None = None
-        for number, this in enumerate(cases):
-            expected = self._outcome(lambda a: self.right(**a), this)
+        for number, (this, expected) in enumerate(cases):
             try:
                 found = self._outcome_of(answer, this)
             except (Mistake, Unanswered) as error:
@@ -176,7 +183,7 @@ class Exercise:
     def _reproduces(self, wrong: Callable[..., Any], this: Case, found: Any) -> bool:
         try:
             with np.errstate(all="ignore"):
-                made = self._outcome(lambda a: wrong(**a), this)
+                made = self._outcome(lambda a: _called(wrong, a), this)
         except Exception:  # a mistake that can't be made on this case
             return False
         return self._difference(found, made) is None
@@ -287,6 +294,11 @@ def grade(answers: dict[str, Any], seed: int | None = None) -> dict[str, Result]
             f"no exercise {', '.join(sorted(unknown))}; there are {', '.join(EXERCISES) or 'none yet'}"
         )
     return {id: check(answers.get(id), seed) for id, check in EXERCISES.items()}
+
+
+def _called(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    positional, keywords = bind(function, arguments)
+    return function(*positional, **keywords)
 
 
 def _nothing() -> Mistake:

@@ -213,7 +213,7 @@ quantizer.wrong(
 quantizer.equivalent(
     "absmax.clamp(min=1e-12) → absmax", "a block of zeros is some code times 0 then, which is 0"
 )
-quantizer.equivalent("1e-12 → 0.0", "as without the clamp")
+quantizer.equivalent("absmax.clamp(min=1e-12) → absmax.clamp(min=0.0)", "as without the clamp")
 quantizer.equivalent(
     "(scaled[..., None] - codebook).abs → (scaled[..., None] - codebook).square",
     "has the same smallest",
