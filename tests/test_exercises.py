@@ -85,7 +85,7 @@ def test_no_wrong_answer_passes_and_each_gets_a_sentence(id: str) -> None:
             elif result.status == "wrong":
                 message = result.message
                 assert "\n" not in message and len(message) < 400, (label, message)
-                assert "Traceback" not in message and message[-1] in ".:)", (label, message)
+                assert "Traceback" not in message and message[-1] in ".?:)", (label, message)
     assert not passed
 
 
@@ -96,7 +96,7 @@ def test_no_right_answer_is_refused(id: str) -> None:
     refused = [
         (label, seed, result.message)
         for label, answer in [*answers.rights, ("the reference", answers.check.exercise.right)]
-        for seed in (*SEEDS, 2, 3)
+        for seed in (*SEEDS, 2)
         if (result := judged(answers, answer, seed)).status != "right"
     ]
     assert not refused

@@ -45,7 +45,7 @@ def _changes(node: ast.AST) -> Iterator[ast.AST | None]:
     elif isinstance(node, ast.BinOp):
         if type(node.op) in OPERATORS:
             yield ast.BinOp(node.left, OPERATORS[type(node.op)](), node.right)
-        if not isinstance(node.op, ast.Add | ast.Mult):
+        if not isinstance(node.op, ast.Add | ast.Mult | ast.BitAnd | ast.BitOr):
             yield ast.BinOp(node.right, node.op, node.left)
         yield from (node.left, node.right)
     elif isinstance(node, ast.AugAssign):
@@ -113,6 +113,7 @@ def _replace(tree: ast.AST, number: int, new: ast.AST | None) -> tuple[int, ast.
     old = nodes[number]
     parents = {id(child): parent for parent in nodes for child in ast.iter_child_nodes(parent)}
     around, small = old, (ast.Constant, ast.Name, ast.keyword, ast.operator)
+    small += (ast.UnaryOp,) if isinstance(getattr(old, "operand", None), ast.Constant) else ()
     while new is not None and isinstance(around, small):
         around = parents[id(around)]
     parent = parents.get(id(old))
