@@ -259,6 +259,7 @@ def test_every_module_has_its_test_file() -> None:
         if path.name != "__init__.py":
             flat = "_".join([*name.parent.parts, name.name])
             names = [f"test_{flat}", f"{name.parent}/test_{name.name}", f"test_{name.name}"]
+            names.append(f"exercises/{name.name}")  # answers to a chapter's exercises
             if name.parts[0] == "experiments" and name.stem not in ("record", "study", "arms"):
                 names = ["experiments/test_studies.py"]  # which tries all studies
             assert any((ROOT / "tests" / test).exists() for test in names), (
