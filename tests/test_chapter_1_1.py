@@ -6,7 +6,7 @@ import bitsandbytes as bnb
 import torch
 
 from lora_course.classroom.chapter_1_1 import check_merged_weight, check_quantizer, check_storage
-from tests.exercises import (  # noqa: F401
+from tests.first_exercises import (  # noqa: F401
     pytest_generate_tests,
     test_right_answers_pass_and_stubs_are_not_attempted,
     test_wrong_answers_are_rejected_with_messages_of_their_own,

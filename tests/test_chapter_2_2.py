@@ -7,7 +7,7 @@ from torch import nn
 
 from lora_course.classroom.chapter_2_2 import check_jagged, check_one_adapter, check_restart
 from lora_course.progressive import Stage, multiplier
-from tests.exercises import (  # noqa: F401
+from tests.first_exercises import (  # noqa: F401
     pytest_generate_tests,
     test_right_answers_pass_and_stubs_are_not_attempted,
     test_wrong_answers_are_rejected_with_messages_of_their_own,

@@ -1,12 +1,16 @@
-"""The frame of exercises: what it says of stubs, wrong and right answers."""
+"""The frame of exercises: what it says of stubs, wrong and right answers, and what it holds for every check."""
 
+import random
+
+import numpy as np
 import pytest
 import torch
 from IPython.core.formatters import DisplayFormatter
 from torch import nn
 
 from lora_course.classroom import exercises
-from lora_course.classroom.exercises import exercise, grade, mistake
+from lora_course.classroom.calls import Answer
+from lora_course.classroom.exercises import Draw, case, exercise, grade, mistake
 
 
 @pytest.fixture(autouse=True)
@@ -16,119 +20,227 @@ def _own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def check():
-    @exercise("0.0-square", points=2)
-    def check_square(learner) -> None:
-        mistake(
-            learner(3) == 6, "{} doubled 3; squaring multiplies it by itself.", learner.__name__
-        )
-        mistake(learner(3) != 9, "3 squared is 9, not {}.", learner(3))
+    """What to do with two vectors: a weighted sum, its gradient included."""
 
-    return check_square
+    def right(x, y, weight=1.0):
+        return x + weight * y
+
+    @exercise(
+        "0.0-sum",
+        points=2,
+        right=right,
+        gradients=("x",),
+        otherwise="This is no weighted sum.",
+        mistakes={
+            "The weight is not used.": lambda x, y, weight=1.0: x + y,
+            "y is missing.": lambda x, y, weight=1.0: x * 1,
+        },
+    )
+    def check_sum(draw: Draw):
+        for _ in range(2):
+            n = draw.integer(2, 9)
+            yield case(draw.normal(n), draw.normal(n))
+            yield case(draw.normal(n), draw.normal(n), 3.0, hint="It goes wrong with a weight.")
+        yield case(torch.zeros(0), torch.zeros(0), 2.0, hint="Empty vectors go wrong.")
+
+    return check_sum
 
 
-def _not_implemented(x):
+def _not_implemented(*_):
     raise NotImplementedError("your turn")
 
 
-def _passes(x):
-    pass
-
-
-@pytest.mark.parametrize("stub", [None, ..., _not_implemented, _passes, lambda x: ...])
-def test_an_untouched_stub_is_not_attempted_and_does_not_raise(check, stub, capsys) -> None:
+@pytest.mark.parametrize("stub", [None, ..., _not_implemented, lambda *_: None, lambda *_: ...])
+def test_an_untouched_stub_is_not_answered_yet_and_does_not_raise(check, stub, capsys) -> None:
     result = check(stub)
     assert (result.status, result.points) == ("not attempted", 0)
-    assert "not attempted" in capsys.readouterr().out
+    assert capsys.readouterr().out.startswith("– 0.0-sum: not answered yet")
 
 
-def test_a_right_answer_gets_the_points_and_a_tick(check, capsys) -> None:
-    result = check(lambda x: x**2)
-    assert (result.status, result.points) == ("right", 2)
-    assert capsys.readouterr().out.startswith("✓ 0.0-square: right")
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda x, y, weight=1.0: x + weight * y,
+        lambda a, b, c=1: torch.add(a, b, alpha=c),
+        lambda x, y, *, weight=1.0: x + weight * y,
+        lambda *, x, y, weight=1.0: x + weight * y,
+        lambda *a: a[0] + (a[2] if len(a) > 2 else 1) * a[1],
+        lambda x, y, weight=1.0: x.double() + weight * y.double(),
+        lambda x, y, weight=1.0: (x + weight * y).bfloat16(),
+        lambda x, y, weight=1.0: x.bfloat16() + weight * y.bfloat16(),
+    ],
+)
+def test_right_answers_of_any_form_get_the_points_and_a_tick(check, answer, capsys) -> None:
+    for seed in range(5):
+        result = check(answer, seed)
+        assert (result.status, result.points, result.seed) == ("right", 2, seed), result.message
+    assert capsys.readouterr().out.startswith("✓ 0.0-sum: right\n")
 
 
 def test_a_cell_that_ends_with_a_check_shows_its_result_once(check, capsys) -> None:
-    result = check(lambda x: x * x)
-    assert capsys.readouterr().out == "✓ 0.0-square: right\n"
+    result = check(lambda x, y, weight=1.0: x + weight * y)
+    assert capsys.readouterr().out == "✓ 0.0-sum: right\n"
     displayed, _ = DisplayFormatter().format(result)
     assert displayed == {} and capsys.readouterr().out == ""
 
 
-def test_wrong_answers_get_different_messages_that_name_the_mistake(check, capsys) -> None:
-    def doubled(x):
-        return 2 * x
-
-    first, second = check(doubled), check(lambda x: x**3)
-    assert (first.status, second.status, first.points) == ("wrong", "wrong", 0)
-    assert first.message == "doubled doubled 3; squaring multiplies it by itself."
-    assert second.message == "3 squared is 9, not 27."
-    assert "3 squared is 9" in capsys.readouterr().out
+def test_a_mistake_is_named_only_where_it_explains_every_case(check) -> None:
+    assert check(lambda x, y, weight=1.0: x + y).message == "The weight is not used."
+    assert check(lambda x, y, weight=1.0: x.clone()).message == "y is missing."
+    # the same number in the first case of another mistake: not accused of it
+    assert (
+        check(lambda x, y, weight=1.0: x + weight**2 * y).message == "It goes wrong with a weight."
+    )
+    assert check(lambda x, y, weight=1.0: x - weight * y).message == "This is no weighted sum."
 
 
 @pytest.mark.parametrize(
-    ("answer", "word"),
+    ("answer", "words"),
     [
-        (lambda x: x / 0, "ZeroDivisionError"),
-        (lambda x, y: x, "TypeError"),
-        (lambda x: exit(), "SystemExit"),
-        (7, "TypeError"),
+        (lambda x, y, weight=1.0: x / 0 if isinstance(x, int) else [][0], "stops in line"),
+        (lambda x, y, weight=1.0: exit(), "SystemExit"),
+        (lambda x: x, "takes (x); it is called with (x, y)"),
+        (7, "A function is expected"),
+        (lambda x, y, weight=1.0: "text", "has no gradient"),
+        (lambda x, y, weight=1.0: (x + weight * y).detach(), "has no gradient"),
+        (lambda x, y, weight=1.0: x.detach() + weight * y + 0 * x, "no weighted sum"),
+        (lambda x, y, weight=1.0: (x + weight * y)[:-1], "shape"),
+        (lambda x, y, weight=1.0: (x + weight * y) * float("nan"), "no weighted sum"),
+        (lambda x, y, weight=1.0: y.add_(0.5) + x, "changed what it was given (y)"),
+        (lambda x, y, weight=1.0: (torch.manual_seed(0), x + weight * y)[1], "random state"),
+        (lambda x, y, weight=1.0: (random.random(), x + weight * y)[1], "Python's random state"),
+        (lambda x, y, weight=1.0: (np.random.seed(1), x + weight * y)[1], "numpy's random state"),
+        (lambda x, y, weight=1.0: (torch.set_default_dtype(torch.float64), x + weight * y)[1], "default dtype"),
+        (lambda x, y, weight=1.0: (x + weight * y, torch.set_grad_enabled(False))[0], "gradient mode"),
+        (lambda x, y, weight=1.0: x + weight * y if len(x) else None, "returns nothing (None)"),
     ],
-)
-def test_an_answer_that_stops_is_wrong_and_the_error_is_named(check, answer, word) -> None:
-    result = check(answer)
-    assert result.status == "wrong"
-    assert word in result.message
+)  # fmt: skip
+def test_what_goes_wrong_is_said_and_put_back(check, answer, words) -> None:
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tobytes()
+    result = check(answer, seed=1)
+    assert result.status == "wrong" and words in result.message
+    assert torch.get_default_dtype() == torch.float32 and torch.is_grad_enabled()
+    assert torch.equal(torch.get_rng_state(), before[0]) and random.getstate() == before[1]
+    assert np.random.get_state()[1].tobytes() == before[2]
 
 
-def test_an_error_of_torch_for_a_dtype_is_a_mistake_not_a_stub(check) -> None:
-    def answer(x):
-        raise NotImplementedError("\"addmm\" not implemented for 'Half'")
+def test_a_function_that_replaces_the_frame_gains_nothing(check) -> None:
+    originals = exercises.difference, exercises.mistake, torch.allclose
 
-    assert check(answer).status == "wrong"
+    def patches(x, y, weight=1.0):
+        exercises.difference = lambda *a, **k: None
+        exercises.mistake = lambda *a: None
+        torch.allclose = lambda *a, **k: True
+        return x
 
-
-def test_a_function_that_works_in_place_may_return_nothing() -> None:
-    @exercise("0.0-zero", in_place=True)
-    def check_zero(learner) -> None:
-        x = torch.ones(2)
-        learner(x)
-        mistake(bool(x.any()), "x is unchanged.")
-
-    assert check_zero(lambda x: None).status == "wrong"
-
-    def zeroed(x) -> None:
-        x.zero_()
-
-    assert check_zero(zeroed).status == "right"
+    result = check(patches)
+    assert result.status == "wrong" and "exercises" in result.message
+    assert (exercises.difference, exercises.mistake, torch.allclose) == originals
 
 
-def test_modules_and_classes_reach_the_check_as_they_are() -> None:
-    @exercise("0.0-module")
-    def check_module(learner) -> None:
-        mistake(
-            not isinstance(learner, nn.Module) and not issubclass(learner, nn.Module),
-            "That is no module.",
-        )
+def test_inputs_are_new_at_every_run_and_those_of_a_seed_can_be_had_again(check) -> None:
+    seen = []
 
-    assert check_module(nn.Linear(2, 2)).status == "right"
-    assert check_module(nn.Linear).status == "right"
+    def remembers(x, y, weight=1.0):
+        seen.append(x.tolist())
+        return x + weight * y
+
+    check(remembers), check(remembers)
+    half = len(seen) // 2
+    assert seen[:half] != seen[half:]
+    seen.clear()
+    check(remembers, seed=7), check(remembers, seed=7)
+    assert seen[:5] == seen[5:]
+
+
+def test_what_changes_in_place_is_compared_and_nothing_else_may() -> None:
+    def right(items, extra):
+        items.append(extra[0])
+
+    @exercise("0.0-append", right=right, changes=("items",))
+    def check_append(draw: Draw):
+        yield case([draw.integer(0, 9)], [draw.integer(10, 19)])
+
+    def pops(items, extra):
+        items.append(extra.pop())
+
+    assert check_append(right).status == "right"
+    assert check_append(lambda items, extra: items).status == "wrong"
+    assert "extra" in check_append(pops).message
+
+
+def test_layers_are_watched_and_a_returned_one_may_not_share_memory() -> None:
+    def right(layer):
+        made = nn.Linear(layer.in_features, layer.out_features, bias=False)
+        made.weight.data = 2 * layer.weight.data
+        return made
+
+    def used(found, layer, note):
+        mistake(not isinstance(found, nn.Linear), "No layer, but a {}.", type(found).__name__)
+        return found(note)
+
+    @exercise("0.0-double", right=right, look=used, fresh=True, draws=True)
+    def check_double(draw: Draw):
+        inputs, outputs = draw.sizes(2, 2, 9)
+        layer = nn.Linear(inputs, outputs, bias=False)
+        layer.weight.data = draw.normal(outputs, inputs)
+        yield case(layer, note=draw.normal(3, inputs))
+
+    def leaves(change):
+        def answer(layer):
+            made = right(layer)
+            change(layer)
+            return made
+
+        return answer
+
+    assert check_double(right).status == "right"
+    assert check_double(lambda layer: 3).message == "No layer, but a int."
+    assert "shares its memory" in check_double(lambda layer: layer).message
+    for change in (nn.Module.eval, lambda m: m.requires_grad_(False), lambda m: setattr(m, "x", 1),
+                   lambda m: m.weight.data.add_(1), lambda m: m.register_forward_hook(print),
+                   lambda m: setattr(m, "weight", nn.Parameter(m.weight.data.clone()))):  # fmt: skip
+        assert "changed what it was given (layer" in check_double(leaves(change)).message
+
+
+def test_a_way_that_the_text_forbids_by_its_size_is_refused() -> None:
+    @exercise("0.0-thin", right=lambda A, B: (B * A.T).sum())
+    def check_trace(draw: Draw):
+        yield case(draw.normal(3, 50), draw.normal(50, 3), largest=400)
+
+    assert check_trace(lambda A, B: (B @ A).trace()).status == "wrong"
+    assert check_trace(lambda A, B: (A @ B).trace()).status == "right"
+
+
+def test_an_answer_may_live_elsewhere(check) -> None:
+    class Elsewhere(Answer):
+        def call(self, arguments, draws=False, largest=None):
+            sent = {
+                k: v.detach().clone() if torch.is_tensor(v) else v for k, v in arguments.items()
+            }
+            back = super().call(sent, draws, largest)
+            return back + arguments["x"] - arguments["x"].detach()  # and a gradient of its own
+
+    assert check(Elsewhere(lambda x, y, weight=1.0: x + weight * y)).status == "right"
+    assert check(Elsewhere(lambda x, y, weight=1.0: x + y)).message == "The weight is not used."
 
 
 def test_a_taken_id_is_refused_but_the_same_check_may_be_defined_again() -> None:
     def define():
-        @exercise("0.0-again")
-        def check_again(learner) -> None: ...
+        @exercise("0.0-again", right=abs)
+        def check_again(draw: Draw): ...
 
     define()
     define()
-    with pytest.raises(ValueError, match="0.0-again.*defined already"):
+    with pytest.raises(ValueError, match=r"0.0-again.*defined already"):
 
-        @exercise("0.0-again")
-        def check_other(learner) -> None: ...
+        @exercise("0.0-again", right=abs)
+        def check_other(draw: Draw): ...
 
 
 def test_grading_runs_the_same_checks_and_refuses_unknown_ids(check) -> None:
-    assert grade({"0.0-square": lambda x: x * x})["0.0-square"].points == 2
-    assert grade({})["0.0-square"].status == "not attempted"
-    with pytest.raises(ValueError, match="0.0-cube.*0.0-square"):
+    right = {"0.0-sum": lambda x, y, weight=1.0: x + weight * y}
+    assert grade(right)["0.0-sum"].points == 2
+    assert grade({})["0.0-sum"].status == "not attempted"
+    with pytest.raises(ValueError, match=r"0.0-cube.*0.0-sum"):
         grade({"0.0-cube": abs})

@@ -233,6 +233,7 @@ def test_every_module_has_its_test_file() -> None:
         if path.name != "__init__.py":
             flat = "_".join([*name.parent.parts, name.name])
             names = [f"test_{flat}", f"{name.parent}/test_{name.name}", f"test_{name.name}"]
+            names.append(f"exercises/{name.name}")  # answers to a chapter's exercises
             assert any((ROOT / "tests" / test).exists() for test in names), (
                 f"lora_course/{name} has none of tests/{', tests/'.join(names)}"
             )

@@ -3,7 +3,7 @@
 import bitsandbytes as bnb
 import torch
 
-from lora_course.classroom.exercises import exercise, mistake
+from lora_course.classroom.first_exercises import exercise, mistake
 from lora_course.lora import LoRALinear
 from lora_course.qlora import nf4_codebook
 

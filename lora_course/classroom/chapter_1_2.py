@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_course.adalora import AdaLoRALinear
-from lora_course.classroom.exercises import exercise, mistake
+from lora_course.classroom.first_exercises import exercise, mistake
 
 
 def _budgets(function, schedule: dict[str, int]) -> list[int]:

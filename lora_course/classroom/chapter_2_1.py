@@ -3,7 +3,7 @@
 import torch
 from torch.nn import functional as F
 
-from lora_course.classroom.exercises import exercise, mistake
+from lora_course.classroom.first_exercises import exercise, mistake
 
 
 def _close(found: torch.Tensor, expected: torch.Tensor) -> bool:
