@@ -3,38 +3,48 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from lora_course.classroom.judging import Ended, StudentError
-from lora_course.classroom.sandbox import Sandbox
+from lora_course.classroom.calls import Answer, Mistake, Unanswered
+from lora_course.classroom.sandbox import Ended, Sandbox
+from lora_course.classroom.wire import Opaque
+
+SLOW = "It was stopped after {:.0f} seconds. Does a loop never end?"
 
 
-class Remote:
-    """`Remote(box, opening, seconds)(*arguments)`: `seconds` is for all calls of the problem together.
+class Remote(Answer):
+    """The answer to one problem, in its sandbox. `seconds` is for all calls of the problem together.
 
     A call copies back what the function did to lists, dictionaries and tensors. A result that came with a graph has one
     here too: its gradient is asked of the sandbox, as a product with the upstream gradient.
 
-    trouble: why the student's code has no such function; "" where it has. Raises Ended, StudentError.
+    trouble: why the student's code has no such function; "" where it has.
+    ended: whether its process is of no more use.
     """
 
     def __init__(self, box: Sandbox, opening: dict[str, Any], seconds: float) -> None:
         self.box, self.deadline = box, time.monotonic() + seconds
-        self.seconds = seconds
-        self.trouble = str(self._ask(opening).get("trouble"))
+        self.seconds, self.ended = seconds, False
+        self.trouble = _clean(self._ask(opening).get("trouble"), 200)
 
-    def __call__(self, *arguments: Any) -> Any:
-        reply = self._ask({"kind": "call", "arguments": arguments})
+    def call(
+        self, arguments: dict[str, Any], draws: bool = False, largest: int | None = None
+    ) -> Any:
+        values = list(arguments.values())
+        reply = self._ask({"kind": "call", "arguments": values})
         after = reply.get("after")
-        if not isinstance(after, list) or len(after) != len(arguments):
-            raise Ended("What it sends is no answer.")
-        for given, changed in zip(arguments, after, strict=True):
+        if not isinstance(after, list) or len(after) != len(values):
+            self._end("What it sends is no answer.")
+        for given, changed in zip(values, after, strict=True):
             put_back(given, changed)
-        leaves = [x for x in arguments if isinstance(x, Tensor) and x.requires_grad]
-        return self._connect(reply.get("result"), leaves)
+        result = reply.get("result")
+        if isinstance(result, Opaque) and result.name == "ellipsis":
+            return None
+        leaves = [x for x in values if isinstance(x, Tensor) and x.requires_grad]
+        return self._connect(result, leaves)
 
     def close(self) -> None:
         """Ends the problem: the sandbox is ready for the next."""
@@ -46,18 +56,24 @@ class Remote:
         try:
             reply = self.box.ask(message, max(left, 0.01))
         except Ended as ended:
-            if "was stopped after" in str(ended):
-                raise Ended(
-                    f"It was stopped after {self.seconds:.0f} seconds. Does a loop never end?"
-                ) from None
-            raise
+            slow = "was stopped after" in str(ended)
+            self._end(SLOW.format(self.seconds) if slow else str(ended))
         if not isinstance(reply, dict):
-            raise Ended("What it sends is no answer.")
+            self._end("What it sends is no answer.")
         if "closed" in reply and message["kind"] != "close":
-            raise Ended("Its process ended in the middle of a call (an exit, a crash, or no memory).")
+            self._end("Its process ended in the middle of a call: an exit, a crash, or no memory.")
+        if reply.get("error") == "NotImplementedError" and not reply.get("text"):
+            raise Unanswered
         if "error" in reply:
-            raise StudentError(_clean(reply["error"], 50), _clean(reply.get("text", ""), 200))
+            raise Mistake(
+                f"Your function stops{_clean(reply.get('where'), 40)} with "
+                f"{_clean(reply['error'], 50)}: {_clean(reply.get('text'), 160)}"
+            )
         return reply
+
+    def _end(self, reason: str) -> NoReturn:
+        self.ended = True
+        raise Ended(reason)
 
     def _connect(self, result: Any, leaves: list[Tensor]) -> Any:
         """The result, whose tensors with a gradient know the way to the sandbox."""
@@ -80,7 +96,7 @@ class Remote:
                     g is not None and (not isinstance(g, Tensor) or g.shape != x.shape)
                     for g, x in zip(found, leaves, strict=True)
                 ):
-                    raise Ended("What it sends is no gradient.")
+                    raise Mistake("What your function returns has no gradient of the right shape.")
                 return tuple(found)
 
         for i, far in zip(places, Far.apply(*leaves), strict=True):
@@ -108,11 +124,15 @@ def put_back(given: Any, changed: Any) -> None:
         for key in [key for key in given if key not in changed]:
             del given[key]
         for key, value in changed.items():
-            if key in given and type(given[key]) is type(value) and isinstance(value, Tensor | list | dict):
+            if (
+                key in given
+                and type(given[key]) is type(value)
+                and isinstance(value, Tensor | list | dict)
+            ):
                 put_back(given[key], value)
             else:
                 given[key] = value
 
 
 def _clean(text: Any, most: int) -> str:
-    return "".join(c if c.isprintable() else " " for c in str(text))[:most]
+    return "".join(c if c.isprintable() else " " for c in str("" if text is None else text)[:most])

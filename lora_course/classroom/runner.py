@@ -108,6 +108,16 @@ def load(name: str, answer: str, own: list[str], setup: str) -> tuple[dict[str, 
     return names, ""
 
 
+def place(error: BaseException) -> str:
+    """The line of the answer cell in which an error arose."""
+    lines, trace = [], error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == "<answer>":
+            lines.append(trace.tb_lineno)
+        trace = trace.tb_next
+    return f" in line {lines[-1]} of its cell" if lines else ""
+
+
 def serve(requests: int, answers: int, opening: dict[str, Any]) -> None:
     """Answers calls of one problem's function until the judge closes it."""
     import torch
@@ -138,7 +148,8 @@ def serve(requests: int, answers: int, opening: dict[str, Any]) -> None:
             message = wire.encode(reply)
         except BaseException as error:
             text = str(error)[:300] if not isinstance(error, RecursionError) else "too deep"
-            message = wire.encode({"error": type(error).__name__[:50], "text": text})
+            reply = {"error": type(error).__name__[:50], "text": text, "where": place(error)}
+            message = wire.encode(reply)
         send(answers, message)
 
 

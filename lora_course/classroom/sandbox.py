@@ -9,6 +9,7 @@ Raises `Ended` with a plain reason when the process is gone, over a limit, or an
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -28,7 +29,7 @@ import psutil
 
 import lora_course
 from lora_course.classroom import wire
-from lora_course.classroom.judging import Ended
+from lora_course.classroom.calls import Mistake
 
 Kind = Literal["bubblewrap", "user", "trust"]
 HERE = Path(__file__).parent
@@ -37,10 +38,16 @@ FIRST_UID = 61_000
 _uids = itertools.count()
 
 
+class Ended(Mistake):
+    """A student's process is gone, over a limit, or answers with something unreadable; the text says so to the student."""
+
+
 @dataclass(frozen=True)
 class Limits:
-    """memory: of all processes together, bytes; disk: of a file and of each writable folder, bytes."""
+    """seconds: for all calls of a problem together. memory: of all processes together, bytes. disk: of a file and of each
+    writable folder, bytes."""
 
+    seconds: float = 20
     start_seconds: float = 60
     memory: int = 2 << 30
     processes: int = 64
@@ -180,16 +187,11 @@ class Sandbox:
     def close(self) -> None:
         """Kills the process and all that it started, and takes its folder away."""
         strays = [] if self.kind == "bubblewrap" else self._family()
-        for kill in (lambda: os.killpg(self.process.pid, signal.SIGKILL), self.process.kill):
-            try:
-                kill()
-            except ProcessLookupError:
-                pass
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         for process in strays:
-            try:
+            with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-            except psutil.NoSuchProcess:
-                pass
         self.process.wait()
         for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
             stream.close()

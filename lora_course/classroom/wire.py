@@ -54,7 +54,9 @@ def decode(message: bytes) -> Any:
         return _up(json.loads(tree), load(body), 0)
     except WireError:
         raise
-    except Exception as error:  # whatever a forged message makes json, safetensors or the tree raise
+    except (
+        Exception
+    ) as error:  # whatever a forged message makes json, safetensors or the tree raise
         raise WireError(f"no message: {type(error).__name__}") from None
 
 

@@ -4,9 +4,9 @@ import importlib
 import pkgutil
 from functools import cache
 
-from lora_course.classroom.families.family import Choices, Draw, Family
+from lora_course.classroom.families.family import Choices, Family
 
-__all__ = ["Choices", "Draw", "Family", "families", "find", "of_chapter"]
+__all__ = ["Choices", "Family", "families", "find", "of_chapter"]
 
 
 @cache

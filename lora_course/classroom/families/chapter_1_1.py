@@ -2,15 +2,16 @@
 
 import torch
 
-from lora_course.classroom.families.family import Choices, Draw, Family
+from lora_course.classroom.draws import Draw
+from lora_course.classroom.families.family import Choices, Family
 
 
 def _storage_cases(draw: Draw, choice: Choices) -> list[tuple]:
     shapes = [(3, 40, 16), (8, 64, 32)]
     for block in (32, 48, 64, 24):
-        rows, columns = draw.randint(5, 40), draw.randint(block + 1, 40 * block)
-        shapes += [(rows, columns, block), (rows, block * draw.randint(2, 9), block)]
-    shapes += [(draw.randint(300, 900), draw.randint(2000, 4000), 64), (1, 7, 64)]
+        rows, columns = draw.integer(5, 40), draw.integer(block + 1, 40 * block)
+        shapes += [(rows, columns, block), (rows, block * draw.integer(2, 9), block)]
+    shapes += [(draw.integer(300, 900), draw.integer(2000, 4000), 64), (1, 7, 64)]
     return [(rows, columns, draw.choice((2, 3, 4)), block) for rows, columns, block in shapes]
 
 
@@ -73,10 +74,10 @@ def _rounding_cases(draw: Draw, choice: Choices) -> list[tuple]:
     made = [(draw.normal(2, 4), torch.tensor([-1.0, -0.5, 0.0, 0.5, 1.0]), 4)]
     made.append((draw.normal(1, 6), torch.tensor([-1.0, 0.25, 1.0]), 4))
     for block in (3, 5, 8):
-        rows, columns = draw.sample(range(4, 12), 2)
+        rows, columns = draw.sizes(2, 4, 11)
         codes = torch.cat([draw.uniform(6) * 2 - 1, torch.tensor([-1.0, 1.0])]).unique()
         weight = draw.normal(rows, columns) * 10 ** (2 * draw.uniform(rows, 1) - 1)
-        weight[draw.randrange(rows)] = 0
+        weight[draw.integer(0, rows - 1)] = 0
         made.append((weight, codes, block))
     # Multiples of a quarter lie exactly between two codes, and equal magnitudes have either sign.
     grid = torch.tensor([-1.0, -0.5, 0.0, 0.5, 1.0])

@@ -4,18 +4,24 @@ import itertools
 
 import torch
 
-from lora_course.classroom.families.family import Choices, Draw, Family
+from lora_course.classroom.draws import Draw
+from lora_course.classroom.families.family import Choices, Family
 
 
 def _budget_cases(draw: Draw, choice: Choices) -> list[tuple]:
     made = [(6, 3, 8, 4, 2, 2, 12), (9, 5, 6, 2, 4, 3, 15)]
     for length in (8, 16, 32):  # powers of two: every value is exact, and so are the halves
-        layers, target_r, tinit, tfinal = draw.randint(3, 12), *draw.sizes(3, 2, 9)
-        init_r = target_r + draw.randint(3, 9)
+        layers, target_r, tinit, tfinal = draw.integer(3, 12), *draw.sizes(3, 2, 9)
+        init_r = target_r + draw.integer(3, 9)
         total = tinit + length + tfinal
-        made += [(t, layers, init_r, target_r, tinit, tfinal, total) for t in range(total + 1)]
-    for layers, target_r, more in itertools.product((1, 3), (2, 3), (1, 2, 8)):  # halves, and even ones
-        made += [(t, layers, target_r + more, target_r, 2, 2, 12) for t in range(2, 11)]
+        made += [
+            (t, layers, init_r, target_r, tinit, tfinal, total)
+            for t in sorted(draw.sizes(8, 0, total))
+        ]
+    for layers, target_r, more in itertools.product(
+        (1, 3), (2, 3), (1, 2, 8)
+    ):  # halves, and even ones
+        made.append((6, layers, target_r + more, target_r, 2, 2, 12))
     return made
 
 
@@ -84,7 +90,7 @@ def _allocation_cases(draw: Draw, choice: Choices) -> list[tuple]:
     made = []
     for r, widths in ((2, (2, 2)), (2, (3, 2)), (4, (5, 8, 3)), (5, (4, 16, 6)), (3, (2, 9, 4, 7))):
         shapes = {
-            name: (draw.randint(2, 9), width)
+            name: (draw.integer(2, 9), width)
             for name, width in zip(("q", "v", "up", "down"), widths, strict=False)
         }
         s, u = triplets(shapes, r), triplets(shapes, r)

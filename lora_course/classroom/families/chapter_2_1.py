@@ -2,16 +2,17 @@
 
 import torch
 
-from lora_course.classroom.families.family import Choices, Draw, Family
+from lora_course.classroom.draws import Draw
+from lora_course.classroom.families.family import Choices, Family
 
 
 def _gate_cases(draw: Draw, choice: Choices) -> list[tuple]:
     made = [(draw.normal(2, 4), 2), (draw.normal(1, 2, 3) * 2, 2)]
     for experts in draw.sizes(3, 4, 9):
-        made.append((draw.normal(*draw.sizes(2, 2, 6), experts) * 2, draw.randint(2, experts - 2)))
+        made.append((draw.normal(*draw.sizes(2, 2, 6), experts) * 2, draw.integer(2, experts - 2)))
         # equal logits: which experts are chosen is then the rule's to say
         equal = torch.randint(0, 3, (7, experts), generator=draw.generator).float()
-        made.append((equal, draw.randint(2, experts - 2)))
+        made.append((equal, draw.integer(2, experts - 2)))
     return made
 
 
@@ -70,17 +71,28 @@ gates = Family(
     },
     book={"shared": "none", "ties": "low", "weights": "share", "temperature": "1"},
     cases=_gate_cases,
-    gradient=(0,),
+    gradients=("logits",),
 )  # fmt: skip
 
 
 def _balance_cases(draw: Draw, choice: Choices) -> list[tuple]:
     made = [((draw.normal(1, 3, 3) * 2).softmax(-1), torch.ones(1, 3, dtype=torch.bool), 2)]
-    made.append(((draw.normal(2, 3, 3) * 2).softmax(-1), torch.tensor([[True] * 3, [False, True, True]]), 2))
+    made.append(
+        ((draw.normal(2, 3, 3) * 2).softmax(-1), torch.tensor([[True] * 3, [False, True, True]]), 2)
+    )
     for _ in range(4):
         rows, length, experts = draw.sizes(3, 3, 8)
-        real = torch.arange(length)[None] >= torch.tensor([draw.randrange(length - 1) for _ in range(rows)])[:, None]
-        made.append(((draw.normal(rows, length, experts) * 3).softmax(-1), real, draw.randint(2, experts - 1)))
+        real = (
+            torch.arange(length)[None]
+            >= torch.tensor([draw.integer(0, length - 1 - 1) for _ in range(rows)])[:, None]
+        )
+        made.append(
+            (
+                (draw.normal(rows, length, experts) * 3).softmax(-1),
+                real,
+                draw.integer(2, experts - 1),
+            )
+        )
     return made  # fmt: skip
 
 
@@ -137,7 +149,7 @@ balance = Family(
     },
     book={"groups": "batch", "chosen": "one", "mean": "plain", "excess": "none"},
     cases=_balance_cases,
-    gradient=(0,),
+    gradients=("p",),
     bugs=(
         ("tokens = probabilities[keep]", "tokens = probabilities"),
         ("f = chosen.sum(0) / chosen.sum()", "f = chosen.sum(0) / chosen.shape[1]"),

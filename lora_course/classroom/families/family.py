@@ -16,33 +16,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor
+from lora_course.classroom.draws import Draw
+from lora_course.classroom.exercises import Exercise, case
 
 Choices = dict[str, str]
 """For each convention the choice that was drawn: `{"power": "2", "rounding": "up"}`."""
-
-
-class Draw(random.Random):
-    """Random numbers and tensors from one seed: the same on every machine."""
-
-    def __init__(self, seed: str) -> None:
-        super().__init__(seed)
-        self.generator = torch.Generator().manual_seed(self.getrandbits(62))
-
-    def normal(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self.generator)
-
-    def uniform(self, *shape: int) -> Tensor:
-        return torch.rand(shape, generator=self.generator)
-
-    def mask(self, *shape: int, share: float = 0.5) -> Tensor:
-        """True with probability `share`."""
-        return self.uniform(*shape) < share
-
-    def sizes(self, count: int, low: int = 2, high: int = 9) -> list[int]:
-        """`count` different sizes, so that no two dimensions can be confused."""
-        return self.sample(range(low, high + 1), count)
 
 
 @dataclass(frozen=True)
@@ -58,8 +36,8 @@ class Family:
     cases: arguments of the calls that a check makes, from a `Draw` and the choices; the first two are small, and show
     up with their results in the student's notebook.
     bugs: for a find-the-bug family `(right, wrong)` pieces of the answer; two of them are planted by the seed.
-    gradient: positions of the arguments whose gradient is compared too.
-    changes: positions of the arguments that are changed in place; then they are compared, and not the result.
+    gradients, changes: arguments whose gradient is compared too; that are changed in place, and compared instead of a
+    result.
     """
 
     id: str
@@ -72,11 +50,12 @@ class Family:
     book: Mapping[str, str]
     cases: Callable[[Draw, Choices], list[tuple]]
     bugs: tuple[tuple[str, str], ...] = ()
-    gradient: tuple[int, ...] = ()
-    changes: tuple[int, ...] = ()
+    gradients: tuple[str, ...] = ()
+    changes: tuple[str, ...] = ()
     tolerance: float = 1e-4
-    seconds: float = 20
-    setup: str = "import math\n\nimport torch\nfrom torch import nn\nfrom torch.nn import functional as F"
+    setup: str = (
+        "import math\n\nimport torch\nfrom torch import nn\nfrom torch.nn import functional as F"
+    )
     compiled: dict[tuple, Callable] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -117,7 +96,8 @@ class Family:
 
     def state(self, choice: Choices) -> str:
         """The problem's text."""
-        text = textwrap.dedent(self.statement).strip()
+        paragraphs = textwrap.dedent(self.statement).strip().split("\n\n")
+        text = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
         for name in self.conventions:
             text = text.replace(f"{{{name}}}", self.sentence(choice, name))
         return text
@@ -144,7 +124,9 @@ class Family:
     def plant(self, source: str, bugs: list[tuple[str, str]]) -> str:
         for right, wrong in bugs:
             if source.count(right) != 1:
-                raise ValueError(f"{self.id}: {right!r} is there {source.count(right)} times, not once")
+                raise ValueError(
+                    f"{self.id}: {right!r} is there {source.count(right)} times, not once"
+                )
             source = source.replace(right, wrong)
         return source
 
@@ -161,6 +143,29 @@ class Family:
         if key not in self.compiled:
             self.compiled[key] = self.build(self.solution(choice))
         return self.compiled[key]
+
+    def exercise(self, choice: Choices, explain: bool = True) -> Exercise:
+        """The check of a drawn problem. explain: a rule that a wrong answer misses is named."""
+        mistakes = {
+            f"All is right but one rule. Read it again: “{self.sentence(choice, name)}”{' ' * i}": self.function(other)
+            for name, others in self.neighbours(choice).items()
+            for i, other in enumerate(others)
+        } if explain else {}  # fmt: skip
+        book = {name: self.book.get(name) for name in choice}
+        if explain and all(value in self.conventions[name] for name, value in book.items()):
+            text = "This is the chapter's answer. The problem states other rules: compare them one by one."
+            mistakes[text] = self.function(book)
+        return Exercise(
+            self.id,
+            self.points,
+            lambda draw: (case(*arguments) for arguments in self.cases(draw, choice)),
+            self.function(choice),
+            mistakes,
+            gradients=self.gradients,
+            changes=self.changes,
+            otherwise="Some results differ from what the rules ask for, and no single rule explains it.",
+            tolerance=self.tolerance,
+        )
 
     def build(self, source: str) -> Callable[..., Any]:
         """The graded function of a source that this course wrote: never of a student's."""
