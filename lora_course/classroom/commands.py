@@ -63,7 +63,9 @@ def run_assign(arguments: argparse.Namespace) -> None:
     )
     for family in made.families:
         print(f"{family.id:<18} {family.points:>2} points  {family.title}")
-    print(f"{arguments.out}/student is for your students ({made.points} points); all else is yours.")
+    print(
+        f"{arguments.out}/student is for your students ({made.points} points); all else is yours."
+    )
 
 
 def run_grade(arguments: argparse.Namespace) -> None:
