@@ -8,8 +8,8 @@ from lora_course.classroom.families.family import Choices, Family
 
 def _step_cases(draw: Draw, choice: Choices) -> list[tuple]:
     made = []
-    for number in range(5):
-        inputs, outputs, r, rows = (3, 2, 1, 2) if number < 2 else draw.sizes(4, 2, 9)
+    for number in range(7):
+        inputs, outputs, r, rows = (3, 2, 1, 2) if number < 2 else draw.sizes(4, 3, 9)
         x, target, W = (
             draw.normal(rows, inputs),
             draw.normal(rows, outputs),

@@ -81,7 +81,7 @@ def _rounding_cases(draw: Draw, choice: Choices) -> list[tuple]:
         made.append((weight, codes, block))
     # Multiples of a quarter lie exactly between two codes, and equal magnitudes have either sign.
     grid = torch.tensor([-1.0, -0.5, 0.0, 0.5, 1.0])
-    for block in (4, 7):
+    for block in (4, 7, 2, 8, 5):
         ties = torch.randint(-4, 5, (5, 11), generator=draw.generator) / 4
         made.append((ties * 2.0, grid, block))
     return made

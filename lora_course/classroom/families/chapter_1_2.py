@@ -16,7 +16,9 @@ def _budget_cases(draw: Draw, choice: Choices) -> list[tuple]:
         total = tinit + length + tfinal
         made += [
             (t, layers, init_r, target_r, tinit, tfinal, total)
-            for t in sorted(draw.sizes(8, 0, total))
+            for t in sorted(
+                {*draw.sizes(10, 0, total), tinit + 1, tinit + 3, tinit + length // 2 + 1}
+            )
         ]
     for layers, target_r, more in itertools.product(
         (1, 3), (2, 3), (1, 2, 8)
@@ -88,7 +90,15 @@ def _allocation_cases(draw: Draw, choice: Choices) -> list[tuple]:
         }
 
     made = []
-    for r, widths in ((2, (2, 2)), (2, (3, 2)), (4, (5, 8, 3)), (5, (4, 16, 6)), (3, (2, 9, 4, 7))):
+    for r, widths in (
+        (2, (2, 2)),
+        (2, (3, 2)),
+        (4, (5, 8, 3)),
+        (5, (4, 16, 6)),
+        (3, (2, 9, 4, 7)),
+        (4, (3, 3, 12)),
+        (2, (6, 5, 9)),
+    ):
         shapes = {
             name: (draw.integer(2, 9), width)
             for name, width in zip(("q", "v", "up", "down"), widths, strict=False)

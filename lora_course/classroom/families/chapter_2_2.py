@@ -1,6 +1,5 @@
 """Graded problems of chapter 2.2, progressive LoRA: another jagged schedule, and a restart to mend."""
 
-
 from lora_course.classroom.draws import Draw
 from lora_course.classroom.families.family import Choices, Family
 

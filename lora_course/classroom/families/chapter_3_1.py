@@ -1,6 +1,5 @@
 """Graded problems of chapter 3.1, adaptive rank: what a layer is worth, and who grows."""
 
-
 from lora_course.classroom.draws import Draw
 from lora_course.classroom.families.family import Choices, Family
 
@@ -65,7 +64,7 @@ worth = Family(
 def _plan_cases(draw: Draw, choice: Choices) -> list[tuple]:
     made = [({"q": 3.0, "v": 2.0, "up": 1.0}, {"q": 2, "v": 2, "up": 2}, 9, 2, 1, 4)]
     made.append(({"q": 1.0, "v": 1.0, "up": 2.0}, {"q": 3, "v": 1, "up": 4}, 12, 2, 2, 4))
-    for _ in range(14):
+    for _ in range(50):
         names = [f"layer{i}" for i in range(draw.integer(4, 7))]
         top, add, max_r = draw.integer(2, 3), draw.integer(2, 3), draw.integer(5, 7)
         scores = {name: float(draw.integer(1, 3)) * draw.choice([1, 2, 6]) for name in names}

@@ -1,6 +1,5 @@
 """Graded problems of chapter 3.3, continual learning: other measures, and a memory to mend."""
 
-
 from lora_course.classroom.draws import Draw
 from lora_course.classroom.families.family import Choices, Family
 

@@ -123,7 +123,7 @@ mask = Family(
     bugs=(
         ("(1 - sparsity) * n", "sparsity * n"),
         ("order[:count]", "order[-count:]"),
-        ("] = True", "] = count > 1"),
+        ("n = scores.numel()", "n = len(score)"),
         ("order[:count]", "order[1 : count + 1]"),
     ),
 )  # fmt: skip

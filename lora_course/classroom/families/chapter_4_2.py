@@ -1,6 +1,5 @@
 """Graded problems of chapter 4.2, nested LoRA: weights of another mean, and a cut with its own rules."""
 
-
 from lora_course.classroom.draws import Draw
 from lora_course.classroom.families.family import Choices, Family
 
@@ -31,8 +30,8 @@ weights = Family(
         for row in range(1, r + 1):
             inside = [share / total for share, b, before in zip(shares, ranks, [0, *ranks]) if $cut]
             found.append(sum(inside))
-        top = $scale
-        return [w / top if row < ranks[-1] else $beyond for row, w in enumerate(found)]
+        found = $scale
+        return [w if row < ranks[-1] else $beyond for row, w in enumerate(found)]
     ''',
     conventions={
         "cut": {
@@ -50,14 +49,11 @@ weights = Family(
             "one": ("Rows above the largest of `ranks` have weight 1.", "1.0"),
         },
         "scale": {
-            "none": ("A row's weight is the sum of the weights of the cuts that train it.", "1"),
-            "largest": (
-                "A row's weight is the sum of the weights of the cuts that train it, divided by the largest such sum.",
-                "max(found)",
-            ),
+            "none": ("A row's weight is the sum of the weights of the cuts that train it.", "found"),
+            "root": ("A row's weight is the square root of the sum of the weights of the cuts that train it.", "[math.sqrt(w) for w in found]"),
             "mean": (
                 "A row's weight is the sum of the weights of the cuts that train it, divided by the mean of these sums over rows 1 to the largest of `ranks`.",
-                "(sum(found[: ranks[-1]]) / ranks[-1])",
+                "[w * ranks[-1] / sum(found[: ranks[-1]]) for w in found]",
             ),
         },
     },

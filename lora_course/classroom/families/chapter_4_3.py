@@ -13,8 +13,9 @@ def _grid_cases(draw: Draw, choice: Choices) -> list[tuple]:
         made.append((draw.normal(rows, columns) * 10 ** (draw.uniform(rows, 1) * 2 - 1), bits))
         # on the grid's halves: the largest entry of each row and column is a power of two times 2^(bits - 1) - 1
         top = 2 ** (bits - 1) - 1
-        exact = torch.randint(-2 * top, 2 * top + 1, (4, 4), generator=draw.generator) / 2
-        exact += torch.eye(4) * (top - exact)
+        factor = 0.75 if choice["power"] == "three quarters" else 1.0
+        exact = torch.randint(-2 * top, 2 * top + 1, (6, 6), generator=draw.generator) / 2 * factor
+        exact += torch.eye(6) * (top - exact)
         made.append((exact, bits))
     zeros = draw.normal(3, 4)
     zeros[1], zeros[:, 2] = 0, 0
@@ -64,7 +65,10 @@ grid = Family(
         },
         "rounding": {
             "even": ("A quotient becomes the nearest code, a half the even one.", "scaled.round()"),
-            "away": ("A quotient becomes the nearest code, a half the one further from zero.", "scaled.sign() * (scaled.abs() + 0.5).floor()"),
+            "lower": (
+                "A quotient becomes the nearest code, a half the lower one.",
+                "(scaled - 0.5).ceil()",
+            ),
             "up": ("A quotient becomes the nearest code, a half the upper one.", "(scaled + 0.5).floor()"),
             "zero": ("A quotient is cut towards zero.", "scaled.trunc()"),
         },
@@ -129,7 +133,7 @@ through = Family(
     gradients=("x",),
     bugs=(
         ("(value - passed).detach()", "(value - passed)"),
-        ("(1 - inside)", "(1 + inside)"),
+        ("slope = inside", "slope = 1 - inside"),
         ("u = x / scale", "u = x * scale"),
         ("slope.detach() * x", "slope.detach() * u"),
     ),

@@ -68,7 +68,7 @@ backward = Family(
     bugs=(
         ("grad_a = scaling * (g @ B)", "grad_a = g @ B"),
         ("grad_B = scaling * (g.T @ a)", "grad_B = g.T @ a"),
-        ("h = x @ A.T", "h = x @ A.T * scaling"),
+        ("h = x @ A.T", "h = (x @ A.T).abs()"),
         ("grad_A = grad_h.T @ x", "grad_A = grad_h.T @ x.abs()"),
     ),
 )  # fmt: skip

@@ -63,7 +63,7 @@ difference = Family(
 def _front_cases(draw: Draw, choice: Choices) -> list[tuple]:
     made = [({"lora": (2.0, 3.0), "dora": (1.0, 4.0), "gates": (2.0, 4.0)}, 0.5)]
     made.append(({"lora": (1.0, 1.0), "dora": (1.0, 1.0), "gates": (3.0, 0.5)}, 0.25))
-    for _ in range(12):
+    for _ in range(40):
         names = [f"method{i}" for i in range(draw.integer(5, 8))]
         points = {name: (draw.integer(1, 8) / 4, draw.integer(1, 8) / 4) for name in names}
         points[names[-1]] = points[names[draw.integer(0, 2)]]
