@@ -101,6 +101,9 @@ def parser() -> argparse.ArgumentParser:
         help="the model that the adapter belongs to: nano, smol, a hub name or a folder (default: nano)",
     )
     convert.set_defaults(run=run_convert)
+    from lora_course.classroom import commands as classroom
+
+    classroom.add(commands)
     return top
 
 

@@ -1,0 +1,261 @@
+"""A process for a student's code: inside bubblewrap, as another user, or, for one's own code only, as it is.
+
+    kind = choose(trust=False)              # "bubblewrap", or "user" where a container shuts everything in already
+    with Sandbox(kind, Limits()) as box:
+        box.ask({"kind": "open", ...}, seconds=20)
+
+Raises `Ended` with a plain reason when the process is gone, over a limit, or answers with something unreadable.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+
+import lora_course
+from lora_course.classroom import wire
+from lora_course.classroom.calls import Mistake
+
+Kind = Literal["bubblewrap", "user", "trust"]
+HERE = Path(__file__).parent
+FIRST_UID = 61_000
+"""Uids of sandboxes started by root: each has its own, so that a limit on processes counts its own alone."""
+_uids = itertools.count()
+
+
+class Ended(Mistake):
+    """A student's process is gone, over a limit, or answers with something unreadable; the text says so to the student."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """seconds: for all calls of a problem together. memory: of all processes together, bytes. disk: of a file and of each
+    writable folder, bytes."""
+
+    seconds: float = 20
+    start_seconds: float = 60
+    memory: int = 2 << 30
+    processes: int = 64
+    disk: int = 64 << 20
+    reply: int = 64 << 20
+    cpu_seconds: int = 300
+
+    def of_process(self) -> dict[str, int]:
+        """For setrlimit, by resource. Address space is larger than memory: torch maps far more than it uses."""
+        return {
+            "NPROC": self.processes, "FSIZE": self.disk, "CPU": self.cpu_seconds, "CORE": 0,
+            "NOFILE": 256, "AS": 4 * self.memory,
+        }  # fmt: skip
+
+
+def choose(trust: bool = False) -> Kind:
+    """What shuts students' code in on this machine. Raises RuntimeError where nothing does and `trust` is false."""
+    if trust:
+        return "trust"
+    program = shutil.which("bwrap")
+    if program is None:
+        raise RuntimeError(
+            "bubblewrap (the program bwrap) is not installed: install it, grade in a Linux machine that has it, "
+            "or give --trust if you would run each submission on this computer by hand."
+        )
+    probe = subprocess.run(
+        [program, *_namespaces(), "--ro-bind", "/", "/", "--proc", "/proc", "true"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if probe.returncode:
+        raise RuntimeError(
+            f"bubblewrap doesn't start here ({(probe.stderr.strip().splitlines() or ['no reason given'])[-1]}): "
+            "allow user namespaces, or give --trust if you would run each submission on this computer by hand."
+        )
+    return "bubblewrap"
+
+
+def _namespaces() -> list[str]:
+    """As root no user namespace: inside one, root's limit on processes isn't enforced."""
+    if os.geteuid():
+        return ["--unshare-all", "--die-with-parent", "--new-session"]
+    rest = ["--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts"]
+    return [*rest, "--unshare-cgroup-try", "--die-with-parent", "--new-session"]
+
+
+def bubblewrap(limits: Limits) -> list[str]:
+    """The command that shuts a process in: system libraries, the interpreter and its packages, read-only; nothing else."""
+    root = os.geteuid() == 0
+    command = ["bwrap", *_namespaces(), "--clearenv", "--hostname", "sandbox"]
+    command += ["--cap-drop", "ALL"]
+    if root:
+        command += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
+    package = Path(lora_course.__file__).parent
+    paths = sysconfig.get_paths()
+    python = dict.fromkeys((sys.base_prefix, sys.prefix, paths["purelib"], paths["platlib"]))
+    python = [folder for folder in python if not folder.startswith("/usr/")]
+    parents = {parent for folder in python for parent in Path(folder).parents}
+    for folder in sorted([*parents, Path("/home"), Path("/judge"), Path("/judge/packages")]):
+        if folder != Path("/"):  # bubblewrap itself would make them for its user alone
+            command += ["--perms", "0755", "--dir", str(folder)]
+    for folder in ("/usr", "/lib", "/lib64", "/bin", "/etc/ld.so.cache"):
+        if os.path.islink(folder):
+            command += ["--symlink", os.readlink(folder), folder]
+        elif os.path.exists(folder):
+            command += ["--ro-bind", folder, folder]
+    for folder in python:
+        command += ["--ro-bind", os.path.realpath(folder), folder]
+    command += ["--ro-bind", str(package), "/judge/packages/lora_course"]
+    masked = {"/judge/packages/lora_course/classroom"}
+    if any(package.is_relative_to(paths[key]) for key in ("purelib", "platlib")):
+        masked.add(str(package / "classroom"))
+    for folder in sorted(masked):
+        command += ["--perms", "0755", "--tmpfs", folder, "--remount-ro", folder]
+    for name in ("runner.py", "wire.py"):
+        command += ["--ro-bind", str(HERE / name), f"/judge/{name}"]
+    command += ["--proc", "/proc", "--dev", "/dev"]
+    for folder in ("/tmp", "/home/student", "/dev/shm"):
+        command += ["--perms", "0777", "--size", str(limits.disk), "--tmpfs", folder]
+    return [*command, "--chdir", "/judge"]
+
+
+class Sandbox:
+    """One submission's process. `ask` sends a message and waits for the answer, within seconds, memory and size."""
+
+    def __init__(self, kind: Kind, limits: Limits) -> None:
+        self.kind, self.limits = kind, limits
+        root = os.geteuid() == 0
+        settings = {
+            "uid": FIRST_UID + next(_uids) % 4000 if root and kind != "trust" else 0,
+            "limits": limits.of_process(),
+            "path": ["/judge/packages", "/judge"],
+            "home": "/home/student",
+        }
+        if kind == "trust" or not root:  # other processes of this user count as well
+            settings["limits"]["NPROC"] += _processes_of_user()
+        self.folder: tempfile.TemporaryDirectory | None = None
+        command, script = [], "/judge/runner.py"
+        if kind == "bubblewrap":
+            command = bubblewrap(limits)
+        else:
+            self.folder = tempfile.TemporaryDirectory(prefix="submission-")
+            home = Path(self.folder.name)
+            home.chmod(0o777)
+            for name in ("runner.py", "wire.py"):
+                (home / name).write_bytes((HERE / name).read_bytes())
+                (home / name).chmod(0o444)
+            settings |= {"home": str(home), "path": [str(home)]}
+            script = str(home / "runner.py")
+        python = [os.path.abspath(sys.executable), "-I", "-B", script, json.dumps(settings)]
+        self.process = subprocess.Popen(
+            [*command, *python],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            bufsize=0,
+            start_new_session=True,
+            env={"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HOME": settings["home"], "LANG": "C.UTF-8"}
+            if kind != "bubblewrap"
+            else None,
+        )  # fmt: skip
+        os.set_blocking(self.process.stdin.fileno(), False)
+        try:
+            self.ask(None, limits.start_seconds)
+        except Ended as ended:
+            words = self.process.stderr.read().decode(errors="replace").strip().splitlines()
+            self.close()
+            raise RuntimeError(f"no sandbox starts: {(words or [str(ended)])[-1]}") from None
+
+    def __enter__(self) -> Sandbox:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Kills the process and all that it started, and takes its folder away."""
+        strays = [] if self.kind == "bubblewrap" else self._family()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        for process in strays:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.process.wait()
+        for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
+            stream.close()
+        if self.folder is not None:
+            self.folder.cleanup()
+
+    def ask(self, message: Any, seconds: float) -> Any:
+        """Sends a message, if there is one, and returns the answer."""
+        deadline = time.monotonic() + seconds
+        out = b"" if message is None else wire.encode(message)
+        out = len(out).to_bytes(8, "little") + out if out else b""
+        got, length, looked = bytearray(), None, 0.0
+        reading, writing = self.process.stdout.fileno(), self.process.stdin.fileno()
+        while length is None or len(got) < length:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise Ended(f"It was stopped after {seconds:.0f} seconds. Does a loop never end?")
+            ready, free, _ = select.select([reading], [writing] if out else [], [], min(left, 0.1))
+            try:
+                if free:
+                    out = out[os.write(writing, out[: 1 << 16]) :]
+                if ready:
+                    part = os.read(reading, 1 << 20)
+                    if not part:
+                        raise Ended("Its process ended: it left, was killed, or used up its time.")
+                    got += part
+            except BrokenPipeError:
+                raise Ended("Its process ended.") from None
+            if length is None and len(got) >= 8:
+                length = int.from_bytes(got[:8], "little")
+                del got[:8]
+                if length > self.limits.reply:
+                    raise Ended("What it sends is too large, or no answer.")
+            if time.monotonic() - looked > 0.1:
+                looked = time.monotonic()
+                if len(self._family()) > self.limits.processes // 2:
+                    raise Ended(f"It started more than {self.limits.processes // 2} processes.")
+                if self.memory() > self.limits.memory:
+                    raise Ended(f"It used more than {self.limits.memory >> 20} MB of memory.")
+        if len(got) > length:
+            raise Ended("What it sends is no answer.")
+        try:
+            return wire.decode(bytes(got))
+        except wire.WireError:
+            raise Ended("What it sends is no answer.") from None
+
+    def memory(self) -> int:
+        """Bytes that all its processes hold now; what they share counts once each."""
+        total = 0
+        for process in self._family():
+            try:
+                total += process.memory_info().rss - process.memory_info().shared
+            except psutil.NoSuchProcess:
+                continue
+        return total
+
+    def _family(self) -> list[psutil.Process]:
+        try:
+            top = psutil.Process(self.process.pid)
+            return [top, *top.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []
+
+
+def _processes_of_user() -> int:
+    uid = os.getuid()
+    return sum(p.info["uids"] is not None and p.info["uids"].real == uid for p in psutil.process_iter(["uids"]))  # fmt: skip
