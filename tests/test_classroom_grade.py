@@ -14,7 +14,7 @@ from lora_course.classroom.sandbox import Limits
 from tests.class_of_forty import STORAGE, submissions
 
 SEED = "what a class of forty is graded with"
-LIMITS = Limits(seconds=6, memory=1 << 30)
+LIMITS = Limits(seconds=4, memory=1 << 30, patience=20)
 
 
 def shut_in() -> str:

@@ -42,6 +42,7 @@ def source(assignment: Assignment) -> list[dict[str, Any]]:
     """Cells in otter's notebook format, version 1."""
     config = f"# ASSIGNMENT CONFIG\nname: {assignment.name}\nrequirements: requirements.txt\nsolutions_pdf: false\nexport_cell: false"
     cells = [raw("config", config), *opening(assignment)]
+    cells[-1]["source"] += "\nfrom lora_course.classroom.comparison import difference"
     seed, chapter = assignment.seed_of(), ""
     for family, choice in zip(assignment.families, assignment.choices().values(), strict=True):
         tag = family.id.replace(".", "-")
@@ -68,7 +69,7 @@ def answer(family: Family, choice: Choices, seed: str) -> str:
     stub = family.stub(choice, seed).strip()
     prompt = "\n".join(["", '""" # BEGIN PROMPT', stub.replace('"""', "'''"), '"""; # END PROMPT'])
     return "\n".join(
-        ["# BEGIN SOLUTION", family.solution(choice).strip(), "# END SOLUTION", prompt]
+        ["# BEGIN SOLUTION NO PROMPT", family.solution(choice).strip(), "# END SOLUTION", prompt]
     )
 
 

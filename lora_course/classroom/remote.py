@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any, NoReturn
 
 import torch
@@ -11,8 +10,6 @@ from torch import Tensor
 from lora_course.classroom.calls import Answer, Mistake, Unanswered
 from lora_course.classroom.sandbox import Ended, Sandbox
 from lora_course.classroom.wire import Opaque
-
-SLOW = "It was stopped after {:.0f} seconds. Does a loop never end?"
 
 
 class Remote(Answer):
@@ -26,8 +23,7 @@ class Remote(Answer):
     """
 
     def __init__(self, box: Sandbox, opening: dict[str, Any], seconds: float) -> None:
-        self.box, self.deadline = box, time.monotonic() + seconds
-        self.seconds, self.ended = seconds, False
+        self.box, self.budget, self.ended = box, box.budget(seconds), False
         self.trouble = _clean(self._ask(opening).get("trouble"), 200)
 
     def call(
@@ -48,16 +44,14 @@ class Remote(Answer):
 
     def close(self) -> None:
         """Ends the problem: the sandbox is ready for the next."""
-        self.deadline = time.monotonic() + 5
+        self.budget = self.box.budget(5)
         self._ask({"kind": "close"})
 
     def _ask(self, message: dict[str, Any]) -> dict[str, Any]:
-        left = self.deadline - time.monotonic()
         try:
-            reply = self.box.ask(message, max(left, 0.01))
+            reply = self.box.ask(message, self.budget)
         except Ended as ended:
-            slow = "was stopped after" in str(ended)
-            self._end(SLOW.format(self.seconds) if slow else str(ended))
+            self._end(str(ended))
         if not isinstance(reply, dict):
             self._end("What it sends is no answer.")
         if "closed" in reply and message["kind"] != "close":

@@ -2,7 +2,7 @@
 
     kind = choose(trust=False)              # "bubblewrap", or "user" where a container shuts everything in already
     with Sandbox(kind, Limits()) as box:
-        box.ask({"kind": "open", ...}, seconds=20)
+        box.ask({"kind": "open", ...}, box.budget(20))
 
 Raises `Ended` with a plain reason when the process is gone, over a limit, or answers with something unreadable.
 """
@@ -44,10 +44,12 @@ class Ended(Mistake):
 
 @dataclass(frozen=True)
 class Limits:
-    """seconds: for all calls of a problem together. memory: of all processes together, bytes. disk: of a file and of each
+    """seconds: of computing, for all calls of a problem together; `patience` times as many may pass on the clock, so that a
+    busy machine is no student's fault. memory: of all processes together, bytes. disk: of a file and of each
     writable folder, bytes."""
 
     seconds: float = 20
+    patience: float = 6
     start_seconds: float = 60
     memory: int = 2 << 30
     processes: int = 64
@@ -131,11 +133,23 @@ def bubblewrap(limits: Limits) -> list[str]:
     return [*command, "--chdir", "/judge"]
 
 
+@dataclass
+class Budget:
+    """used: seconds of computing at which a problem is over. clock: seconds that may still pass. seconds: as told."""
+
+    used: float
+    clock: float
+    seconds: float
+
+
+SLOW = "It was stopped after {:.0f} seconds. Does a loop never end?"
+
+
 class Sandbox:
-    """One submission's process. `ask` sends a message and waits for the answer, within seconds, memory and size."""
+    """One submission's process. `ask` sends a message and waits for the answer, within time, memory and size."""
 
     def __init__(self, kind: Kind, limits: Limits) -> None:
-        self.kind, self.limits = kind, limits
+        self.kind, self.limits, self.looked = kind, limits, time.monotonic()
         root = os.geteuid() == 0
         settings = {
             "uid": FIRST_UID + next(_uids) % 4000 if root and kind != "trust" else 0,
@@ -172,7 +186,9 @@ class Sandbox:
         )  # fmt: skip
         os.set_blocking(self.process.stdin.fileno(), False)
         try:
-            self.ask(None, limits.start_seconds)
+            self.ask(
+                None, Budget(limits.start_seconds, 4 * limits.start_seconds, limits.start_seconds)
+            )
         except Ended as ended:
             words = self.process.stderr.read().decode(errors="replace").strip().splitlines()
             self.close()
@@ -198,17 +214,27 @@ class Sandbox:
         if self.folder is not None:
             self.folder.cleanup()
 
-    def ask(self, message: Any, seconds: float) -> Any:
-        """Sends a message, if there is one, and returns the answer."""
-        deadline = time.monotonic() + seconds
+    def budget(self, seconds: float) -> Budget:
+        """What a problem may take, counted from now."""
+        return Budget(self.seconds_used() + seconds, seconds * self.limits.patience, seconds)
+
+    def ask(self, message: Any, budget: Budget) -> Any:
+        """Sends a message, if there is one, and returns the answer. Takes the time off the budget."""
+        start = time.monotonic()
+        try:
+            return self._ask(message, budget, start + budget.clock)
+        finally:
+            budget.clock -= time.monotonic() - start
+
+    def _ask(self, message: Any, budget: Budget, deadline: float) -> Any:
         out = b"" if message is None else wire.encode(message)
         out = len(out).to_bytes(8, "little") + out if out else b""
-        got, length, looked = bytearray(), None, 0.0
+        got, length = bytearray(), None
         reading, writing = self.process.stdout.fileno(), self.process.stdin.fileno()
         while length is None or len(got) < length:
             left = deadline - time.monotonic()
             if left <= 0:
-                raise Ended(f"It was stopped after {seconds:.0f} seconds. Does a loop never end?")
+                raise Ended(SLOW.format(budget.seconds))
             ready, free, _ = select.select([reading], [writing] if out else [], [], min(left, 0.1))
             try:
                 if free:
@@ -225,12 +251,8 @@ class Sandbox:
                 del got[:8]
                 if length > self.limits.reply:
                     raise Ended("What it sends is too large, or no answer.")
-            if time.monotonic() - looked > 0.1:
-                looked = time.monotonic()
-                if len(self._family()) > self.limits.processes // 2:
-                    raise Ended(f"It started more than {self.limits.processes // 2} processes.")
-                if self.memory() > self.limits.memory:
-                    raise Ended(f"It used more than {self.limits.memory >> 20} MB of memory.")
+            if time.monotonic() - self.looked > 0.2:
+                self._look(budget)
         if len(got) > length:
             raise Ended("What it sends is no answer.")
         try:
@@ -238,14 +260,27 @@ class Sandbox:
         except wire.WireError:
             raise Ended("What it sends is no answer.") from None
 
-    def memory(self) -> int:
-        """Bytes that all its processes hold now; what they share counts once each."""
-        total = 0
+    def _look(self, budget: Budget) -> None:
+        """Raises Ended where its processes are over a limit that the system doesn't hold for all of them together."""
+        self.looked, family, held, used = time.monotonic(), self._family(), 0, 0.0
+        for process in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                memory = process.memory_info()
+                held += memory.rss - memory.shared
+                used += sum(process.cpu_times()[:4])
+        if len(family) > self.limits.processes // 2:
+            raise Ended(f"It started more than {self.limits.processes // 2} processes.")
+        if held > self.limits.memory:
+            raise Ended(f"It used more than {self.limits.memory >> 20} MB of memory.")
+        if used > budget.used:
+            raise Ended(SLOW.format(budget.seconds))
+
+    def seconds_used(self) -> float:
+        """Of computing, by its processes and those of theirs that have ended."""
+        total = 0.0
         for process in self._family():
-            try:
-                total += process.memory_info().rss - process.memory_info().shared
-            except psutil.NoSuchProcess:
-                continue
+            with contextlib.suppress(psutil.NoSuchProcess):
+                total += sum(process.cpu_times()[:4])
         return total
 
     def _family(self) -> list[psutil.Process]:

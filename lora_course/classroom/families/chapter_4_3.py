@@ -95,7 +95,7 @@ through = Family(
     minutes=25,
     statement="""
     The function below was meant to round in the forward pass and let the gradient through, and weights run away. It has two
-    mistakes. Mend it; keep its name and arguments. It shall do this. Let $u = x / scale$. {grid} The gradient in `x` is 1 where {zone} and {outside}
+    mistakes. Mend it; keep its name and arguments. It shall do this. Let $u$ be `x` divided by `scale`. {grid} The gradient in `x` is 1 where {zone} and {outside}
     elsewhere.
     """,
     answer='''
