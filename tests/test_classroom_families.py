@@ -10,8 +10,8 @@ import torch
 from lora_course.classroom.assign import CHAPTERS
 from lora_course.classroom.comparison import difference
 from lora_course.classroom.draws import Draw
-from lora_course.classroom.exercises import _gradients
 from lora_course.classroom.families import Family, families, find, of_chapter
+from lora_course.classroom.judge import gradients_of
 
 SEEDS = [f"class {number}" for number in range(50)]
 each_family = pytest.mark.parametrize("family", families().values(), ids=list(families()))
@@ -31,7 +31,10 @@ def outcome(family: Family, function, case: tuple) -> list:
         return [given[name] for name in family.changes]
     if not family.gradients:
         return [result]
-    return [result, *_gradients(result, {name: given[name] for name in family.gradients}).values()]
+    return [
+        result,
+        *gradients_of(result, {name: given[name] for name in family.gradients}).values(),
+    ]
 
 
 def differs(family: Family, function, cases: list[tuple], right: list[list]) -> bool:

@@ -151,7 +151,7 @@ class Exercise:
             if not self.changes:
                 outcome["what you return"] = result
             outcome |= {f"what you make of `{name}`": arguments[name] for name in self.changes}
-        for name, gradient in _gradients(result, {n: arguments[n] for n in self.gradients}).items():
+        for name, gradient in gradients_of(result, {n: arguments[n] for n in self.gradients}).items():
             outcome[f"the gradient of `{name}`"] = gradient
         return outcome
 
@@ -201,7 +201,7 @@ def _nothing() -> Mistake:
     )
 
 
-def _gradients(result: Any, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+def gradients_of(result: Any, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
     """Of a combination of all results, with the same random weights for everyone who returns those shapes."""
     if not leaves:
         return {}
