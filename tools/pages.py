@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 import yaml
 
 from benchmarks import report
+from lora_course.lab.claims import EVIDENCE, KINDS, Claim, load_claims
 from tools.run_chapters import Result
 
 MARKER = re.compile(r"^<!-- generated: ([a-z ]+) -->$", re.MULTILINE)
@@ -143,38 +144,42 @@ def bibliography(root: Path, results: list[Result]) -> str:
 
 
 def ledger(root: Path, results: list[Result]) -> str:
-    """Every claim of every chapter: what was expected, what came out, whether it holds."""
+    """Every claim of every chapter, a line each that opens: what was expected, what came out, whether it holds."""
     parts = []
     for result in results:
-        for path in result.claims:
-            record = json.loads(path.read_text())
-            claims = record["claims"]
-            held = sum(claim["holds"] for claim in claims)
+        for chapter in load_claims(result.folder / "claims"):
+            claims = chapter["claims"]
+            held = sum(claim.holds for claim in claims)
             parts.append(
                 f"## {title(root / 'notebooks' / f'{result.stem}.md')}\n\n"
-                f"{held} of {len(claims)} hold, under the profile `{record['profile']}`. "
+                f"{held} of {len(claims)} hold, under the profile `{chapter['profile']}`. "
                 f"[Read the chapter](../notebooks/{result.stem}.ipynb)\n"
             )
-            parts += [claim_card(claim) for claim in claims]
+            parts += [claim_row(claim, result.stem) for claim in claims]
     return "\n".join(parts) or "*No chapter yet.*"
 
 
-def claim_card(claim: dict) -> str:
-    mark, word = ("✓", "holds") if claim["holds"] else ("✗", "does not hold here")
+def claim_row(claim: Claim, stem: str) -> str:
+    """A claim that opens (sphinx-design's dropdown), with its anchor, and classes for the filter."""
     rows = [
-        f"**{mark} {one_line(claim['statement'])}**",
-        "",
-        f"| source | {cell(claim['source'])} |",
-        "|---|---|",
-        f"| expected | {cell(claim['expected'])} |",
-        f"| came out | {cell(claim['outcome'])} |",
-        f"| verdict | {word}: `{cell(claim['predicate'])}` |",
-        f"| values | {values(claim['values'])} |",
-    ]
-    if claim.get("explanation"):
-        rows.append(f"| explanation | {cell(claim['explanation'])} |")
-    kind = "holds" if claim["holds"] else "fails"
-    return f":::{{div}} claim {kind}\n" + "\n".join(rows) + "\n:::\n"
+        ("verdict", f"{claim.verdict}: `{cell(claim.predicate)}`"),
+        ("kind", KINDS[claim.kind]),
+        ("rests on", EVIDENCE[claim.evidence]),
+        ("source", cell(claim.source)),
+        ("expected", cell(claim.expected)),
+        ("came out", cell(claim.effect or claim.outcome)),
+        ("values", values(claim.values)),
+        ("explanation", cell(claim.explanation)),
+        ("stated in", f'<a href="../notebooks/{stem}.html#{claim.anchor}">chapter {".".join(stem.split("_")[:2])}</a>'),
+    ]  # fmt: skip
+    body = "\n".join(f"| {name} | {text} |" for name, text in rows if text)
+    chapter, verdict = "-".join(stem.split("_")[:2]), "holds" if claim.holds else "fails"
+    return (
+        f"::::{{dropdown}} {claim.id} · {claim.verdict} · {one_line(claim.statement)}\n"
+        f":name: {claim.anchor}\n"
+        f":class-container: claim chapter-{chapter} verdict-{verdict} model-{claim.evidence}\n\n"
+        f"| claim | {claim.id} |\n|---|---|\n{body}\n::::\n"
+    )
 
 
 def values(named: dict[str, list]) -> str:

@@ -118,7 +118,7 @@
       const spans = panel.texts.map((word, t) => {
         const row = panel.weights[t], best = row.indexOf(Math.max(...row));
         const told = panel.names.map((name, i) => `${name} ${short(Number(row[i].toPrecision(3)))}`).join(", ");
-        return `<span ${t === here ? 'class="here"' : ""} ${panel.picks ? 'role="button"' : ""} data-token="${t}" data-value="${row}" title="${safe(told)}" style="background:${mix(colours[best % colours.length], .75 * row[best])}">${safe(word)}</span>`;
+        return `<span class="${panel.picks ? "pick" : ""} ${t === here ? "here" : ""}" data-token="${t}" data-value="${row}" title="${safe(told)}" style="background:${mix(colours[best % colours.length], .75 * row[best])}">${safe(word)}</span>`;
       });
       return `<p class="tokens">${spans.join("")}</p>` + legend(panel.names, colours, false);
     },

@@ -4,12 +4,15 @@ import base64
 import io
 import json
 import re
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from lora_course.lab import moving, still
+from tests import chromium
 
 ERRORS = {(16, "NF4"): [0.1, 0.2], (16, "FP4"): [0.3, 0.5], (64, "NF4"): [1.5, 2.0], (64, "FP4"): [4.0, 8.0]}  # fmt: skip
 CONTROLS = {"block size": [16, 64], "format": ["NF4", "FP4"]}
@@ -139,3 +142,118 @@ def test_too_much_data_is_refused_before_it_bloats_the_page(shown, monkeypatch) 
     monkeypatch.setattr(moving, "MOST", 100)
     with pytest.raises(ValueError, match="at most 100"):
         moving.show(CONTROLS, frame, "errors")
+
+
+KINDS = {
+    "line": lambda k: moving.line([1, 10], {"a": [k, 2.5], "b": [3, 4]}, "x", "y", log="x", at=10),
+    "bars": lambda k: moving.bars({"a": {"p": k, "q": -2}, "b": {"p": 0.5, "q": 1}}, "y"),
+    "heat": lambda k: moving.heat([[k, None], [0.25, 0.5]], "ab", "cd", "R", "x", "y"),
+    "points": lambda k: moving.points({"LoRA": (1, k), "ours": (3, 7)}, "x", "y", ["ours"]),
+    "tokens": lambda k: moving.tokens(["a<", " b"], [[k / 4, 0.1], [0.2, 0.8]], "xy", picks="k"),
+    "table": lambda k: moving.table(["", "w"], [["mean", k]], marked=[(0, 1)]),
+}
+VALUES = {  # what each kind says it draws, in order, at k = 1 and k = 2
+    "line": "{k} 2.5 3 4",
+    "bars": "{k} -2 0.5 1",
+    "heat": "{k} 0.25 0.5",
+    "points": "{k} 7",
+    "tokens": "{quarter},0.1 0.2,0.8",
+    "table": "mean {k}",
+}
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory) -> Iterator[chromium.Browser]:
+    program = chromium.executable()
+    assert program, f"REQUIRE_BROWSER=1, but there is none of {', '.join(chromium.NAMES)}"
+    browser = chromium.Browser(program, tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.close()
+
+
+def opened(browser: chromium.Browser, folder: Path, body: str, width: int = 700) -> None:
+    page = folder / "page.html"
+    page.write_text(f'<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width"><body>{body}')  # fmt: skip
+    browser.size(width, 900, mobile=width < 500)
+    browser.open(page.as_uri())
+
+
+DRAWN = "[...document.querySelectorAll('.panels [data-value]')].map(e => e.dataset.value).join(' ')"
+
+
+def press(browser: chromium.Browser, key: str, code: int) -> None:
+    for kind in ("keyDown", "keyUp"):
+        browser.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code)  # fmt: skip
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_draws_moves_by_keyboard_and_shows_the_cells_values(
+    kind, browser, shown, tmp_path
+) -> None:
+    moving.show({"k": [1, 2]}, lambda k: [KINDS[kind](k), f"k is {k}"], "a figure")
+    opened(browser, tmp_path, shown[0]["text/html"])
+    assert browser.evaluate(DRAWN) == VALUES[kind].format(k=1, quarter=0.25)
+    assert browser.evaluate("document.querySelector('.said').textContent") == "k is 1"
+    browser.evaluate("document.querySelector('input[type=range]').focus()")
+    press(browser, "ArrowRight", 39)
+    assert browser.evaluate(DRAWN) == VALUES[kind].format(k=2, quarter=0.5)
+    assert browser.evaluate("document.querySelector('.said[aria-live=polite]').textContent") == "k is 2"  # fmt: skip
+    assert browser.evaluate("document.querySelector('input').getAttribute('aria-valuetext')") == "2"
+    assert not browser.errors
+
+
+@pytest.mark.browser
+def test_a_bar_is_as_tall_as_its_value(browser, shown, tmp_path) -> None:
+    moving.show({"k": [1, 2]}, lambda k: [moving.bars({"a": k, "b": 4 * k}, "y")], "bars")
+    opened(browser, tmp_path, shown[0]["text/html"])
+    heights = (
+        "[...document.querySelectorAll('rect[data-value]')].map(e => +e.getAttribute('height'))"
+    )
+    a, b = browser.evaluate(heights)
+    assert b == pytest.approx(4 * a, rel=1e-3) and a > 10
+    browser.evaluate(
+        "(i => { i.value = 1; i.dispatchEvent(new Event('input', {bubbles: true})) })(document.querySelector('input'))"
+    )
+    assert browser.evaluate(heights) == pytest.approx([2 * a, 2 * b], rel=1e-3)  # one scale for all
+
+
+@pytest.mark.browser
+def test_two_controls_and_a_click_on_a_token(browser, shown, tmp_path) -> None:
+    texts = ["one", " two", " three"]
+
+    def routed(block, token):
+        rows = [[block / 10 + i / 100, 0.1] for i in range(3)]
+        return [moving.tokens(texts, rows, ["x", "y"], picks="token"), moving.bars({"x": rows[token - 1][0]}, "gate")]  # fmt: skip
+
+    moving.show({"block": [1, 2], "token": [1, 2, 3]}, routed, "gates", start=[1, 0])
+    opened(browser, tmp_path, shown[0]["text/html"])
+    bar = "document.querySelector('rect[data-value]').dataset.value"
+    assert browser.evaluate(bar) == "0.2"
+    browser.evaluate("document.querySelectorAll('.tokens span')[2].click()")
+    assert browser.evaluate(bar) == "0.22"
+    assert browser.evaluate("document.querySelector('.tokens .here').textContent") == " three"
+    assert browser.evaluate("document.querySelectorAll('output')[1].textContent") == "3"
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [390, 1400])
+def test_it_fits_its_page_and_its_letters_stay_readable(browser, shown, tmp_path, width) -> None:
+    moving.show(CONTROLS, frame, "errors")
+    opened(browser, tmp_path, shown[0]["text/html"], width)
+    assert browser.evaluate("document.documentElement.scrollWidth") <= width
+    letters = "[...document.querySelectorAll('.panels svg text')].map(e => e.getBoundingClientRect().height)"
+    assert min(browser.evaluate(letters)) >= 11
+
+
+@pytest.mark.browser
+def test_the_still_is_for_paper_and_for_pages_without_scripts(browser, shown, tmp_path) -> None:
+    moving.show(CONTROLS, frame, "errors")
+    seen = "[...document.querySelectorAll('.still, .live')].map(e => e.offsetHeight > 50)"
+    opened(browser, tmp_path, shown[0]["text/html"])
+    assert browser.evaluate(seen) == [False, True]
+    browser.call("Emulation.setEmulatedMedia", media="print")
+    assert browser.evaluate(seen) == [True, False]
+    browser.call("Emulation.setEmulatedMedia", media="")
+    opened(browser, tmp_path, re.sub(r"<script data-lab>.*?</script>", "", shown[0]["text/html"], flags=re.DOTALL))  # fmt: skip
+    assert browser.evaluate(seen) == [True, False]
