@@ -54,7 +54,7 @@ class Chapter:
     @property
     def words(self) -> int:
         """Words of prose; a formula, an address and a code span are none."""
-        return len(re.sub(r"\$[^$]*\$|`[^`]*`|\([^)]*\)", " ", self.prose).split())
+        return len(re.sub(r"\$[^$]*\$|`[^`]*`|(?<=\])\([^)]*\)", " ", self.prose).split())
 
     @property
     def wide(self) -> list[str]:

@@ -96,10 +96,10 @@
 
     heat(panel, limits, width, {colours}) {
       const {matrix, rows, columns} = panel, few = rows.length <= 8 && columns.length <= 8;
-      const left = 12 + 6.5 * Math.max(...rows.map((name) => name.length)), top = 26, most = Math.max(...limits.z.map(Math.abs)) || 1;
+      const left = 12 + 6.8 * Math.max(...[panel.y_label, ...rows].map((name) => name.length)), top = 26, most = Math.max(...limits.z.map(Math.abs)) || 1;
       const wide = (width - left - 6) / columns.length, tall = Math.max(few ? 30 : 8, Math.min(36, 240 / rows.length));
       const foot = top + tall * rows.length, every = Math.ceil(24 * columns.length / (width - left) || 1);
-      let body = text(left, 14, panel.title, "start", 'font-weight="bold"');
+      let body = text(left, 14, panel.title, "start", 'font-weight="bold"') + text(left - 6, 14, panel.y_label, "end");
       matrix.forEach((row, i) => {
         if (few || i % Math.ceil(14 / tall) === 0) body += text(left - 6, top + tall * (i + .5) + 4, rows[i], "end");
         row.forEach((value, j) => {
