@@ -97,6 +97,14 @@ def test_terms_have_an_anchor_for_each_of_their_names(tmp_path: Path) -> None:
     assert found["forward KL"] == found["reverse KL"]
 
 
+def test_the_glossary_lists_the_chapters_that_use_a_term() -> None:
+    page = "# Glossary\n\nText.\n\n:::{glossary}\nforward KL, reverse KL (正向KL散度)\n  Two.\n  Lines.\n\nlayer (层)\n  One.\n:::\n"
+    prose = {"3_2_x": "By reverse KL.", "1_1_y": "`forward KL` a layer", "2_1_z": "# Forward KL"}
+    assert links.with_uses(page, prose) == page.replace(
+        "  Lines.", "  Lines.\n  In [3.2](../notebooks/3_2_x.ipynb)."
+    )
+
+
 def anchors(chapter: Path) -> set[str]:
     """What a link into a chapter may name: headings, exercises, figures and claims, as its source states them."""
     text = chapter.read_text()

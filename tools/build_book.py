@@ -34,12 +34,12 @@ def staged_files(root: Path, results: list[Result]) -> Iterator[tuple[str, bytes
         if path.is_dir() or "_data" in name.parts:
             continue
         content = path.read_bytes()
-        yield (
-            name.as_posix(),
-            pages.fill(content.decode(), root, results).encode()
-            if path.suffix == ".md"
-            else content,
-        )
+        if path.suffix == ".md":
+            text = pages.fill(content.decode(), root, results)
+            if path.name == "glossary.md":
+                text = pages.glossary(text, root, results)
+            content = text.encode()
+        yield name.as_posix(), content
     for module in pages.api_modules(root):
         yield f"book/api/{pages.api_stem(module)}.md", pages.api_page(module).encode()
     for name in ("lab.css", "moving.js"):  # outputs carry them; the pages load them once instead

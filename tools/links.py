@@ -96,9 +96,33 @@ def terms(glossary: Path) -> dict[str, str]:
     body = glossary.read_text().split(":::{glossary}")[-1]
     for entry in re.findall(r"^(?!:::)(\S.*)$", body, re.MULTILINE):
         anchor = "term-" + _make_id(entry)
-        for name in re.sub(r"\s*\(.*\)$", "", entry).split(", "):
-            found[name] = anchor
+        found |= dict.fromkeys(names_of(entry), anchor)
     return found
+
+
+def names_of(entry: str) -> list[str]:
+    """The English names of a glossary's entry, without the notes' Chinese one."""
+    return re.sub(r"\s*\(.*\)$", "", entry).split(", ")
+
+
+def pattern_of(name: str) -> re.Pattern:
+    return re.compile(rf"(?<![\w-]){re.escape(name)}s?(?![\w-])", re.IGNORECASE)
+
+
+def with_uses(glossary: str, prose: dict[str, str]) -> str:
+    """The glossary's page with, under each term that is no everyday word, the chapters that use it. prose: by stem."""
+    plain = {stem: QUIET.sub("", OPAQUE.sub("", text)) for stem, text in prose.items()}
+
+    def entry(match: re.Match[str]) -> str:
+        names = [name for name in names_of(match[1]) if name not in COMMON]
+        used = [
+            f"[{'.'.join(stem.split('_')[:2])}](../notebooks/{stem}.ipynb)"
+            for stem, text in plain.items()
+            if any(pattern_of(name).search(text) for name in names)
+        ]
+        return match[0] + (f"\n  In {', '.join(used)}." if used else "")
+
+    return re.sub(r"^(?!:::|#)(\S.*)(?:\n  .+)+", entry, glossary, flags=re.MULTILINE)
 
 
 def with_terms(cells: list[str], known: dict[str, str]) -> list[str]:
@@ -113,7 +137,7 @@ def with_terms(cells: list[str], known: dict[str, str]) -> list[str]:
         if name not in COMMON and f"glossary.md#{anchor.removeprefix('term-')}" not in everything
     }
     for name in sorted(wanted, key=len, reverse=True):
-        pattern = re.compile(rf"(?<![\w-]){re.escape(name)}s?(?![\w-])", re.IGNORECASE)
+        pattern = pattern_of(name)
         link = f'<a class="term" href="../book/glossary.html#{wanted[name]}">'
 
         def change(text: str, pattern: re.Pattern = pattern, link: str = link) -> str:

@@ -11,6 +11,7 @@ import yaml
 
 from benchmarks import report
 from lora_course.lab.claims import EVIDENCE, KINDS, Claim, load_claims
+from tools.links import with_uses
 from tools.run_chapters import Result
 
 MARKER = re.compile(r"^<!-- generated: ([a-z ]+) -->$", re.MULTILINE)
@@ -28,6 +29,13 @@ def fill(text: str, root: Path, results: list[Result]) -> str:
         return PARTS[match[1]](root, results)
 
     return MARKER.sub(part, text)
+
+
+def glossary(text: str, root: Path, results: list[Result]) -> str:
+    """The glossary, with the chapters that use each term."""
+    found = {stem: path.read_text() for stem, path in sources(root, results).items()}
+    prose = {stem: re.sub(r"\A---.*?^---$", "", text, flags=re.S | re.M) for stem, text in found.items()}  # fmt: skip
+    return with_uses(text, prose)
 
 
 def data(root: Path, name: str) -> list[dict]:

@@ -12,8 +12,7 @@ from pathlib import Path
 import jupytext
 import nbformat
 
-from lora_course.lab.claims import BOOK
-from tools import links
+from tools import facts, links
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -35,7 +34,7 @@ def notebook_text(chapter: Path) -> str:
     seen: Counter[str] = Counter()
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
-            cell.source = links.for_notebook(cell.source, chapter.stem, BOOK)
+            cell.source = links.for_notebook(cell.source, chapter.stem, facts.read().book)
         digest = hashlib.sha256(f"{cell.cell_type}\n{cell.source}".encode()).hexdigest()[:12]
         cell.id = digest if not seen[digest] else f"{digest}-{seen[digest]}"
         seen[digest] += 1

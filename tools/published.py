@@ -5,10 +5,10 @@ from pathlib import Path
 
 import nbformat
 
-from lora_course.lab.claims import BOOK
-from tools import links
+from tools import facts, links
 from tools.run_chapters import Result
 
+BOOK = facts.read().book
 EXERCISE = re.compile(r"^\*\*Exercise (\d+\.\d+-\w+)", re.MULTILINE)
 FOLDS = (  # what a folded cell holds → what its button says; the first that fits
     (r"%pip install", "the installation"),

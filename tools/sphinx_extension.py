@@ -21,13 +21,14 @@ from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.search import SearchEnglish, languages
 
-from lora_course.lab.claims import BOOK
+from tools import facts
 
 CODE = re.compile(r"(``[^`]+``|`[^`]+`)")
 SECTION = re.compile(r"^\w+:$", re.MULTILINE)
 BLOCK = re.compile(r"(?<=\n\n)((?: {4}.*\n|\n(?= {4}))+)")
 CHINESE = re.compile(r"([\u4e00-\u9fff][\u3000-\u303f\u4e00-\u9fff\uff00-\uffef]*)")
 CARRIED = re.compile(r"<(style|script) data-lab>.*?</\1>", re.DOTALL)
+BOOK = facts.read().book
 KAGGLE = "https://kaggle.com/kernels/welcome?src="
 LENGTH = 160  # characters of a description that search engines show
 MARKUP = re.compile(r"([*|\\]|(?<=\w)_(?=\W|$))")

@@ -161,7 +161,7 @@ def show(fig: Figure, alt: str, caption: str = "", number: str = "") -> None:
     paper = png(fig, close=False)
     forms = f'<div class="wide">{svg(fig, alt)}</div>'
     if stack(fig):
-        forms += f'<div class="narrow" style="display:none">{svg(fig, alt)}</div>'
+        forms += f'<div class="narrow" style="display:none">{svg(fig, alt, bbox_inches="tight", pad_inches=0.03)}</div>'
     plt.close(fig)
     body = f'<figure class="plot"{label(number)}>{stylesheet()}{forms}{caption_of(caption, number)}</figure>'
     display(bundle(body, paper, alt))
@@ -178,11 +178,11 @@ def png(fig: Figure, close: bool = True) -> Picture:
     return Picture(data, round(fig.get_figwidth() * 100))
 
 
-def svg(fig: Figure, alt: str) -> str:
+def svg(fig: Figure, alt: str, **options: object) -> str:
     """A figure as SVG that takes its black from the page's text, and its greys from mixing that with the ground."""
     text = io.StringIO()
     with plt.rc_context({"svg.fonttype": "path", "svg.hashsalt": "lora-course"}):
-        fig.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+        fig.savefig(text, format="svg", transparent=True, metadata={"Date": None}, **options)
     source = text.getvalue()
     source = re.sub(
         r"<metadata>.*?</metadata>", "", source[source.index("<svg") :], flags=re.DOTALL
@@ -190,15 +190,13 @@ def svg(fig: Figure, alt: str) -> str:
     mine = f"f{next(_serial)}-"  # ids are the page's: two figures must not share one
     source = re.sub(r'(\bid="|url\(#|href="#)', lambda found: found[1] + mine, source)
     source = GREY.sub(lambda found: found[0] if found[0] in ("#ffffff", FIXED) else ink(int(found[1], 16)), source)  # fmt: skip
-    width = round(fig.get_figwidth() * 100)
+    box = re.search(r'viewBox="([^"]*)"', source)[1]
+    width = round(float(box.split()[2]) * 100 / 72)  # points at 100 pixels an inch
     opening = (
         f'<svg role="img" aria-label="{html.escape(alt, quote=True)}" fill="currentColor" '
-        f'style="width:100%;max-width:{width}px;height:auto" viewBox="{re.search(VIEW, source)[1]}">'
+        f'style="width:100%;max-width:{width}px;height:auto" viewBox="{box}">'
     )
     return opening + source[source.index(">") + 1 :]
-
-
-VIEW = r'viewBox="([^"]*)"'
 
 
 def ink(grey: int) -> str:
