@@ -24,7 +24,7 @@ PROSE = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     *sorted((ROOT / "book").rglob("*.md")),
-]  # chapters: tests/test_links.py
+]  # chapters: tests/test_crosslinks.py
 LINK = re.compile(r"(?<!`)\]\(([^)\s]+)\)")
 
 

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tools import pages, published, run_chapters
+from tools.crosslinks import with_uses
 from tools.run_chapters import ROOT, Result, say
 
 
@@ -37,7 +38,8 @@ def staged_files(root: Path, results: list[Result]) -> Iterator[tuple[str, bytes
         if path.suffix == ".md":
             text = pages.fill(content.decode(), root, results)
             if path.name == "glossary.md":
-                text = pages.glossary(text, root, results)
+                sources = pages.sources(root, results)
+                text = with_uses(text, {stem: path.read_text() for stem, path in sources.items()})
             content = text.encode()
         yield name.as_posix(), content
     for module in pages.api_modules(root):

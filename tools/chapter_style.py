@@ -13,7 +13,7 @@ from pathlib import Path
 import jupytext
 from nbformat import NotebookNode
 
-from tools.links import LINK
+from tools.crosslinks import LINK
 from tools.run_chapters import chapters
 
 FOLDED = {"hide-input", "hide-cell", "remove-input", "remove-cell"}

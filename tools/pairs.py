@@ -12,7 +12,7 @@ from pathlib import Path
 import jupytext
 import nbformat
 
-from tools import facts, links
+from tools import crosslinks, facts
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -34,7 +34,7 @@ def notebook_text(chapter: Path) -> str:
     seen: Counter[str] = Counter()
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
-            cell.source = links.for_notebook(cell.source, chapter.stem, facts.read().book)
+            cell.source = crosslinks.for_notebook(cell.source, chapter.stem, facts.read().book)
         digest = hashlib.sha256(f"{cell.cell_type}\n{cell.source}".encode()).hexdigest()[:12]
         cell.id = digest if not seen[digest] else f"{digest}-{seen[digest]}"
         seen[digest] += 1

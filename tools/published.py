@@ -5,7 +5,7 @@ from pathlib import Path
 
 import nbformat
 
-from tools import facts, links
+from tools import crosslinks, facts
 from tools.run_chapters import Result
 
 BOOK = facts.read().book
@@ -22,9 +22,9 @@ def notebook(result: Result, root: Path, there: set[str]) -> str:
     """The .ipynb that the book is built from, and that it offers for download."""
     book = nbformat.read(result.notebook, as_version=4)
     prose = [cell for cell in book.cells if cell.cell_type == "markdown"]
-    texts = [links.for_book(cell.source, result.stem, BOOK, there) for cell in prose]
-    known = links.terms(root / "book" / "glossary.md")
-    for cell, text in zip(prose, links.with_terms(texts, known), strict=True):
+    texts = [crosslinks.for_book(cell.source, result.stem, BOOK, there) for cell in prose]
+    known = crosslinks.terms(root / "book" / "glossary.md")
+    for cell, text in zip(prose, crosslinks.with_terms(texts, known), strict=True):
         cell.source = EXERCISE.sub(exercise, text)
     for cell in book.cells:
         cell.metadata.pop("execution", None)

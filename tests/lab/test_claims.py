@@ -1,4 +1,4 @@
-"""Claims: predicates over raw values, verdicts that could have been otherwise, and the file they end in."""
+"""Claims: verdicts over raw values, the table they stand in, and the file they end in."""
 
 import json
 import math
@@ -10,10 +10,7 @@ from lora_course.lab.claims import (
     Claim,
     Claims,
     ClaimTable,
-    evaluate,
-    flips,
     load_claims,
-    perturbations,
 )
 
 VALUES = {"lora": [2.0, 2.2, 2.1], "qlora": [2.05, 2.21, 2.16]}
@@ -28,69 +25,9 @@ def added(predicate: str, values=VALUES, id: str = "1", **kwargs) -> Claim:
     return claims.claims[-1]
 
 
-@pytest.mark.parametrize(
-    ("predicate", "holds"),
-    [
-        ("mean(qlora) < 1.05 * mean(lora)", True),
-        ("all(q < p for p, q in zip(lora, qlora))", False),
-        ("max(lora) - min(lora) > std(qlora)", True),
-        ("sorted(lora)[1] == 2.1 and len(lora) == 3 and 2 < sum(lora) / len(lora) < 3", True),
-        ("any(abs(x - 2.2) < 1e-9 for x in qlora)", False),
-    ],
-)
-def test_a_predicate_is_evaluated_over_the_raw_values(predicate, holds) -> None:
-    assert added(predicate).holds is holds
-
-
-@pytest.mark.parametrize(
-    ("predicate", "message"),
-    [
-        ("open('x') is None", "uses open"),
-        ("().__class__ == 1", "Attribute"),
-        ("(lambda: True)()", "Lambda"),
-        ("(y := 1) == 1", "NamedExpr"),
-        ("mean(loara) < 1", "uses loara; it knows the values lora, qlora"),
-        ("mean(lora)", "came to 2.1"),
-        ("lora <", "not a Python expression"),
-        ("lora < 3", r"each value is a list.*mean\("),
-    ],
-)
-def test_what_is_no_plain_predicate_is_refused(predicate, message) -> None:
-    with pytest.raises(ValueError, match=message):
-        evaluate(predicate, VALUES)
-
-
-@pytest.mark.parametrize(
-    "predicate",
-    [
-        "len(lora) == 3",
-        "mean(lora) == mean(lora)",
-        "min(lora) <= max(lora)",
-        "1 < 2",
-        "std(lora) >= 0",
-    ],
-)
-def test_a_check_that_cannot_fail_is_refused(predicate) -> None:
+def test_a_claim_that_cannot_fail_is_refused() -> None:
     with pytest.raises(ValueError, match="no change of the values turns the verdict"):
-        added(predicate)
-
-
-def test_flips_tells_a_check_from_none() -> None:
-    claim = added("mean(qlora) < mean(lora)")
-    assert not claim.holds and flips(claim)
-    always = Claim("2", "", "", "", "len(lora) > 0", VALUES, "", True)
-    assert not flips(always)
-    division = added(
-        "1 / (mean(qlora) - mean(lora)) > 0"
-    )  # swapping and zeroing may divide by zero: passed over
-    assert flips(division)
-
-
-def test_every_series_is_perturbed_and_the_given_values_stay() -> None:
-    changed = perturbations(VALUES)
-    assert all(any(values[name] != VALUES[name] for values in changed) for name in VALUES)
-    assert {"lora": VALUES["qlora"], "qlora": VALUES["lora"]} in changed
-    assert VALUES == {"lora": [2.0, 2.2, 2.1], "qlora": [2.05, 2.21, 2.16]}
+        added("len(lora) == 3")
 
 
 @pytest.mark.parametrize("bad", [[], [1.0, math.nan], [math.inf]])
@@ -156,7 +93,6 @@ def test_saved_claims_are_read_back_whole(tmp_path, monkeypatch) -> None:
     assert {"torch", "transformers", "peft"} <= set(record["versions"])
     (chapter,) = load_claims(path.parent)
     assert chapter["chapter"] == "0_0_test" and chapter["claims"] == claims.claims
-    assert all(flips(claim) for claim in chapter["claims"])
 
 
 def test_a_cell_that_is_run_twice_replaces_its_claim() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lora_course.lab import moving, still
+from lora_course.lab import moving
 from tests import chromium
 
 ERRORS = {(16, "NF4"): [0.1, 0.2], (16, "FP4"): [0.3, 0.5], (64, "NF4"): [1.5, 2.0], (64, "FP4"): [4.0, 8.0]}  # fmt: skip
@@ -80,38 +80,6 @@ def test_a_script_in_the_data_cannot_end_the_figures_own(shown) -> None:
         "a table",
     )
     assert "<\\/script><b>" in shown[0]["text/html"]
-
-
-@pytest.mark.parametrize(
-    "panel",
-    [
-        moving.line([1, 2], {"a": [1, 2]}, "x", "y", log="xy", at=1),
-        moving.bars({"a": {"p": 1.0, "q": -2.0}, "b": {"p": 0.5, "q": 1.0}}, "y"),
-        moving.heat([[0.1, None], [0.2, 0.9]], ["long name", "b"], [1, 2], "R", "x", "y"),
-        moving.points({"LoRA": (1, 2), "ours": (3, 4)}, "x", "y", chosen=["ours"]),
-        moving.tokens(["a$", " b"], [[0.9, 0.1], [0.2, 0.8]], ["x", "y"]),
-        moving.table(["", "w"], [["mean", 0.25], ["trim", 1]], marked=[(0, 1)]),
-    ],
-    ids=lambda panel: panel["kind"],
-)
-def test_every_kind_has_a_still_form(panel, shown) -> None:
-    moving.show({"k": [1, 2]}, lambda _: [panel], "one kind")
-    assert len(base64.b64decode(shown[0]["image/png"])) > 1000
-
-
-@pytest.mark.parametrize(
-    ("panel", "words"),
-    [
-        (moving.line([1, 2], {"a": [1, 2.5]}, "x", "y"), "a from 1 to 2.5"),
-        (moving.line([1, 2], {"a": [1, 2.5]}, "x", "y", at=2), "a 2.5"),
-        (moving.bars({"NF4": 0.091}, "y"), "NF4 0.091"),
-        (moving.bars({"NF4": {"error": 0.5}}, "y"), "NF4 error 0.5"),
-        (moving.points({"LoRA": (1, 2)}, "x", "y", chosen=["LoRA"]), "LoRA"),
-        (moving.table(["", "w"], [["mean", 1]]), "mean 1"),
-    ],
-)
-def test_a_frame_without_a_sentence_is_put_in_words(panel, words) -> None:
-    assert still.spoken(panel) == words
 
 
 @pytest.mark.parametrize(

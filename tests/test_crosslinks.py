@@ -7,7 +7,7 @@ import jupytext
 import pytest
 
 from lora_course.lab.claims import BOOK
-from tools import links, pages
+from tools import crosslinks, pages
 from tools.run_chapters import ROOT, chapters
 
 HOME = "https://book.example/home"
@@ -61,8 +61,8 @@ THERE = {"0_1_lora", "2_1_experts"}
     ],
 )
 def test_a_link_is_right_wherever_the_chapter_is_read(source, book, elsewhere) -> None:
-    assert links.for_book(source, "2_1_experts", HOME, THERE) == book
-    assert links.for_notebook(source, "2_1_experts", HOME) == elsewhere
+    assert crosslinks.for_book(source, "2_1_experts", HOME, THERE) == book
+    assert crosslinks.for_notebook(source, "2_1_experts", HOME) == elsewhere
 
 
 KNOWN = {"rank": "term-rank", "adaptive rank": "term-adaptive-rank", "router": "term-router", "layer": "term-layer"}  # fmt: skip
@@ -85,14 +85,14 @@ def term(words: str, anchor: str) -> str:
     ],
 )  # fmt: skip
 def test_a_term_is_linked_at_its_first_use_in_running_text_and_nowhere_else(cells, linked) -> None:
-    assert links.with_terms(cells, KNOWN) == linked
+    assert crosslinks.with_terms(cells, KNOWN) == linked
 
 
 def test_terms_have_an_anchor_for_each_of_their_names(tmp_path: Path) -> None:
     (tmp_path / "glossary.md").write_text(
         "# G\n\n:::{glossary}\nNF4 (4位NormalFloat)\n  Sixteen\n\nforward KL, reverse KL (正向KL散度)\n  Two\n:::\n"
     )
-    found = links.terms(tmp_path / "glossary.md")
+    found = crosslinks.terms(tmp_path / "glossary.md")
     assert set(found) == {"NF4", "forward KL", "reverse KL"}
     assert found["forward KL"] == found["reverse KL"]
 
@@ -100,7 +100,7 @@ def test_terms_have_an_anchor_for_each_of_their_names(tmp_path: Path) -> None:
 def test_the_glossary_lists_the_chapters_that_use_a_term() -> None:
     page = "# Glossary\n\nText.\n\n:::{glossary}\nforward KL, reverse KL (正向KL散度)\n  Two.\n  Lines.\n\nlayer (层)\n  One.\n:::\n"
     prose = {"3_2_x": "By reverse KL.", "1_1_y": "`forward KL` a layer", "2_1_z": "# Forward KL"}
-    assert links.with_uses(page, prose) == page.replace(
+    assert crosslinks.with_uses(page, prose) == page.replace(
         "  Lines.", "  Lines.\n  In [3.2](../notebooks/3_2_x.ipynb)."
     )
 
@@ -123,16 +123,16 @@ def anchors(chapter: Path) -> set[str]:
 @pytest.mark.parametrize("chapter", chapters(), ids=lambda path: path.stem)
 def test_links_between_pages_lead_to_what_is_there(chapter: Path) -> None:
     api = {f"book/api/{pages.api_stem(module)}" for module in pages.api_modules(ROOT)}
-    known = set(links.terms(ROOT / "book" / "glossary.md").values())
+    known = set(crosslinks.terms(ROOT / "book" / "glossary.md").values())
     for cell in jupytext.read(chapter).cells:
         if cell.cell_type != "markdown":
             continue
-        plain = links.OPAQUE.sub("", cell.source)
-        for _, address in links.LINK.findall(plain):
+        plain = crosslinks.OPAQUE.sub("", cell.source)
+        for _, address in crosslinks.LINK.findall(plain):
             if "://" in address:
                 assert re.fullmatch(r"https://[\w.-]+\.\w+(/\S*)?", address), f"{address}: no https"
                 continue
-            page, anchor = links.page_of(address, chapter.stem)
+            page, anchor = crosslinks.page_of(address, chapter.stem)
             assert page in api or (ROOT / f"{page}.md").exists(), f"{chapter.name}: {address}"
             if anchor and page == "book/glossary":
                 assert anchor in known, f"{chapter.name}: {address}: no such term"

@@ -109,9 +109,13 @@ def pattern_of(name: str) -> re.Pattern:
     return re.compile(rf"(?<![\w-]){re.escape(name)}s?(?![\w-])", re.IGNORECASE)
 
 
-def with_uses(glossary: str, prose: dict[str, str]) -> str:
-    """The glossary's page with, under each term that is no everyday word, the chapters that use it. prose: by stem."""
-    plain = {stem: QUIET.sub("", OPAQUE.sub("", text)) for stem, text in prose.items()}
+HEADER = re.compile(r"\A---.*?^---$", re.MULTILINE | re.DOTALL)
+
+
+def with_uses(glossary: str, chapters: dict[str, str]) -> str:
+    """The glossary's page with, under each term that is no everyday word, the chapters that use it. chapters: by stem."""
+    prose = {stem: OPAQUE.sub("", HEADER.sub("", text)) for stem, text in chapters.items()}
+    plain = {stem: QUIET.sub("", text) for stem, text in prose.items()}
 
     def entry(match: re.Match[str]) -> str:
         names = [name for name in names_of(match[1]) if name not in COMMON]
