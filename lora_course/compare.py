@@ -48,17 +48,17 @@ from transformers import (
     set_seed,
 )
 
-from lora_course import lab, lora, progressive
-from lora_course.adalora import AdaLoRALinear, RankAllocator, prune, regularizer
+from lora_course import lab, progressive
+from lora_course.adalora import AdaLoRALinear, RankAllocator, prune_triplets, regularizer
 from lora_course.adaptive import GrowingLoRALinear, GrowthSchedule, RankGrower
+from lora_course.arguments import compute_dtype, training_arguments
 from lora_course.checkpoint import save_adapter
 from lora_course.hierarchical import NestedLoRALinear
+from lora_course.injection import adapter_layers, inject, trainable_parameters
 from lora_course.lab import study
 from lora_course.qlora import quantize_model
 from lora_course.quantized import QuantizedLoRALinear, save_quantized
-from lora_course.sparse import GatedLoRALinear, GateSparsity, SparseDeltaLinear
-from lora_course.sparse import prune as prune_gates
-from lora_course.training import compute_dtype, training_arguments
+from lora_course.sparse import GatedLoRALinear, GateSparsity, SparseDeltaLinear, prune_gates
 
 PACKAGE = Path(__file__).resolve().parent
 RECORD = study.STUDIES / "5_1_comparison.json"
@@ -91,7 +91,7 @@ class Arm:
     auxiliary_loss: Callable[[nn.Module], torch.Tensor] | None = None
     fit: Callable[[datasets.Dataset, float, int], list[float]] | None = None
     finish: Callable[[nn.Module], object] | None = None
-    parameters: Callable[[nn.Module], int] = lora.trainable_parameters
+    parameters: Callable[[nn.Module], int] = trainable_parameters
     save: Callable[[nn.Module, Path], object] = save_adapter
 
 
@@ -124,18 +124,18 @@ def config(**fields: Any) -> LoraConfig:
 
 def make_lora(seed: int) -> Arm:
     torch.manual_seed(seed)
-    return Arm(lora.inject(base_model(), config()))
+    return Arm(inject(base_model(), config()))
 
 
 def make_qlora(seed: int) -> Arm:
     model = quantize_model(base_model())
     torch.manual_seed(seed)
-    return Arm(lora.inject(model, config()))
+    return Arm(inject(model, config()))
 
 
 def make_peft(seed: int, **fields: Any) -> Arm:
     """PEFT's layers in transformers' own Trainer, starting from the `A`s that the course's LoRA draws with this seed."""
-    drawn = lora.adapter_layers(make_lora(seed).model)
+    drawn = adapter_layers(make_lora(seed).model)
     model = get_peft_model(base_model(), config(task_type="CAUSAL_LM", **fields))
     with torch.no_grad():
         for name, layer in drawn.items():
@@ -165,7 +165,7 @@ def make_adalora(seed: int) -> Arm:
     r, steps = SETTINGS["r"], SETTINGS["steps"]
     start = r * 3 // 2
     torch.manual_seed(seed)
-    model = lora.inject(
+    model = inject(
         base_model(),
         AdaLoraConfig(
             init_r=start, target_r=r, lora_alpha=SETTINGS["scaling"] * start, target_modules="all-linear", orth_reg_weight=0.5,
@@ -173,18 +173,18 @@ def make_adalora(seed: int) -> Arm:
         ),
         layer=AdaLoRALinear,
     )  # fmt: skip
-    return Arm(model, [RankAllocator(model)], regularizer, finish=prune)
+    return Arm(model, [RankAllocator(model)], regularizer, finish=prune_triplets)
 
 
 def make_adaptive(seed: int) -> Arm:
     r, steps = SETTINGS["r"], SETTINGS["steps"]
     torch.manual_seed(seed)
-    model = lora.inject(
+    model = inject(
         base_model(),
         config(r=r // 4, lora_alpha=SETTINGS["scaling"] * (r // 4)),
         layer=GrowingLoRALinear,
     )
-    layers = len(lora.adapter_layers(model))
+    layers = len(adapter_layers(model))
     # half of the layers by 2 ranks at a time, from a fifth of the steps on, done after three quarters of them
     schedule = GrowthSchedule(
         layers * r,
@@ -225,7 +225,7 @@ def make_progressive(seed: int) -> Arm:
     def parameters(model: nn.Module) -> int:
         return sum(
             A.numel() + B.numel()
-            for A, B, _ in (layer.factors() for layer in lora.adapter_layers(model).values())
+            for A, B, _ in (layer.factors() for layer in adapter_layers(model).values())
         )
 
     return Arm(model, fit=fit, parameters=parameters)
@@ -235,7 +235,7 @@ def make_gates(seed: int) -> Arm:
     """From rank 12; the penalty under which about 8 were left in a trial. How many are is for the training to say."""
     start = SETTINGS["r"] * 3 // 2
     torch.manual_seed(seed)
-    model = lora.inject(
+    model = inject(
         base_model(), config(r=start, lora_alpha=SETTINGS["scaling"] * start), layer=GatedLoRALinear
     )
     return Arm(model, [GateSparsity(model, penalty=2.5)], finish=prune_gates)
@@ -243,13 +243,13 @@ def make_gates(seed: int) -> Arm:
 
 def make_delta(seed: int) -> Arm:
     torch.manual_seed(seed)
-    return Arm(lora.inject(base_model(), config(), layer=SparseDeltaLinear))
+    return Arm(inject(base_model(), config(), layer=SparseDeltaLinear))
 
 
 def make_nested(seed: int) -> Arm:
     torch.manual_seed(seed)
     return Arm(
-        lora.inject(
+        inject(
             base_model(),
             config(),
             layer=NestedLoRALinear,
@@ -262,7 +262,7 @@ def make_nested(seed: int) -> Arm:
 def make_quantized(seed: int) -> Arm:
     torch.manual_seed(seed)
     return Arm(
-        lora.inject(base_model(), config(), layer=QuantizedLoRALinear, bits=4), save=save_quantized
+        inject(base_model(), config(), layer=QuantizedLoRALinear, bits=4), save=save_quantized
     )
 
 
@@ -406,7 +406,10 @@ def source_hash(method: str, domain: str) -> str:
     """SHA-256 over what makes the runs of a method on a domain; comments and docstrings don't count."""
     files = [
         *(PACKAGE / name for name in ("lora.py", "training.py", "lab/study.py", "lab/corpora.py")),
-        *(PACKAGE / f"{name}.py" for name in METHODS[method].modules),
+        *(
+            PACKAGE / (name if (PACKAGE / name).is_dir() else f"{name}.py")
+            for name in METHODS[method].modules
+        ),
         PACKAGE / "data/nano/model.safetensors",
         *(PACKAGE / f"data/text/{name}.parquet" for name in (domain, SETTINGS["own_domain"])),
     ]

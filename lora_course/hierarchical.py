@@ -25,19 +25,16 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from lora_course.lora import (
-    AdapterState,
-    LoRALinear,
-    adapter_layers,
-    factor_state,
-    injection,
-    register,
-)
+from lora_course.callbacks import ModelCallback
+from lora_course.injection import layers_of
+from lora_course.lora import AdapterState, LoRALinear, register
+from lora_course.states import factor_state
 
 
 @register
@@ -62,20 +59,21 @@ class NestedLoRALinear(LoRALinear):
     """
 
     # One adapter is cut at one rank in all its layers.
-    honoured = LoRALinear.honoured - {"rank_pattern"}
+    supported_fields = LoRALinear.supported_fields - {"rank_pattern"}
+
+    P: Tensor
 
     def __init__(
         self,
         base_layer: nn.Linear,
         r: int,
         lora_alpha: float,
-        lora_dropout: float = 0.0,
-        use_rslora: bool = False,
-        init_lora_weights: bool | str = True,
+        *,
         ranks: Sequence[int] | None = None,
         weighting: str = "equal",
+        **fields: Any,
     ) -> None:
-        super().__init__(base_layer, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights)
+        super().__init__(base_layer, r, lora_alpha, **fields)
         ranks = (
             [2**k for k in range(r.bit_length()) if 2**k < r] + [r]
             if ranks is None
@@ -150,7 +148,7 @@ def at_rank(
     Raises:
         ValueError: another layer than `NestedLoRALinear`, a rank that it does not have.    RuntimeError: merged.
     """
-    layers = _layers(model)
+    layers = list(layers_of(model, NestedLoRALinear).values())
     before = [(layer, (layer.rank, layer.weighted, layer.only_last)) for layer in layers]
     _set(layers, b, weighted, only_last)
     try:
@@ -170,7 +168,7 @@ def cut(model: nn.Module, b: int, *, weighted: bool = True) -> AdapterState:
         return factor_state(model)
 
 
-class RankSampler(TrainerCallback):
+class RankSampler(ModelCallback):
     """Random truncation: before each step the adapter is cut at a rank drawn from the layers' `ranks`, all equally likely.
 
     In a loop: `sampler.begin(t); …backward(); optimizer.step(); sampler.end()`, t from 1 on. With a Trainer:
@@ -191,14 +189,11 @@ class RankSampler(TrainerCallback):
     def __init__(
         self, model: nn.Module, seed: int = 0, *, only_last: bool = False, hold: bool = True
     ) -> None:
-        self.model, self.layers, self.seed, self.only_last, self.hold = (
-            model,
-            _layers(model),
-            seed,
-            only_last,
-            hold,
-        )
-        self.ranks, self.held = self.layers[0].ranks, []
+        super().__init__(model)
+        self.layers = list(layers_of(model, NestedLoRALinear).values())
+        self.seed, self.only_last, self.hold = seed, only_last, hold
+        self.ranks = self.layers[0].ranks
+        self.held: list[tuple[Tensor, Tensor]] = []
         if self.layers[0].weighting != "equal":
             raise ValueError(
                 "These layers have Matryoshka weighting, which trains all cuts in each step: leave the sampler out, or inject with weighting='equal'."
@@ -234,20 +229,6 @@ class RankSampler(TrainerCallback):
         self.held = []
         _set(self.layers, self.layers[0].r, True, False)
 
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module,
-        **_: object,
-    ) -> None:
-        """Raises ValueError for another model than the sampler's."""
-        if model is not self.model:
-            raise ValueError(
-                "This sampler was made for another model than the one that is trained: RankSampler(model)."
-            )
-
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
@@ -259,14 +240,6 @@ class RankSampler(TrainerCallback):
     ) -> None:
         """`end`, before the step is evaluated or saved."""
         self.end()
-
-
-def _layers(model: nn.Module) -> list[NestedLoRALinear]:
-    if injection(model).layer is not NestedLoRALinear:
-        raise ValueError(
-            f"This model was injected with {injection(model).layer.__name__}: inject(model, config, layer=NestedLoRALinear) is expected."
-        )
-    return list(adapter_layers(model).values())
 
 
 def _set(layers: list[NestedLoRALinear], b: int, weighted: bool, only_last: bool) -> None:

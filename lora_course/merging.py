@@ -4,8 +4,8 @@
 
     | merge | update of the result | rank | exact |
     |---|---|---|---|
-    | `lora.concatenate(states, weights)` | Σ wₖ ΔWₖ | Σ rₖ | yes |
-    | `lora.truncate(concatenate(…), r)` | the same, cut to its r largest singular triplets | r | from r = Σ rₖ on |
+    | `states.concatenate(states, weights)` | Σ wₖ ΔWₖ | Σ rₖ | yes |
+    | `states.truncate(concatenate(…), r)` | the same, cut to its r largest singular triplets | r | from r = Σ rₖ on |
     | `ties` | TIES of the ΔWₖ, cut to r | r | at full rank |
     | `dare` | Σ wₖ (ΔWₖ with random entries dropped), cut to r | r | on average, at full rank |
     | `average_factors` | (Σ wₖ Bₖ)(Σ wₖ Aₖ): holds Bᵢ Aⱼ of different adapters | r | no: `cross_term_error` |
@@ -18,13 +18,14 @@ Sources: task arithmetic, arXiv 2212.04089; TIES, arXiv 2306.01708; DARE, arXiv 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lora_course.lora import AdapterState, concatenate, split_state
+from lora_course.lora import AdapterState
+from lora_course.states import concatenate, relative_error, split_state
 
 
 class Merged(NamedTuple):
@@ -51,13 +52,13 @@ def average_factors(
     weights = _check(states, weights, default=1 / max(1, len(states)))
     merged: AdapterState = {}
     for key, first in states[0].items():
-        tensors = [state.get(key) for state in states]
-        if any(tensor is None or tensor.shape != first.shape for tensor in tensors):
-            shapes = [None if tensor is None else list(tensor.shape) for tensor in tensors]
+        tensors = [state[key] for state in states if key in state]
+        shapes = [list(state[key].shape) if key in state else None for state in states]
+        if any(shape != list(first.shape) for shape in shapes):
             raise ValueError(
                 f"{key!r} has the shapes {shapes}: factors can only be averaged at one rank. Use concatenate, which needs none."
             )
-        mean = sum(weight * tensor for weight, tensor in zip(weights, tensors, strict=True))
+        mean = _sum(weight * tensor for weight, tensor in zip(weights, tensors, strict=True))
         merged[key] = first.clone() if key.endswith(".scaling") else mean
     return merged
 
@@ -72,15 +73,6 @@ def cross_term_error(
     """
     weights = _check(states, weights, default=1 / max(1, len(states)))
     return relative_error(average_factors(states, weights), concatenate(states, weights))
-
-
-def relative_error(state: AdapterState, reference: AdapterState) -> float:
-    """‖ΔW − ΔW_ref‖ / ‖ΔW_ref‖, Frobenius over all modules. In float64 from the factors: no `[out, in]` matrix is formed."""
-    difference, size = (
-        _norm(concatenate([state, reference], [1.0, -1.0])),
-        _norm(concatenate([reference])),
-    )
-    return difference / size if size else math.inf if difference else 0.0
 
 
 def ties(
@@ -110,13 +102,13 @@ def ties(
 
     def merge(deltas: list[Tensor], weights: list[float]) -> Tensor:
         trimmed = [_largest(delta, density) for delta in deltas]
-        elected = torch.where(sum(trimmed) >= 0, 1.0, -1.0)
+        elected = torch.where(_sum(trimmed) >= 0, 1.0, -1.0)
         agreeing = [tensor.sign() == elected for tensor in trimmed]
-        total = sum(
+        total = _sum(
             w * tensor * agrees
             for w, tensor, agrees in zip(weights, trimmed, agreeing, strict=True)
         )
-        return total / sum(agrees.to(total.dtype) for agrees in agreeing).clamp(min=1)
+        return total / _sum(agrees.to(total.dtype) for agrees in agreeing).clamp(min=1)
 
     return _merge(states, weights, merge, r)
 
@@ -147,7 +139,7 @@ def dare(
             torch.bernoulli(torch.full(d.shape, density), generator=generator).to(d) * d
             for d in deltas
         ]
-        return sum(weight / density * delta for weight, delta in zip(weights, kept, strict=True))
+        return _sum(w / density * delta for w, delta in zip(weights, kept, strict=True))
 
     return _merge(states, weights, merge, r)
 
@@ -184,20 +176,15 @@ def _merge(
     return Merged(merged, math.sqrt(lost / whole) if whole else 0.0)
 
 
+def _sum(parts: Iterable[Tensor]) -> Tensor:
+    return sum(parts, torch.zeros(()))
+
+
 def _largest(delta: Tensor, density: float) -> Tensor:
     """`delta` with all but its int(density · numel) largest entries at zero."""
     flat, kept = delta.flatten(), int(density * delta.numel())
     places = flat.abs().topk(kept).indices
     return torch.zeros_like(flat).index_copy(0, places, flat[places]).view_as(delta)
-
-
-def _norm(state: AdapterState) -> float:
-    """‖ΔW‖ over all modules, from QR of the factors: ‖B A‖ = ‖R_B R_Aᵀ‖."""
-    squares = 0.0
-    for tensors in split_state(state).values():
-        cores = [torch.linalg.qr(factor.double()).R for factor in (tensors["B"], tensors["A"].t())]
-        squares += (cores[0] @ cores[1].t()).square().sum().item()
-    return math.sqrt(squares)
 
 
 def _check(

@@ -10,8 +10,9 @@ import pytest
 import torch
 from scipy import stats
 
-from lora_course import compare, lora
+from lora_course import compare
 from lora_course.compare import METHODS, SETTINGS, interval, paired, pareto, series, verdict
+from lora_course.injection import adapter_layers, trainable_parameters
 from lora_course.lab import study
 
 SMALL = {
@@ -76,7 +77,7 @@ def test_each_method_ends_with_about_as_many_parameters_as_lora_and_at_its_scale
     found = compare.score(trained, "python", "test")
     plain = compare.make_lora(0)
     # a tenth, since what moves ranks between layers has a budget of ranks, and they cost less in small layers; gates have none
-    assert abs(found["parameters"] / lora.trainable_parameters(plain.model) - 1) < (
+    assert abs(found["parameters"] / trainable_parameters(plain.model) - 1) < (
         0.5 if method == "gates" else 0.1
     )
     assert len(trained["losses"]) == SMALL["steps"] and all(
@@ -85,9 +86,9 @@ def test_each_method_ends_with_about_as_many_parameters_as_lora_and_at_its_scale
     assert 1 < found["bits_per_byte"] < 5 and found["file_bytes"] > 0 and found["step_bytes"] > 1e6
     assert found["bits_per_byte"] != compare.bits_per_byte(compare.base_model(), "python", "test")
     if not METHODS[method].title.endswith("(PEFT)"):
-        assert {
-            round(layer.scaling, 6) for layer in lora.adapter_layers(trained["model"]).values()
-        } == {SETTINGS["scaling"]}
+        assert {round(layer.scaling, 6) for layer in adapter_layers(trained["model"]).values()} == {
+            SETTINGS["scaling"]
+        }
 
 
 def test_pefts_layers_in_transformers_trainer_go_the_way_of_ours(
@@ -203,6 +204,8 @@ def test_the_hash_is_of_the_methods_own_code(
     package.mkdir()
     for path in compare.PACKAGE.glob("*.py"):
         shutil.copy(path, package)
+    for path in compare.PACKAGE.glob("*/layer.py"):
+        shutil.copytree(path.parent, package / path.parent.name)
     for name in ("lab", "data"):
         (package / name).symlink_to(compare.PACKAGE / name)
     names = ["lora", "rslora", "adalora", "adaptive"]
@@ -213,8 +216,8 @@ def test_the_hash_is_of_the_methods_own_code(
     original = hashes()
     monkeypatch.setattr(compare, "PACKAGE", package)
     assert hashes() == original and len(set(original)) == 4
-    adalora = package / "adalora.py"
-    adalora.write_text(adalora.read_text().replace('"""AdaLoRA:', '"""A comment. AdaLoRA:'))
+    adalora = package / "adalora" / "layer.py"
+    adalora.write_text(adalora.read_text().replace('"""The layer:', '"""A comment. The layer:'))
     assert hashes() == original
     adalora.write_text(adalora.read_text().replace("std=0.02", "std=0.03"))
     assert [a == b for a, b in zip(hashes(), original)] == [True, True, False, True]

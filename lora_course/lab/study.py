@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import platform
 import tempfile
@@ -16,7 +17,8 @@ import datasets
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from lora_course.training import AdapterTrainer, training_arguments
+from lora_course.arguments import training_arguments
+from lora_course.training import AdapterTrainer
 
 STUDIES = Path(__file__).resolve().parents[1] / "data" / "studies"
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
@@ -101,10 +103,11 @@ def load_study(name: str) -> dict[str, Any]:
 
 
 def source_hash(sources: list[Path]) -> str:
-    """SHA-256 over files, in the order given: of data its bytes, of Python its syntax tree, so that an edited comment,
+    """SHA-256 over files, or the Python files of folders, in the order given: of data its bytes, of Python its syntax tree, so that an edited comment,
     docstring or line break is no other source."""
     digest = hashlib.sha256()
-    for path in sources:
+    files = [sorted(path.glob("*.py")) if path.is_dir() else [path] for path in sources]
+    for path in itertools.chain(*files):
         digest.update(
             _code(path.read_text()).encode() if path.suffix == ".py" else path.read_bytes()
         )

@@ -26,6 +26,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from lora_course import lab, lora
+from lora_course.arguments import training_arguments
 from lora_course.continual import (
     Isolated,
     Orthogonal,
@@ -36,10 +37,11 @@ from lora_course.continual import (
     metrics,
     overlap,
 )
+from lora_course.injection import inject
 from lora_course.lab import study
-from lora_course.lora import AdapterState, concatenate, split_state, truncate, use_adapter
-from lora_course.merging import Merged, average_factors, dare, relative_error, ties
-from lora_course.training import training_arguments
+from lora_course.lora import AdapterState
+from lora_course.merging import Merged, average_factors, dare, ties
+from lora_course.states import concatenate, relative_error, split_state, truncate, use_adapter
 
 ROOT = Path(__file__).resolve().parents[2]
 DOMAINS = ["bible", "shakespeare", "milton", "python"]
@@ -55,7 +57,7 @@ SOURCES = [
     Path(__file__),
     *(
         ROOT / "lora_course" / name
-        for name in ("lora.py", "continual.py", "merging.py", "training.py", "lab/corpora.py")
+        for name in ("lora.py", "continual", "merging.py", "training.py", "lab/corpora.py")
     ),
     ROOT / "lora_course/data/nano/model.safetensors",
     *(ROOT / f"lora_course/data/text/{domain}.parquet" for domain in DOMAINS),
@@ -86,7 +88,7 @@ def injected(
     """nano with a fresh adapter of scale 2."""
     model, _ = lab.load_base(SETTINGS["model"])
     torch.manual_seed(seed)
-    return lora.inject(model, LoraConfig(r=r, lora_alpha=2 * r, target_modules="all-linear"), layer)
+    return inject(model, LoraConfig(r=r, lora_alpha=2 * r, target_modules="all-linear"), layer)
 
 
 def run(

@@ -6,7 +6,7 @@ All arms see the same batches in the same order, at the same scale, with the sam
 decay over all steps. The rate is chosen by the first seed's bits a byte on validation text. At the chosen rate all seeds are
 trained, scored on the test text, and their updates' singular values kept. Writes lora_course/data/studies/2_2_progressive.json.
 
-One LoRA is a run of one stage (tests/test_progressive.py: that is LoRA). "restarts" clears the moments and warms the learning
+One LoRA is a run of one stage (tests/progressive/test_trainer.py: that is LoRA). "restarts" clears the moments and warms the learning
 rate up again where the stages do, and keeps its factors. "merge" is trained at the rate of "stack" only: the two differ by
 rounding. What was trained lies under build/studies/.
 """
@@ -20,10 +20,11 @@ from pathlib import Path
 import datasets
 import torch
 
-from lora_course import lab, lora, progressive
+from lora_course import lab, progressive
+from lora_course.arguments import training_arguments
 from lora_course.checkpoint import read_extra, save_adapter
+from lora_course.injection import adapter_layers
 from lora_course.lab import study
-from lora_course.training import training_arguments
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {
@@ -40,7 +41,7 @@ SOURCES = [
     Path(__file__),
     *(
         ROOT / "lora_course" / name
-        for name in ("progressive.py", "lora.py", "training.py", "lab/corpora.py")
+        for name in ("progressive", "lora.py", "training.py", "lab/corpora.py")
     ),
     ROOT / "lora_course/data/nano/model.safetensors",
     ROOT / "lora_course/data/text/shakespeare.parquet",
@@ -140,7 +141,7 @@ def spectra(method: str, folder: Path) -> list[dict[str, object]]:
     for stage in range(1 if METHODS[method]["mode"] == "restart" else METHODS[method]["stages"]):
         model = progressive.load_stage(lab.load_base(SETTINGS["model"])[0], folder, stage)
         values = progressive.singular_values(model)
-        layers = lora.adapter_layers(model)
+        layers = adapter_layers(model)
         ranks = [int((s > 1e-6 * s[0]).sum()) for s in values.values()]
         found.append({
             "ranks": [min(ranks), max(ranks)],

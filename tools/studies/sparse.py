@@ -19,14 +19,15 @@ from torch import nn
 
 from lora_course import lab, lora
 from lora_course.checkpoint import save_adapter
+from lora_course.injection import adapter_layers, inject, trainable_parameters
 from lora_course.lab import study
 from lora_course.sparse import (
     GatedLoRALinear,
     GateSparsity,
     SparseDeltaLinear,
     SparseLoRALinear,
-    prune,
-    ranks,
+    open_gates,
+    prune_gates,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,7 +62,7 @@ SOURCES = [
     Path(__file__),
     *(
         ROOT / "lora_course" / name
-        for name in ("lora.py", "sparse.py", "training.py", "lab/study.py", "lab/corpora.py")
+        for name in ("lora.py", "sparse", "training.py", "lab/study.py", "lab/corpora.py")
     ),
     ROOT / "lora_course/data/nano/model.safetensors",
     ROOT / "lora_course/data/text/shakespeare.parquet",
@@ -78,7 +79,7 @@ def injected(method: str) -> nn.Module:
         target_modules=SETTINGS["target_modules"],
     )
     model, _ = lab.load_base(SETTINGS["model"])
-    return lora.inject(model, config, layer=LAYERS[method.split("/")[0]], **arguments)
+    return inject(model, config, layer=LAYERS[method.split("/")[0]], **arguments)
 
 
 class Recorder(GateSparsity):
@@ -106,16 +107,16 @@ def train(method: str, learning_rate: float, seed: int) -> tuple[nn.Module, dict
     if not method.startswith("gates"):
         return model, {"losses": study.fit(*common, disable_tqdm=True)}
     recorder = Recorder(model, METHODS[method]["penalty"])
-    layers = lora.adapter_layers(model).values()
+    layers = adapter_layers(model).values()
     start = [layer.gate.detach().clone() for layer in layers]
     losses = study.fit(*common, callbacks=[recorder], disable_tqdm=True)
     gates = {
         "start": [[round(g, 4) for g in gate.tolist()] for gate in start],
         "end": [[round(g, 4) for g in layer.gate.tolist()] for layer in layers],
     }
-    return prune(model), {
+    return prune_gates(model), {
         "losses": losses,
-        "ranks": ranks(model),
+        "ranks": open_gates(model),
         "opened": recorder.opened,
         "gates": gates,
     }
@@ -144,7 +145,7 @@ def result(method: str, learning_rate: float, seed: int, split: str) -> dict[str
     seen["losses"] = [round(loss, 4) for loss in seen["losses"]]
     return {
         "bits_per_byte": score(model, split),
-        "parameters": lora.trainable_parameters(model),
+        "parameters": trainable_parameters(model),
         "bytes": size(model),
         **(seen if split == "test" else {}),
     }
