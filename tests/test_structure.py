@@ -132,7 +132,7 @@ def test_an_import_the_other_way_is_found(tmp_path: Path, module: str, line: str
 
 @pytest.mark.parametrize("path", PROSE, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_links_lead_somewhere(path: Path) -> None:
-    text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"^ *```.*?^ *```", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
     for target in LINK.findall(text):
         if "://" in target:
             assert re.fullmatch(r"https://[\w.-]+\.\w+(/\S*)?", target), (
