@@ -334,6 +334,14 @@ def test_search_finds_parts_of_chinese_terms(
 
 
 @pytest.mark.browser
+def test_search_puts_the_chapter_before_the_api(browser: chromium.Browser, address: str) -> None:
+    browser.open(f"{address}/search.html?q=balance_loss")
+    found = "[...document.querySelectorAll('#search-results li a')].map(a => a.href)"
+    browser.wait(f"{found}.some(a => a.includes('_api'))")
+    assert "notebooks/2_1_experts" in browser.evaluate(found)[0]
+
+
+@pytest.mark.browser
 @pytest.mark.parametrize("stem", CHAPTERS)
 def test_a_page_describes_itself_and_opens_on_kaggle(
     browser: chromium.Browser, address: str, stem: str

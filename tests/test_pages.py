@@ -157,6 +157,8 @@ def test_chinese_is_marked_for_screen_readers() -> None:
 def test_a_description_is_the_first_paragraph_of_prose_cut_between_words() -> None:
     badges = "Open in Colab · Open in Kaggle · Executed notebook · Source, and much more of it here"
     text = "One adapter learns one thing well. " * 8
-    described = first_sentences(paragraph(badges, text))
+    page = paragraph(badges, text)
+    page.children[1].insert(0, nodes.raw("", '<a class="term">', format="html"))
+    described = first_sentences(page)
     assert described.startswith("One adapter learns") and described.endswith(" …")
     assert len(described) <= 162

@@ -115,7 +115,7 @@ def describe(app: Sphinx, page: str, template: str, context: dict[str, Any], doc
             for key, name, value in [
                 ("name", "description", text),
                 ("property", "og:type", "article"),
-                ("property", "og:site_name", html.escape(app.config.project, quote=True)),
+                ("property", "og:site_name", html.escape(app.config.html_title, quote=True)),
                 ("property", "og:title", title),
                 ("property", "og:description", text),
                 ("property", "og:url", f"{BOOK}/{page}.html"),
@@ -133,7 +133,8 @@ def describe(app: Sphinx, page: str, template: str, context: dict[str, Any], doc
 def first_sentences(doctree: nodes.document) -> str:
     """As much of the first paragraph of prose (no line of links) as a search engine shows."""
     for paragraph in doctree.findall(nodes.paragraph):
-        text = " ".join(paragraph.astext().split())
+        words = [t for t in paragraph.findall(nodes.Text) if not isinstance(t.parent, nodes.raw)]
+        text = " ".join("".join(words).split())
         if len(text) > 60 and text.count(" · ") < 2:
             return text if len(text) <= LENGTH else text[:LENGTH].rsplit(" ", 1)[0] + " …"
     return ""
