@@ -12,6 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BRANCH = "main"
+CLAIMS = "lora_course/lab/claims.py"  # its table links to the ledger, also from Colab
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Facts:
     name: str
     version: str
     url: str
+    book: str
 
     @property
     def slug(self) -> str:
@@ -35,12 +37,12 @@ def project(root: Path = ROOT) -> dict:
 
 def read(root: Path = ROOT) -> Facts:
     stated = project(root)
-    url = stated["urls"]["Repository"].rstrip("/")
+    url, book = (stated["urls"][key].rstrip("/") for key in ("Repository", "Documentation"))
     if not re.fullmatch(r"https://github\.com/[\w.-]+/[\w.-]+", url):
         raise SystemExit(
             f"pyproject.toml: Repository = {url!r}; expected https://github.com/<owner>/<repository>"
         )
-    return Facts(stated["name"], stated["version"], url)
+    return Facts(stated["name"], stated["version"], url, book)
 
 
 def chapter_badges(facts: Facts, stem: str) -> str:
@@ -49,7 +51,8 @@ def chapter_badges(facts: Facts, stem: str) -> str:
     return (
         f"[Open in Colab](https://colab.research.google.com/github/{path}) · "
         f"[Open in Kaggle](https://kaggle.com/kernels/welcome?src=https://github.com/{path}) · "
-        f"[View on GitHub](https://github.com/{path})"
+        f"[Executed notebook]({facts.book}/_sources/notebooks/{stem}.ipynb) · "
+        f"[Source](https://github.com/{path.removesuffix('.ipynb')}.md)"
     )
 
 
@@ -90,6 +93,7 @@ def updated(root: Path = ROOT) -> dict[Path, str]:
             (r"(?<=^  url: ).*$", facts.url),
             (r"(?<=^    release: ).*$", f'"{facts.version}"'),
         ],
+        CLAIMS: [(r"(?<=^BOOK = ).*$", f'"{facts.book}"')],
         "CITATION.cff": [
             (r"(?<=^version: ).*$", facts.version),
             (r"(?<=^repository-code: ).*$", facts.url),
@@ -108,12 +112,13 @@ def updated(root: Path = ROOT) -> dict[Path, str]:
         root / "CONTRIBUTING.md",
         root / "_config.yml",
         root / "CITATION.cff",
+        root / CLAIMS,
         *sorted((root / "book").glob("**/*.md")),
         *sorted((root / "notebooks").glob("*.md")),
     ]
     for path in texts:
         text = path.read_text().replace(known[1], facts.slug)
-        chosen = rules.get(path.name, []) if path.parent == root else []
+        chosen = rules.get(path.relative_to(root).as_posix(), [])
         if path.parent.name == "notebooks":
             chosen = [
                 (r"^\[Open in Colab\].*$", chapter_badges(facts, path.stem)),

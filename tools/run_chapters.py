@@ -69,6 +69,14 @@ def chapters(root: Path = ROOT) -> list[Path]:
     )
 
 
+def title(chapter: Path) -> str:
+    """The first heading of a chapter."""
+    found = re.search(r"^# (.+)$", chapter.read_text(), re.MULTILINE)
+    if not found:
+        raise ValueError(f"{chapter.name}: no line `# Title`")
+    return found[1]
+
+
 def key(chapter: Path, root: Path = ROOT) -> str:
     """SHA-256 over all that an execution depends on."""
     digest = hashlib.sha256()

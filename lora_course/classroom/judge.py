@@ -151,7 +151,9 @@ class Exercise:
             if not self.changes:
                 outcome["what you return"] = result
             outcome |= {f"what you make of `{name}`": arguments[name] for name in self.changes}
-        for name, gradient in gradients_of(result, {n: arguments[n] for n in self.gradients}).items():
+        for name, gradient in gradients_of(
+            result, {n: arguments[n] for n in self.gradients}
+        ).items():
             outcome[f"the gradient of `{name}`"] = gradient
         return outcome
 
