@@ -5,14 +5,11 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.metadata
-import pkgutil
 import platform
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-
-import lora_course
 
 # torch and transformers take seconds to import: a command imports what it needs when it runs, so that --help is quick.
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate")
@@ -128,18 +125,13 @@ def run_convert(arguments: argparse.Namespace) -> None:
         raise ValueError(
             f"{target} is there already: give a folder that is empty or does not exist."
         )
-    from lora_course import checkpoint, lab
+    from lora_course import export_peft, lab, load_adapter, load_peft, save_adapter
 
-    for module in pkgutil.iter_modules(
-        lora_course.__path__
-    ):  # a layer is known to checkpoints once its module is imported
-        if not module.ispkg and module.name != "cli":
-            importlib.import_module(f"lora_course.{module.name}")
     model, _ = lab.load_base(arguments.base)
     if ours:
-        checkpoint.export_peft(checkpoint.load_adapter(model, source), target)
+        export_peft(load_adapter(model, source), target)
     else:
-        checkpoint.save_adapter(checkpoint.load_peft(model, source), target)
+        save_adapter(load_peft(model, source), target)
     print(f"{target} holds the adapter in {'PEFT' if ours else 'the course'}'s format.")
 
 

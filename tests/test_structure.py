@@ -17,7 +17,17 @@ from packaging.requirements import Requirement
 from tools import facts, pages, run_chapters
 from tools.run_chapters import ROOT
 
-GROUND = ("lora", "checkpoint", "training")
+GROUND = (
+    "linears",
+    "lora",
+    "targets",
+    "injection",
+    "states",
+    "files",
+    "checkpoint",
+    "export",
+    "training",
+)
 ROOF = ("compare", "cli", "classroom")
 CHAPTERS = run_chapters.chapters()
 PROSE = [

@@ -19,7 +19,9 @@ from torch import Tensor
 
 from lora_course import lab, lora
 from lora_course.adalora import AdaLoRALinear, RankAllocator, prune, ranks, regularizer
+from lora_course.injection import inject, injection_of, trainable_parameters
 from lora_course.lab import study
+from lora_course.states import adapter_state, use_adapter
 
 ROOT = Path(__file__).resolve().parents[2]
 # 112 triplets in nano's 28 linear layers at the end, and scale 2, for all.
@@ -86,13 +88,13 @@ def injected(method: str) -> torch.nn.Module:
     """The base with the fresh adapter of a method."""
     model, _ = lab.load_base(SETTINGS["model"])
     if method == "lora":
-        return lora.inject(
+        return inject(
             model, LoraConfig(**METHODS[method], target_modules=SETTINGS["target_modules"])
         )
     config = AdaLoraConfig(
         **SETTINGS["adalora"], **METHODS[method], target_modules=SETTINGS["target_modules"]
     )
-    return lora.inject(model, config, layer=AdaLoRALinear)
+    return inject(model, config, layer=AdaLoRALinear)
 
 
 def train(
@@ -113,7 +115,7 @@ def train(
     losses = study.fit(
         *common, callbacks=[allocator], auxiliary_loss=regularizer, disable_tqdm=True
     )
-    lora.injection(model).config.orth_reg_weight = 1.0
+    injection_of(model).config.orth_reg_weight = 1.0
     seen = {
         "losses": losses,
         "orthogonality": regularizer(model).item(),
@@ -143,11 +145,11 @@ def result(
     key = (method, learning_rate, seed, choice)
     if key in ADAPTERS:
         state, seen = ADAPTERS[key]
-        model = lora.use_adapter(injected(method), state)
+        model = use_adapter(injected(method), state)
     else:
         model, seen = train(*key)
-        ADAPTERS[key] = lora.adapter_state(model), seen
-    found = {"bits_per_byte": score(model, split), "parameters": lora.trainable_parameters(model)}
+        ADAPTERS[key] = adapter_state(model), seen
+    found = {"bits_per_byte": score(model, split), "parameters": trainable_parameters(model)}
     if method != "lora":
         found["orthogonality"] = seen["orthogonality"]
     if split == "test":
