@@ -28,7 +28,7 @@ GROUND = (
     "export",
     "training",
 )
-ROOF = ("compare", "cli", "classroom")
+ROOF = ("compare", "experiments", "cli", "classroom")
 CHAPTERS = run_chapters.chapters()
 PROSE = [
     ROOT / "README.md",
