@@ -63,6 +63,7 @@ from lora_course.experiments.study import Runs, Study, Witness
 
 NAMES = {
     "1_2_adalora": "adalora",
+    "smol_past": "smol_past",
 }
 """The file in this folder that holds a study, by the name of its record."""
 

@@ -12,7 +12,6 @@ import torch
 from peft import AdaLoraConfig, LoraConfig
 from torch import Tensor
 
-from lora_course.injection import injection
 from lora_course.adalora import AdaLoRALinear, RankAllocator, prune, ranks, regularizer
 from lora_course.experiments import (
     Arm,
@@ -29,6 +28,7 @@ from lora_course.experiments import (
     run_key,
     train,
 )
+from lora_course.injection import injection
 
 SETTINGS = {
     "model": "nano", "domain": "shakespeare", "steps": 60, "batch": 4, "length": 128,

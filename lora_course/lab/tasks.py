@@ -130,17 +130,27 @@ def answer_ids(tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
 
 
 def task_rows(
-    tokenizer: PreTrainedTokenizerBase, name: str, examples: datasets.Dataset
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    examples: datasets.Dataset,
+    length: int | None = None,
 ) -> datasets.Dataset:
     """Examples as training rows of one length: `input_ids`, `attention_mask` and `labels` [rows, longest], which are −100
-    at prompt and padding, so that the loss is that of the answers. Padding stands at the end."""
+    at prompt and padding, so that the loss is that of the answers. Padding stands at the end.
+
+    length: leave out examples of more tokens, as all rows get as long as the longest. Raises ValueError where none is left.
+    """
     pairs = [
         (prompt_ids(tokenizer, name, question), answer_ids(tokenizer, answer))
         for question, answer in zip(examples["question"], examples["answer"])
     ]
-    longest = max(len(prompt) + len(answer) for prompt, answer in pairs)
+    sizes = [len(prompt) + len(answer) for prompt, answer in pairs]
+    kept = [pair for pair, size in zip(pairs, sizes) if length is None or size <= length]
+    if not kept:
+        raise ValueError(f"length={length}: all rows are longer; the shortest has {min(sizes)}")
+    longest = max(len(prompt) + len(answer) for prompt, answer in kept)
     rows: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
-    for prompt, answer in pairs:
+    for prompt, answer in kept:
         used = len(prompt) + len(answer)
         padding = longest - used
         rows["input_ids"].append([*prompt, *answer, *[tokenizer.eos_token_id] * padding])
