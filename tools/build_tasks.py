@@ -177,23 +177,17 @@ def noun_roots(heads: dict[str, list[tuple[str, list[str]]]]) -> Callable[[dict]
     whose plural ends in that noun's plural is of its family (Haustür: Tür), and -in is of the family of the masculine."""
 
     def root(word: str, gender: str, plurals: list[str]) -> str:
-        found = word
-        for i in range(1, len(word) - 1):
+        for i in range(len(word) - 2, 0, -1):  # the shortest ending first
             ends = word[i:]
-            if len(ends) < 3 and ends not in SHORT_HEADS:
-                continue
-            for other, forms in heads.get(ends, ()):
-                if gender == other and any(
-                    a.lower().endswith(b.lower()) for a in plurals for b in forms
-                ):
-                    found = ends  # the shortest is found last
-        masculine = found.removesuffix("in")
-        for other, forms in (
-            heads.get(masculine, ()) if gender == "f" and masculine != found else ()
-        ):
+            for other, forms in heads.get(ends, ()) if len(ends) > 2 or ends in SHORT_HEADS else ():
+                both = ((a.lower(), b.lower()) for a in plurals for b in forms)
+                if gender == other and any(a.endswith(b) for a, b in both):
+                    return root(ends, gender, forms)  # forms that the word lacks may lead further
+        masculine = word.removesuffix("in")
+        for other, forms in heads.get(masculine, ()) if gender == "f" and masculine != word else ():
             if other == "m":
                 return root(masculine, "m", forms)
-        return found
+        return word
 
     return lambda row: {
         root(row["word"].lower(), row["gender"], [row["plural"], *row["other_plurals"]])
@@ -203,7 +197,7 @@ def noun_roots(heads: dict[str, list[tuple[str, list[str]]]]) -> Callable[[dict]
 # Pronunciation ------------------------------------------------------------------------------------------------------
 
 ENDING = re.compile(
-    "s|es|ed|d|n|en|ing|ers?|ors?|est|ly|y|al|ness|able|ible|ments?|ions?|ists?|ism|ful|less|ish"
+    "s|es|ed|d|n|en|ing|ers?|ors?|est|ly|y|al|ness|able|ible|ees?|ments?|ions?|ists?|ism|ful|less|ish"
 )
 
 
@@ -242,8 +236,9 @@ def stems(word: str) -> set[str]:
 def spoken_roots(
     spoken: dict[str, list[str]], lemmas: dict[str, set[str]]
 ) -> Callable[[str], set[str]]:
-    """A word is of the families of its lemma, of a word that it begins with in spelling and either in sound (a last vowel
-    aside) or up to an ending, and of a word of four letters or more that it ends with in spelling and sound."""
+    """A word is of the families of its lemma; of each word that it begins with, where five letters are shared, or the rest
+    is an ending, or four letters and the sound are (a last vowel aside); and of each word of four letters or more that it
+    ends with in spelling and sound."""
     begin = defaultdict(set)
     for word in spoken:
         for stem in stems(word):
@@ -261,7 +256,7 @@ def spoken_roots(
         found = {lemma for lemma in lemmas[word] if lemma in spoken}
         for i in range(3, len(word)):
             for other in begin.get(word[:i], ()):
-                if ENDING.fullmatch(word[i:]) or (len(other) > 3 and begins(word, other)):
+                if i > 4 or ENDING.fullmatch(word[i:]) or (len(other) > 3 and begins(word, other)):
                     found.add(other)
         for i in range(1, len(word) - 3):
             other = word[i:]

@@ -85,10 +85,10 @@ def body(runs: Runs) -> None:
     arms = runs.arms(list(METHODS))
     runs.expect(2 + len(arms) * (len(SETTINGS["first"]) + len(runs.seeds)))
     for name, quantize in (("base", False), ("base-nf4", True)):
-        runs(f"{name}/test", base_score, quantize)
+        runs(f"{name}/test", functools.partial(base_score, quantize))
     for arm in arms:
         compete(
-            runs, arm, Kept(trained, arm), functools.partial(score, arm),
+            runs, arm, Kept(functools.partial(trained, arm)), functools.partial(score, arm),
             SETTINGS["first_of"].get(arm, SETTINGS["first"]), SETTINGS["search_seeds"],
             value=lambda run: run["bits_per_token"],
         )  # fmt: skip
