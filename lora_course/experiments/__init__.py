@@ -64,6 +64,7 @@ from lora_course.experiments.study import Runs, Study, Witness
 NAMES = {
     "1_2_adalora": "adalora",
     "smol_past": "smol_past",
+    "smol_several": "smol_several",
     "tasks_nano": "tasks_nano",
 }
 """The file in this folder that holds a study, by the name of its record."""

@@ -20,7 +20,7 @@ SAMPLE = 12  # answers that a record keeps as they were written
 
 
 def task_rows_of(settings: Mapping[str, Any], name: str, seed: int) -> datasets.Dataset:
-    """The rows of all steps in the order of a seed, of `settings["length"]` tokens at most; to be read in this order."""
+    """The rows of all steps in the order of a seed, of `settings["length"]` tokens; to be read in this order."""
     rows = _rows(settings["model"], name, settings["length"]).shuffle(seed=seed)
     wanted = settings["steps"] * settings["batch"]
     return rows.select([i % len(rows) for i in range(wanted)])
@@ -60,10 +60,9 @@ def task_score(settings: Mapping[str, Any], name: str, model: nn.Module) -> dict
         )
     found = tasks.grade(name, answers, examples)
     if "regular" in examples.column_names:
-        irregular = [
-            int(right) for right, regular in zip(found["right"], examples["regular"]) if not regular
-        ]
-        found["irregular"] = sum(irregular) / len(irregular)
+        marks = zip(found["right"], examples["regular"])
+        irregular = [int(right) for right, regular in marks if not regular]
+        found["irregular"] = sum(irregular) / max(1, len(irregular))
     found["bits_per_token"] = answer_bits(settings, name, model, "test")
     sample = zip(examples["question"][:SAMPLE], answers)
     return found | {"sample": [f"{question}: {answer}" for question, answer in sample]}

@@ -135,10 +135,10 @@ def task_rows(
     examples: datasets.Dataset,
     length: int | None = None,
 ) -> datasets.Dataset:
-    """Examples as training rows of one length: `input_ids`, `attention_mask` and `labels` [rows, longest], which are −100
+    """Examples as training rows of one length: `input_ids`, `attention_mask` and `labels` [rows, length], which are −100
     at prompt and padding, so that the loss is that of the answers. Padding stands at the end.
 
-    length: leave out examples of more tokens, as all rows get as long as the longest. Raises ValueError where none is left.
+    length: leave out examples of more tokens; by default that of the longest. Raises ValueError where none is left.
     """
     pairs = [
         (prompt_ids(tokenizer, name, question), answer_ids(tokenizer, answer))
@@ -148,7 +148,7 @@ def task_rows(
     kept = [pair for pair, size in zip(pairs, sizes) if length is None or size <= length]
     if not kept:
         raise ValueError(f"length={length}: all rows are longer; the shortest has {min(sizes)}")
-    longest = max(len(prompt) + len(answer) for prompt, answer in kept)
+    longest = length or max(sizes)
     rows: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
     for prompt, answer in kept:
         used = len(prompt) + len(answer)
