@@ -144,7 +144,7 @@ def run_info(arguments: argparse.Namespace) -> None:
     import torch
 
     from lora_course import lab
-    from lora_course.training import compute_dtype
+    from lora_course.arguments import compute_dtype
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch sees"
     rows = {

@@ -25,12 +25,14 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from lora_course.injection import check_same_model, layers_of
+from lora_course.callbacks import ModelCallback
+from lora_course.injection import layers_of
 from lora_course.lora import AdapterState, LoRALinear, register
 from lora_course.states import factor_state
 
@@ -59,18 +61,19 @@ class NestedLoRALinear(LoRALinear):
     # One adapter is cut at one rank in all its layers.
     supported_fields = LoRALinear.supported_fields - {"rank_pattern"}
 
+    P: Tensor
+
     def __init__(
         self,
         base_layer: nn.Linear,
         r: int,
         lora_alpha: float,
-        lora_dropout: float = 0.0,
-        use_rslora: bool = False,
-        init_lora_weights: bool | str = True,
+        *,
         ranks: Sequence[int] | None = None,
         weighting: str = "equal",
+        **fields: Any,
     ) -> None:
-        super().__init__(base_layer, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights)
+        super().__init__(base_layer, r, lora_alpha, **fields)
         ranks = (
             [2**k for k in range(r.bit_length()) if 2**k < r] + [r]
             if ranks is None
@@ -165,7 +168,7 @@ def cut(model: nn.Module, b: int, *, weighted: bool = True) -> AdapterState:
         return factor_state(model)
 
 
-class RankSampler(TrainerCallback):
+class RankSampler(ModelCallback):
     """Random truncation: before each step the adapter is cut at a rank drawn from the layers' `ranks`, all equally likely.
 
     In a loop: `sampler.begin(t); …backward(); optimizer.step(); sampler.end()`, t from 1 on. With a Trainer:
@@ -186,14 +189,11 @@ class RankSampler(TrainerCallback):
     def __init__(
         self, model: nn.Module, seed: int = 0, *, only_last: bool = False, hold: bool = True
     ) -> None:
-        self.model, self.layers, self.seed, self.only_last, self.hold = (
-            model,
-            list(layers_of(model, NestedLoRALinear).values()),
-            seed,
-            only_last,
-            hold,
-        )
-        self.ranks, self.held = self.layers[0].ranks, []
+        super().__init__(model)
+        self.layers = list(layers_of(model, NestedLoRALinear).values())
+        self.seed, self.only_last, self.hold = seed, only_last, hold
+        self.ranks = self.layers[0].ranks
+        self.held: list[tuple[Tensor, Tensor]] = []
         if self.layers[0].weighting != "equal":
             raise ValueError(
                 "These layers have Matryoshka weighting, which trains all cuts in each step: leave the sampler out, or inject with weighting='equal'."
@@ -228,17 +228,6 @@ class RankSampler(TrainerCallback):
             part.copy_(value)
         self.held = []
         _set(self.layers, self.layers[0].r, True, False)
-
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module,
-        **_: object,
-    ) -> None:
-        """Raises ValueError for another model than the sampler's."""
-        check_same_model(self, model, self.model)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object

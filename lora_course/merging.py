@@ -18,7 +18,7 @@ Sources: task arithmetic, arXiv 2212.04089; TIES, arXiv 2306.01708; DARE, arXiv 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -52,13 +52,13 @@ def average_factors(
     weights = _check(states, weights, default=1 / max(1, len(states)))
     merged: AdapterState = {}
     for key, first in states[0].items():
-        tensors = [state.get(key) for state in states]
-        if any(tensor is None or tensor.shape != first.shape for tensor in tensors):
-            shapes = [None if tensor is None else list(tensor.shape) for tensor in tensors]
+        tensors = [state[key] for state in states if key in state]
+        shapes = [list(state[key].shape) if key in state else None for state in states]
+        if any(shape != list(first.shape) for shape in shapes):
             raise ValueError(
                 f"{key!r} has the shapes {shapes}: factors can only be averaged at one rank. Use concatenate, which needs none."
             )
-        mean = sum(weight * tensor for weight, tensor in zip(weights, tensors, strict=True))
+        mean = _sum(weight * tensor for weight, tensor in zip(weights, tensors, strict=True))
         merged[key] = first.clone() if key.endswith(".scaling") else mean
     return merged
 
@@ -102,13 +102,13 @@ def ties(
 
     def merge(deltas: list[Tensor], weights: list[float]) -> Tensor:
         trimmed = [_largest(delta, density) for delta in deltas]
-        elected = torch.where(sum(trimmed) >= 0, 1.0, -1.0)
+        elected = torch.where(_sum(trimmed) >= 0, 1.0, -1.0)
         agreeing = [tensor.sign() == elected for tensor in trimmed]
-        total = sum(
+        total = _sum(
             w * tensor * agrees
             for w, tensor, agrees in zip(weights, trimmed, agreeing, strict=True)
         )
-        return total / sum(agrees.to(total.dtype) for agrees in agreeing).clamp(min=1)
+        return total / _sum(agrees.to(total.dtype) for agrees in agreeing).clamp(min=1)
 
     return _merge(states, weights, merge, r)
 
@@ -139,7 +139,7 @@ def dare(
             torch.bernoulli(torch.full(d.shape, density), generator=generator).to(d) * d
             for d in deltas
         ]
-        return sum(weight / density * delta for weight, delta in zip(weights, kept, strict=True))
+        return _sum(w / density * delta for w, delta in zip(weights, kept, strict=True))
 
     return _merge(states, weights, merge, r)
 
@@ -174,6 +174,10 @@ def _merge(
         squares = S.double().square()
         lost, whole = lost + squares[len(root) :].sum().item(), whole + squares.sum().item()
     return Merged(merged, math.sqrt(lost / whole) if whole else 0.0)
+
+
+def _sum(parts: Iterable[Tensor]) -> Tensor:
+    return sum(parts, torch.zeros(()))
 
 
 def _largest(delta: Tensor, density: float) -> Tensor:

@@ -10,6 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import TrainerCallback
 
+from lora_course.arguments import training_arguments
 from lora_course.checkpoint import load_adapter, save_adapter
 from lora_course.export import export_peft
 from lora_course.hierarchical import NestedLoRALinear, RankSampler, at_rank, cut, matryoshka_weights
@@ -18,8 +19,9 @@ from lora_course.linears import is_4bit
 from lora_course.lora import LoRALinear
 from lora_course.qlora import quantize_model
 from lora_course.states import adapter_state, concatenate, factor_state, split_state, use_adapter
-from lora_course.training import AdapterTrainer, training_arguments
+from lora_course.training import AdapterTrainer
 from tests.models import batch, config, qwen, randomize, relative
+from tests.tolerances import EXACT, ROUNDED, TRAINED
 
 RANKS = (1, 2, 5)
 
@@ -60,12 +62,12 @@ def test_layer_computes_its_equation_at_every_cut(weighting: str) -> None:
         expected = base(x) + sum(
             12 / 5 * P[i] * (x @ layer.A[i])[..., None] * layer.B[:, i] for i in range(b)
         )
-        torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(layer(x), expected, **ROUNDED)
         A, B, scaling = layer.factors()
         assert A.shape == (b, 7) and B.shape == (4, b) and scaling == 12 / 5
         before = layer(x)
         layer.merge()
-        torch.testing.assert_close(layer(x), before, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(layer(x), before, **ROUNDED)
         layer.unmerge()
     layer.weighted, layer.rank = False, 2
     torch.testing.assert_close(layer.delta_weight(), 12 / 5 * layer.B[:, :2] @ layer.A[:2])
@@ -93,7 +95,7 @@ def test_equal_weights_at_full_rank_are_pefts_lora() -> None:
         peft.lora_A["default"].weight.data.copy_(layer.A)
         peft.lora_B["default"].weight.data.copy_(layer.B)
     mine, other = ours(**batch()), theirs(**batch())
-    torch.testing.assert_close(mine.logits, other.logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(mine.logits, other.logits, **ROUNDED)
     mine.loss.backward(), other.loss.backward()
     for name, layer in adapter_layers(ours).items():
         assert (
@@ -110,7 +112,7 @@ def test_matryoshka_weights_are_the_mean_of_the_cuts_and_algorithm_1_up_to_its_s
     model = nested(weighting="matryoshka")
     for layer in adapter_layers(model).values():
         mean = sum(layer.scaling * layer.B[:, :b] @ layer.A[:b] for b in RANKS) / len(RANKS)
-        torch.testing.assert_close(layer.delta_weight(), mean, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(layer.delta_weight(), mean, **ROUNDED)
     # The published algorithm counts down from the largest rank, with a scale for each cut; here all scales are one.
     for ranks in ((1, 2, 5), (3,), (2, 3, 4, 9)):
         counted, found = [0] * ranks[-1], 0
@@ -241,7 +243,7 @@ def test_merging_at_a_cut_and_taking_it_back() -> None:
     with at_rank(model, 2):
         expected = model(**batch()).logits
         merge(model)
-    torch.testing.assert_close(model(**batch()).logits, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model(**batch()).logits, expected, **ROUNDED)
     with pytest.raises(RuntimeError, match="unmerge"), at_rank(model, 3):
         pass
     unmerge(model)
@@ -253,9 +255,7 @@ def test_merging_at_a_cut_and_taking_it_back() -> None:
         merge(again)
         unload(again)
     with at_rank(nested(), 1) as reference:
-        torch.testing.assert_close(
-            again(**batch()).logits, reference(**batch()).logits, atol=1e-5, rtol=1e-5
-        )
+        torch.testing.assert_close(again(**batch()).logits, reference(**batch()).logits, **ROUNDED)
 
 
 # ------------------------------------------------------------------------------------------------- files
@@ -274,7 +274,7 @@ def test_peft_loads_every_cut_with_equal_logits_and_its_size_follows_the_rank(
         assert theirs.peft_config["default"].r == b and theirs.peft_config[
             "default"
         ].lora_alpha == pytest.approx(2.4 * b)
-        torch.testing.assert_close(theirs(**batch()).logits, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(theirs(**batch()).logits, expected, **ROUNDED)
         sizes[b] = (folder / "adapter_model.safetensors").stat().st_size
     steps = {sizes[b + 1] - sizes[b] for b in range(1, 5)}
     row = 4 * sum(
@@ -366,7 +366,7 @@ def test_the_callback_does_what_the_loop_does(
         optimizer.step()
         optimizer.zero_grad()
     for name, tensor in adapter_state(model).items():
-        torch.testing.assert_close(tensor, adapter_state(reference)[name], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(tensor, adapter_state(reference)[name], **TRAINED)
 
 
 @pytest.mark.parametrize("only_last", [False, True])
@@ -412,7 +412,7 @@ def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_weights(tmp_path: 
     )
     expected, found = adapter_state(straight), adapter_state(resumed)
     for name in expected:
-        torch.testing.assert_close(found[name], expected[name], atol=0, rtol=0)
+        torch.testing.assert_close(found[name], expected[name], **EXACT)
 
 
 def test_training_by_truncation_orders_what_slicing_a_plain_adapter_does_not() -> None:

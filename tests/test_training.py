@@ -2,10 +2,6 @@
 
 import copy
 import json
-import os
-import signal
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -17,31 +13,21 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from lora_course import training
+from lora_course.arguments import compute_dtype, training_arguments
 from lora_course.injection import adapter_layers, inject, merge
 from lora_course.qlora import load_4bit, quantize_model
+from lora_course.runs import COMPLETE, last_checkpoint
 from lora_course.states import adapter_state
-from lora_course.training import (
-    COMPLETE,
-    AdapterTrainer,
-    compute_dtype,
-    last_checkpoint,
-    training_arguments,
-)
+from lora_course.training import AdapterTrainer
+from tests.processes import run_until_shot, shot
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 NANO = Path(training.__file__).parent / "data" / "nano"
 LENGTH = 16
 MODEL = AutoModelForCausalLM.from_pretrained(NANO, dtype=torch.float32)
 MODEL.model.layers = MODEL.model.layers[:2]  # half of nano: the same in half the time
 MODEL.config.num_hidden_layers = 2
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """The batches are too small for a second thread, which on a busy machine only waits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def injected(dropout: float = 0.0, model: torch.nn.Module | None = None) -> torch.nn.Module:
@@ -301,7 +287,7 @@ class Kill(TrainerCallback):
 
     def on_substep_end(self, args, state, control, **_) -> None:
         if state.global_step == 7:
-            os.kill(os.getpid(), signal.SIGKILL)
+            shot()
 
 
 def run_to_the_end(folder: Path, kill: bool = False) -> dict[str, torch.Tensor]:
@@ -334,16 +320,7 @@ def test_after_a_kill_the_same_command_reaches_the_same_weights(tmp_path: Path) 
     killed.mkdir()
     expected = run_to_the_end(straight)
 
-    code = f"from tests.test_training import *; torch.set_num_threads(1); run_to_the_end(Path({str(killed)!r}), kill=True)"
-    root = Path(__file__).parents[1]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]),
-    }
-    process = subprocess.run(
-        [sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True
-    )
-    assert process.returncode == -signal.SIGKILL, process.stderr
+    run_until_shot("tests.test_training", f"run_to_the_end(Path({str(killed)!r}), kill=True)")
     assert last_checkpoint(killed).name == "checkpoint-6"
     assert_same(run_to_the_end(killed), expected)
     assert (killed / "history.json").read_text() == (straight / "history.json").read_text()
@@ -483,3 +460,10 @@ def test_a_gpu_without_bf16_computes_in_fp16(monkeypatch, native, dtype) -> None
         lambda including_emulation=True: native or including_emulation,
     )
     assert compute_dtype() == compute_dtype("cuda:0") == dtype
+
+
+def test_without_progress_nothing_is_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    AdapterTrainer(injected(), arguments(tmp_path, max_steps=2), train_dataset=rows()).train()
+    assert capsys.readouterr().out == ""  # transformers prints each logged step in place of its bar

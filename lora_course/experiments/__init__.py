@@ -25,10 +25,9 @@ A study is written like this, in `lora_course/experiments/ranks.py`, with its na
     def body(runs: Runs) -> None:
         arms = runs.arms(list(SETTINGS["ranks"]))
         runs.expect(1 + len(arms) * (3 * 2 + len(runs.seeds)))
-        runs("base/test", lambda: {"bits_per_byte": bits_of(SETTINGS, base_of(SETTINGS), "test")})
+        runs("base/test", base_score, SETTINGS, "test")
         for arm in arms:
-            kept = Kept(lambda rate, seed, arm=arm: trained(arm, rate, seed))
-            compete(runs, arm, kept, score, SETTINGS["first"], SETTINGS["search_seeds"], agree=2)
+            compete(runs, arm, Kept(trained, arm), score, SETTINGS["first"], SETTINGS["search_seeds"], agree=2)
 
     WITNESS = Witness(("r8/0.008/0/test",), {"bits_per_byte": 5e-3, "parameters": 0}, "bf16 against fp32 moved it by 0.002")
     STUDY = Study("0_2_ranks", "LoRA of two ranks", SETTINGS, body, WITNESS)
@@ -49,6 +48,7 @@ from lora_course.experiments.arms import (
     Trained,
     adapted,
     base_of,
+    base_score,
     bits_of,
     compete,
     config_of,
@@ -62,7 +62,22 @@ from lora_course.experiments.record import Record
 from lora_course.experiments.study import Runs, Study, Witness
 
 NAMES = {
+    "0_1_lora": "lora",
+    "1_1_formats": "formats",
+    "1_1_qlora": "qlora",
     "1_2_adalora": "adalora",
+    "2_1_experts": "experts",
+    "2_2_progressive": "progressive",
+    "3_1_adaptive": "adaptive",
+    "3_1_controls": "adaptive_controls",
+    "3_2_distillation": "distillation",
+    "3_2_merge": "distillation_merge",
+    "3_3_continual": "continual",
+    "4_1_sparse": "sparse",
+    "4_2_hierarchical": "hierarchical",
+    "4_3_quantized": "quantized",
+    "4_4_fused": "fused",
+    "5_1_comparison": "comparison",
     "smol_past": "smol_past",
     "smol_several": "smol_several",
     "tasks_nano": "tasks_nano",
@@ -90,6 +105,7 @@ __all__ = [
     "Witness",
     "adapted",
     "base_of",
+    "base_score",
     "bits_of",
     "compete",
     "config_of",

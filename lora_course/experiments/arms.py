@@ -17,9 +17,10 @@ from peft import LoraConfig
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 
-from lora_course import injection, lab
+from lora_course import lab
 from lora_course.checkpoint import save_adapter
 from lora_course.experiments.study import Runs
+from lora_course.injection import inject, trainable_parameters
 from lora_course.lab import study
 
 EXTENSIONS = 8  # doublings or halvings of a rate beyond the first ones, before a search gives up
@@ -40,7 +41,7 @@ class Arm:
     auxiliary_loss: Callable[[nn.Module], torch.Tensor] | None = None
     fit: Callable[[datasets.Dataset, float, int], list[float]] | None = None
     finish: Callable[[nn.Module], object] | None = None
-    parameters: Callable[[nn.Module], int] = injection.trainable_parameters
+    parameters: Callable[[nn.Module], int] = trainable_parameters
     save: Callable[[nn.Module, Path], object] = save_adapter
 
 
@@ -97,10 +98,11 @@ def train(
 
 
 class Kept:
-    """A training function of (rate, seed) that remembers: what is chosen is not trained again for the other split."""
+    """`train(*arguments, rate, seed)` as a function of (rate, seed) that remembers: what is chosen is not trained again for
+    the other split."""
 
-    def __init__(self, train: Callable[[float, int], Any]) -> None:
-        self.train, self.made = train, {}
+    def __init__(self, train: Callable[..., Any], *arguments: Any) -> None:
+        self.train, self.made = functools.partial(train, *arguments), {}
 
     def __call__(self, rate: float, seed: int) -> Any:
         if (rate, seed) not in self.made:
@@ -117,6 +119,7 @@ def search(
     first: Sequence[float],
     seeds: Sequence[int],
     agree: int | None = None,
+    edges: bool = True,
 ) -> float:
     """The learning rate with the lowest mean of `value` (rate, seed), NaN being the worst.
 
@@ -124,6 +127,7 @@ def search(
     next rate on that side is tried too.
     agree: ask so many of the seeds; while fewer than that find the mean's best rate best by themselves, ask the next seed
         too. By default all seeds are asked.
+    edges: go on beyond an edge; False for a choice that another study goes on with.
 
     Raises:
         ValueError: the best is still at the edge after eight more rates.
@@ -137,7 +141,7 @@ def search(
     while True:
         means = {rate: statistics.fmean(lost(rate, s) for s in seeds[:count]) for rate in rates}
         best = min(means, key=means.__getitem__)
-        if best in (min(rates), max(rates)):
+        if edges and best in (min(rates), max(rates)):
             if len(rates) == len(first) + EXTENSIONS:
                 raise ValueError(
                     f"the best rate, {best:g}, still lies at the edge of {min(rates):g} to {max(rates):g}: begin the search "
@@ -170,11 +174,11 @@ def compete(
     """
     values: dict[float, dict[int, float]] = {}
 
+    def scored(rate: float, seed: int, split: str) -> Mapping[str, Any]:
+        return score(trained(rate, seed), split)
+
     def validate(rate: float, seed: int) -> float:
-        run = runs(
-            run_key(arm, rate, seed, "validation"),
-            lambda: score(trained(rate, seed), "validation"),
-        )
+        run = runs(run_key(arm, rate, seed, "validation"), scored, rate, seed, "validation")
         values.setdefault(rate, {})[seed] = value(run)
         means = {r: statistics.fmean(found.values()) for r, found in values.items()}
         trained.only([rate, min(means, key=means.__getitem__)])
@@ -183,7 +187,7 @@ def compete(
     best = search(validate, first, search_seeds, agree)
     trained.only([best])
     for seed in runs.seeds:
-        runs(run_key(arm, best, seed, "test"), lambda s=seed: score(trained(best, s), "test"))
+        runs(run_key(arm, best, seed, "test"), scored, best, seed, "test")
     return best
 
 
@@ -215,7 +219,7 @@ def adapted(settings: Mapping[str, Any], seed: int, config: LoraConfig, **layer:
     """The base with a fresh adapter that the seed draws; layer: the rest of what `inject` takes."""
     model = base_of(settings)
     torch.manual_seed(seed)
-    return injection.inject(model, config, **layer)
+    return inject(model, config, **layer)
 
 
 def rows_of(settings: Mapping[str, Any], domain: str | None = None) -> datasets.Dataset:
@@ -241,3 +245,8 @@ def bits_of(
         lab.load_text(domain or settings["domain"], split),
         max_bytes=size if isinstance(size, int) else size[split],
     )
+
+
+def base_score(settings: Mapping[str, Any], split: str) -> dict[str, float]:
+    """The run of the untouched base."""
+    return {"bits_per_byte": bits_of(settings, base_of(settings), split)}

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from lora_course.training import compute_dtype
+from lora_course.arguments import compute_dtype
+from lora_course.files import replace_file
 
 PACKAGE = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
@@ -81,9 +82,8 @@ class Record:
 
     def _write(self, record: Mapping[str, Any]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_name(self.path.name + ".part")
-        part.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-        part.replace(self.path)
+        text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+        replace_file(self.path, text.encode())
 
     def _refuse_another(self) -> None:
         try:
@@ -101,7 +101,7 @@ class Record:
         without = [
             {k: v for k, v in s.items() if k != "seeds"} for s in (settings, self.new["settings"])
         ]
-        if different := differences(*without):
+        if different := changed(*without):
             raise ValueError(
                 f"{self.path} holds runs of other settings: {'; '.join(different)}. Give another file (--out FILE), or "
                 "start this one anew (--overwrite)"
@@ -113,13 +113,13 @@ def as_json(values: Any) -> Any:
     return json.loads(json.dumps(values))
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> list[str]:
+def changed(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> list[str]:
     """Where two settings differ, in words."""
     found = []
     for key in dict.fromkeys([*old, *new]):
         a, b = old.get(key, "absent"), new.get(key, "absent")
         if isinstance(a, dict) and isinstance(b, dict):
-            found += differences(a, b, f"{path}{key}.")
+            found += changed(a, b, f"{path}{key}.")
         elif a != b:
             found.append(f"{path}{key} is {a} there and {b} here")
     return found
@@ -174,3 +174,12 @@ def largest_difference(recorded: Any, again: Any) -> float:
         return 0.0 if recorded == again else float("inf")
     difference = abs(recorded - again)
     return difference if difference == difference else float("inf")  # NaN is no agreement
+
+
+def beginning(whole: Any, part: Any) -> Any:
+    """Of values those that a part of them has too: its keys, and as many first entries as its lists have."""
+    if isinstance(whole, dict) and isinstance(part, dict):
+        return {key: beginning(whole[key], part[key]) for key in part if key in whole}
+    if isinstance(whole, list) and isinstance(part, list):
+        return [beginning(a, b) for a, b in zip(whole, part, strict=False)]
+    return whole

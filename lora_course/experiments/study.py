@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_course.experiments.record import Record, as_json, commit, largest_difference
+from lora_course.experiments.record import Record, as_json, beginning, commit, largest_difference
 from lora_course.lab.study import STUDIES
 
-Compute = Callable[[], Mapping[str, Any]]
+Compute = Callable[..., Mapping[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,12 +26,15 @@ class Witness:
         lists or dictionaries of numbers.
     reason: of the tolerances.
     chapter: the chapter that runs a run of this record again each time it is built, so that CI need not; "" where none does.
+    part: computes the beginning of the one key's run, where a whole run takes more than a minute: dictionaries may lack keys,
+        and lists may be shorter than the recorded ones.
     """
 
     keys: tuple[str, ...]
     within: Mapping[str, float]
     reason: str
     chapter: str = ""
+    part: Compute | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,13 +112,19 @@ class Study:
             raise ValueError(
                 f"{record.path} has no run {missing[0]!r}: `lora-course study run {self.name}` computes it"
             )
-        again = Again(record, self.witness.keys)
-        with contextlib.suppress(WitnessIsComplete):
-            self.body(again)
+        if self.witness.part:
+            (key,) = self.witness.keys
+            part = as_json(self.witness.part())
+            begun = {f: beginning(value, part.get(f)) for f, value in recorded[key].items()}
+            found, recorded = {key: part}, {key: begun}
+        else:
+            again = Again(record, self.witness.keys)
+            with contextlib.suppress(WitnessIsComplete):
+                self.body(again)
+            found = again.found
         largest = {
             field: max(
-                largest_difference(recorded[key].get(field), again.found[key].get(field))
-                for key in self.witness.keys
+                largest_difference(recorded[k].get(field), found[k].get(field)) for k in found
             )
             for field in self.witness.within
         }
@@ -134,9 +143,9 @@ class Study:
 
 
 class Runs:
-    """What a study's body calls for each of its runs: `runs(key, compute)` → the recorded values.
+    """What a study's body calls for each of its runs: `runs(key, compute, *arguments)` → the recorded values.
 
-    `compute` is called only where the record has no such key; its values are written then.
+    `compute(*arguments)` is called only where the record has no such key; its values are written then.
     seeds: those of the settings and of the record.
     """
 
@@ -172,10 +181,10 @@ class Runs:
         wanted = {arm for pattern in self.patterns for arm in matching(pattern)}
         return [arm for arm in known if arm in wanted]
 
-    def __call__(self, key: str, compute: Compute) -> dict[str, Any]:
+    def __call__(self, key: str, compute: Compute, *arguments: Any) -> dict[str, Any]:
         self.done.add(key)
         if key not in self.recorded:
-            self.recorded[key] = self.record.add(key, compute())
+            self.recorded[key] = self.record.add(key, compute(*arguments))
             self.computed += 1
             self.progress(self._line(key))
         return self.recorded[key]
@@ -199,10 +208,10 @@ class Again(Runs):
         super().__init__(record)
         self.left, self.found = list(keys), {}
 
-    def __call__(self, key: str, compute: Compute) -> dict[str, Any]:
+    def __call__(self, key: str, compute: Compute, *arguments: Any) -> dict[str, Any]:
         if key in self.left:
             self.left.remove(key)
-            self.found[key] = as_json(compute())
+            self.found[key] = as_json(compute(*arguments))
             if not self.left:
                 raise WitnessIsComplete
         elif key not in self.recorded:

@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from lora_course.training import compute_dtype
+from lora_course.arguments import compute_dtype
 
 GIB = 2**30
 CUDA_CONTEXT = GIB // 2  # what CUDA itself takes on a GPU before the first tensor
