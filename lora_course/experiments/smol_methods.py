@@ -14,17 +14,27 @@ from torch import nn
 from transformers import PrinterCallback, Trainer
 
 from lora_course import progressive
-from lora_course.adalora import AdaLoRALinear, RankAllocator, prune, ranks, regularizer
+from lora_course.adalora import (
+    AdaLoRALinear,
+    RankAllocator,
+    kept_triplets,
+    prune_triplets,
+    regularizer,
+)
 from lora_course.adaptive import GrowingLoRALinear, GrowthSchedule, RankGrower
+from lora_course.arguments import training_arguments
 from lora_course.experiments.arms import Arm, adapted, base_of, config_of
 from lora_course.hierarchical import NestedLoRALinear
 from lora_course.injection import adapter_layers, inject
 from lora_course.qlora import quantize_model
 from lora_course.quantized import QuantizedLoRALinear
-from lora_course.sparse import GatedLoRALinear, GateSparsity, SparseDeltaLinear
-from lora_course.sparse import prune as prune_gates
-from lora_course.sparse import ranks as gate_ranks
-from lora_course.training import training_arguments
+from lora_course.sparse import (
+    GatedLoRALinear,
+    GateSparsity,
+    SparseDeltaLinear,
+    open_gates,
+    prune_gates,
+)
 
 Settings = Mapping[str, Any]
 
@@ -79,8 +89,8 @@ def adalora(settings: Settings, seed: int) -> Arm:
     model = adapted(settings, seed, config, layer=AdaLoRALinear)
 
     def finish(model: nn.Module) -> dict[str, Any]:
-        prune(model)
-        return {"ranks": spread(ranks(model))}
+        prune_triplets(model)
+        return {"ranks": spread(kept_triplets(model))}
 
     return Arm(model, [RankAllocator(model)], regularizer, finish=finish)
 
@@ -91,7 +101,7 @@ def gates(settings: Settings, seed: int) -> Arm:
 
     def finish(model: nn.Module) -> dict[str, Any]:
         prune_gates(model)
-        return {"ranks": spread(gate_ranks(model))}
+        return {"ranks": spread(open_gates(model))}
 
     return Arm(model, [GateSparsity(model, penalty=settings["gate_penalty"])], finish=finish)
 

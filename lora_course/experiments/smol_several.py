@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lora_course import continual
+from lora_course.arguments import training_arguments
 from lora_course.distillation import DistillationConfig, DistillationTrainer, Teachers
 from lora_course.experiments import Kept, Runs, Study, Witness, compete, run_key
 from lora_course.experiments.arms import Arm, adapted, base_of, config_of, train
@@ -34,7 +35,6 @@ from lora_course.experts import mix_experts
 from lora_course.lora import AdapterState, LoRALinear
 from lora_course.merging import ties
 from lora_course.states import concatenate, factor_state, use_adapter
-from lora_course.training import training_arguments
 
 TASKS = ["past", "plural", "pronunciation"]
 SETTINGS: dict[str, Any] = {

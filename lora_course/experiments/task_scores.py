@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from lora_course import lab
+from lora_course.arguments import compute_dtype
 from lora_course.experiments.arms import tokenizer_of
 from lora_course.lab import tasks
-from lora_course.training import compute_dtype
 
 SAMPLE = 12  # answers that a record keeps as they were written
 
