@@ -84,6 +84,9 @@ NAMES = {
 }
 """The file in this folder that holds a study, by the name of its record."""
 
+UNDER_WAY = ("smol_past", "smol_several", "tasks_nano")
+"""Studies whose records are still to be completed: what is there is whole, more is to come, and no chapter builds on it yet."""
+
 
 def get(name: str) -> Study:
     """A study by the name of its record ("1_2_adalora") or of its file ("adalora"). Raises ValueError for an unknown one."""
@@ -96,6 +99,7 @@ def get(name: str) -> Study:
 
 __all__ = [
     "NAMES",
+    "UNDER_WAY",
     "Arm",
     "Kept",
     "Record",

@@ -23,6 +23,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from lora_course.lab.corpora import SPLITS
 from lora_course.lab.models import document_start, evaluating
 
+QUESTION = "<question>"  # stands for it while a chat template is filled in
 DATA = Path(__file__).resolve().parents[1] / "data" / "tasks"
 
 
@@ -110,23 +111,27 @@ def load_task(name: str, split: str) -> datasets.Dataset:
 # Rows for training ----------------------------------------------------------------------------------------------------
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, name: str, question: str) -> list[int]:
-    """Tokens before the answer: the tokenizer's chat template with the task's instruction, or `name: question ->`."""
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase, name: str, questions: Sequence[str]
+) -> list[list[int]]:
+    """Tokens before each answer: the tokenizer's chat template with the task's instruction, or `name: question ->`."""
+    texts = [f"{name}: {question} ->" for question in questions]
+    start = [document_start(tokenizer)]
     if tokenizer.chat_template:
         messages = [
             {"role": "system", "content": task(name).instruction},
-            {"role": "user", "content": question},
+            {"role": "user", "content": QUESTION},
         ]
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-    text = f"{name}: {question} ->"
-    return [document_start(tokenizer), *tokenizer(text, add_special_tokens=False)["input_ids"]]
+        form = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        texts, start = [form.replace(QUESTION, question) for question in questions], []
+    return [start + ids for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
 
 
-def answer_ids(tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
-    """Tokens of the answer and the one that ends it."""
-    text = answer if tokenizer.chat_template else f" {answer}"
-    return [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+def answer_ids(tokenizer: PreTrainedTokenizerBase, answers: Sequence[str]) -> list[list[int]]:
+    """Tokens of each answer and the one that ends it."""
+    texts = [answer if tokenizer.chat_template else f" {answer}" for answer in answers]
+    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return [[*ids, tokenizer.eos_token_id] for ids in encoded]
 
 
 def task_rows(
@@ -140,10 +145,8 @@ def task_rows(
 
     length: leave out examples of more tokens; by default that of the longest. Raises ValueError where none is left.
     """
-    pairs = [
-        (prompt_ids(tokenizer, name, question), answer_ids(tokenizer, answer))
-        for question, answer in zip(examples["question"], examples["answer"])
-    ]
+    prompts = prompt_ids(tokenizer, name, examples["question"][:])
+    pairs = list(zip(prompts, answer_ids(tokenizer, examples["answer"][:])))
     sizes = [len(prompt) + len(answer) for prompt, answer in pairs]
     kept = [pair for pair, size in zip(pairs, sizes) if length is None or size <= length]
     if not kept:
@@ -172,7 +175,7 @@ def write_answers(
     max_new_tokens: int = 40,
 ) -> list[str]:
     """The model's answers, greedily, up to the end token or `max_new_tokens`. Prompts of a batch are padded on the left."""
-    prompts = [prompt_ids(tokenizer, name, question) for question in questions]
+    prompts = prompt_ids(tokenizer, name, list(questions))
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     end, device = tokenizer.eos_token_id, model.get_input_embeddings().weight.device
     settings = GenerationConfig(
