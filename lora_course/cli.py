@@ -59,7 +59,9 @@ def parser() -> argparse.ArgumentParser:
         "verify", help="run the witness of each record again and compare",
         description="Runs one cheap run a record again, compares it within the study's tolerance, and notes the outcome in the record.",
     )  # fmt: skip
-    verifying.add_argument("names", nargs="*", metavar="NAME", help="by default all studies")
+    verifying.add_argument(
+        "names", nargs="*", metavar="NAME", help="by default all that are complete"
+    )
     verifying.add_argument(
         "--no-note", action="store_true", help="leave the records as they are: only say what was found"
     )  # fmt: skip
@@ -130,7 +132,8 @@ def run_study(arguments: argparse.Namespace) -> None:
 def run_study_verify(arguments: argparse.Namespace) -> None:
     from lora_course import experiments
 
-    studies = [experiments.get(name) for name in arguments.names or experiments.NAMES]
+    complete = [name for name in experiments.NAMES if name not in experiments.UNDER_WAY]
+    studies = [experiments.get(name) for name in arguments.names or complete]
     if arguments.ci:
         studies = [study for study in studies if not study.witness.chapter]
     failed = []

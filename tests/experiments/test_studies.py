@@ -20,7 +20,21 @@ class Asked(Runs):
         return super().__call__(key, compute, *arguments)
 
 
-@pytest.mark.parametrize("name", experiments.NAMES)
+COMPLETE = [name for name in experiments.NAMES if name not in experiments.UNDER_WAY]
+
+
+@pytest.mark.parametrize("name", experiments.UNDER_WAY)
+def test_a_record_under_way_is_whole_as_far_as_it_goes(name: str) -> None:
+    """Of these settings, each run with where it was made; and something is missing, or the study would leave the list."""
+    study = experiments.get(name)
+    record = Record(study.path, study.name, study.settings)
+    made = [key for entry in record.read()["made"] for key in entry["keys"]]
+    assert sorted(made) == sorted(record.runs)
+    with pytest.raises(AssertionError, match="lacks"):
+        study.body(Asked(record))
+
+
+@pytest.mark.parametrize("name", COMPLETE)
 def test_a_record_holds_the_runs_that_its_study_asks_for_and_no_others(name: str) -> None:
     study = experiments.get(name)
     assert study.name == name and experiments.get(experiments.NAMES[name]) is study
@@ -31,7 +45,7 @@ def test_a_record_holds_the_runs_that_its_study_asks_for_and_no_others(name: str
     assert asked.expected <= len(asked.done) <= 1.2 * asked.expected
 
 
-@pytest.mark.parametrize("name", experiments.NAMES)
+@pytest.mark.parametrize("name", COMPLETE)
 def test_a_record_says_where_each_run_was_made_and_when_it_last_held(name: str) -> None:
     study, record = experiments.get(name), reading.load_study(name)
     keys = [key for made in record["made"] for key in made["keys"]]
@@ -47,7 +61,7 @@ def test_a_record_says_where_each_run_was_made_and_when_it_last_held(name: str) 
     assert "Verified" in reading.provenance(record)
 
 
-@pytest.mark.parametrize("name", experiments.NAMES)
+@pytest.mark.parametrize("name", COMPLETE)
 def test_a_tolerance_for_rounding_is_less_than_the_seeds_lie_apart(name: str) -> None:
     witness, record = experiments.get(name).witness, reading.load_study(name)
     if ROUNDING not in witness.reason:
@@ -67,13 +81,14 @@ def test_a_tolerance_for_rounding_is_less_than_the_seeds_lie_apart(name: str) ->
     assert apart and all(witness.within[field] < apart[field] for field in apart), apart
 
 
-@pytest.mark.parametrize("name", experiments.NAMES)
+@pytest.mark.parametrize("name", COMPLETE)
 def test_no_record_is_tied_to_its_sources(name: str) -> None:
     assert "sha256" not in json.dumps(reading.load_study(name))
 
 
 def test_every_record_belongs_to_a_study() -> None:
-    assert {path.stem for path in reading.STUDIES.glob("*.json")} == set(experiments.NAMES)
+    files = {path.stem for path in reading.STUDIES.glob("*.json")}
+    assert set(COMPLETE) <= files <= set(experiments.NAMES)
 
 
 def test_an_unknown_study_is_refused() -> None:

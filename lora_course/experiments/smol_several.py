@@ -1,0 +1,236 @@
+"""Three tasks at once on a chat model of 135M parameters: experts, merging, distillation and continual learning.
+
+The tasks are the past of English verbs, the plural of German nouns, and pronunciation. All arms read the same rows of each task,
+equally many, once; "router" and the students read a part of them again. Each arm that trains has its own search for the rate on
+validation words, by the mean bits an answer token of the tasks, with seed 0; the chosen rate gets every seed and answers test words.
+What was trained on one task lies under build/studies/, to be taken up again.
+
+    specialists   LoRA of rank 8 a task, each asked its own task       joint       one LoRA of rank 24, on all rows, shuffled
+    router        the specialists, frozen, behind trained routers      average, ties   the specialists as one adapter, untrained
+    student       LoRA of rank 8 on a third of all rows                distilled   the same, taught by the specialists as well
+    sequential, replay, orthogonal   LoRA of rank 8, one task after another, in the order above
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from lora_course import continual
+from lora_course.arguments import training_arguments
+from lora_course.distillation import DistillationConfig, DistillationTrainer, Teachers
+from lora_course.experiments import Kept, Runs, Study, Witness, compete, run_key
+from lora_course.experiments.arms import Arm, adapted, base_of, config_of, train
+from lora_course.experiments.task_scores import answer_bits, task_rows_of, task_score
+from lora_course.experts import mix_experts
+from lora_course.lora import AdapterState, LoRALinear
+from lora_course.merging import ties
+from lora_course.states import concatenate, factor_state, use_adapter
+
+TASKS = ["past", "plural", "pronunciation"]
+SETTINGS: dict[str, Any] = {
+    "model": "smol", "tasks": TASKS, "steps": 40, "batch": 12, "length": 46, "r": 8, "scaling": 2.0,
+    "words": {"validation": 80, "test": 200}, "new_tokens": 24, "seeds": [0, 1, 2], "search_seeds": [0],
+    "first": [1e-3, 2e-3, 4e-3], "router": {"steps": 20, "first": [1e-2, 3e-2, 1e-1]}, "alpha": 0.5,
+    "merge_weights": [1 / 3, 2 / 3, 1.0], "ties_density": 0.2, "memory": 65_536, "share": 0.5, "strength": 0.5,
+}  # fmt: skip
+TRAINED = Path(__file__).resolve().parents[2] / "build" / "studies" / "smol_several"
+
+
+def mixed_rows(seed: int, steps: int) -> datasets.Dataset:
+    """The first rows that the specialists of this seed read, equally many of each task, shuffled; `domain` says which task."""
+    count = steps * SETTINGS["batch"] // len(TASKS)
+    parts = [
+        task_rows_of(SETTINGS, task, seed).select(range(count)).add_column("domain", [i] * count)
+        for i, task in enumerate(TASKS)
+    ]
+    return datasets.concatenate_datasets(parts).shuffle(seed=seed).with_format("torch")
+
+
+def fit(arm: Arm, rows: datasets.Dataset, rate: float, seed: int, steps: int) -> nn.Module:
+    sequential = {"train_sampling_strategy": "sequential"}
+    return train(arm, rows, rate, seed, steps, SETTINGS["batch"], **sequential).model
+
+
+def fresh(seed: int, r: int = SETTINGS["r"], layer: type[LoRALinear] = LoRALinear) -> nn.Module:
+    return adapted(SETTINGS, seed, config_of(r), layer=layer)
+
+
+@functools.cache
+def plain() -> nn.Module:
+    """The base with plain LoRA, to put a state into."""
+    return fresh(0)
+
+
+def specialists(rate: float, seed: int) -> dict[str, AdapterState]:
+    """One adapter a task."""
+    states = {}
+    for task in TASKS:
+        path = TRAINED / f"{task}-{rate:g}-{seed}.safetensors"
+        if not path.exists():
+            rows = task_rows_of(SETTINGS, task, seed)
+            model = fit(Arm(fresh(seed)), rows, rate, seed, SETTINGS["steps"])
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file(factor_state(model), path)
+        states[task] = load_file(path)
+    return states
+
+
+def joint(rate: float, seed: int) -> nn.Module:
+    steps = SETTINGS["steps"] * len(TASKS)
+    arm = Arm(fresh(seed, SETTINGS["r"] * len(TASKS)))
+    return fit(arm, mixed_rows(seed, steps), rate, seed, steps)
+
+
+def router(of: float, rate: float, seed: int) -> nn.Module:
+    """of: the rate at which the specialists were trained."""
+    model, steps = base_of(SETTINGS), SETTINGS["router"]["steps"]
+    torch.manual_seed(seed)
+    mix_experts(model, list(specialists(of, seed).values()))
+    return fit(Arm(model), mixed_rows(seed, steps), rate, seed, steps)
+
+
+def student(rate: float, seed: int) -> nn.Module:
+    steps = SETTINGS["steps"]
+    return fit(Arm(fresh(seed)), mixed_rows(seed, steps), rate, seed, steps)
+
+
+def distilled(of: float, rate: float, seed: int) -> nn.Module:
+    """The student, whose rows are each taught by their own task's specialist too."""
+    model, steps = fresh(seed), SETTINGS["steps"]
+    teachers = Teachers(model, specialists(of, seed), torch.eye(len(TASKS)))
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = training_arguments(
+            folder, learning_rate=rate, seed=seed, max_steps=steps, warmup_steps=0.1, lr_scheduler_type="linear",
+            per_device_train_batch_size=SETTINGS["batch"], save_strategy="no", disable_tqdm=True,
+            train_sampling_strategy="sequential",
+        )  # fmt: skip
+        config = DistillationConfig(alpha=SETTINGS["alpha"])
+        DistillationTrainer(
+            model,
+            arguments,
+            teachers=teachers,
+            config=config,
+            train_dataset=mixed_rows(seed, steps),
+        ).train()
+    return model
+
+
+STRATEGIES: dict[str, Callable[[int], continual.Sequential]] = {
+    "sequential": lambda seed: continual.Sequential(),
+    "replay": lambda seed: continual.Replay(SETTINGS["memory"], SETTINGS["share"], seed),
+    "orthogonal": lambda seed: continual.Orthogonal(SETTINGS["strength"]),
+}
+
+
+def in_sequence(name: str, rate: float, seed: int) -> tuple[nn.Module, list[list[float]]]:
+    """The model after the last task, and R in bits an answer token on test words."""
+    strategy = STRATEGIES[name](seed)
+    model = fresh(seed, layer=strategy.layer)
+    tasks = [
+        continual.Task(
+            task,
+            task_rows_of(SETTINGS, task, seed),
+            functools.partial(lambda task, model: answer_bits(SETTINGS, task, model, "test"), task),
+        )
+        for task in TASKS
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = training_arguments(
+            folder, "cpu", learning_rate=rate, seed=seed, max_steps=SETTINGS["steps"], disable_tqdm=True, warmup_steps=0.1,
+            per_device_train_batch_size=SETTINGS["batch"], lr_scheduler_type="linear", save_strategy="no",
+        )  # fmt: skip
+        results = continual.learn(model, tasks, strategy, arguments)
+    return model, results.matrix.tolist()
+
+
+# Scores ---------------------------------------------------------------------------------------------------------------
+
+
+def score(found: Any, split: str) -> dict[str, Any]:
+    """found: one model for all tasks, that and R, or a state a task."""
+    model, matrix = found if isinstance(found, tuple) else (found, None)
+    asked = {}
+    for task in TASKS:
+        served = use_adapter(plain(), model[task]) if isinstance(model, dict) else model
+        if split == "validation":
+            asked[task] = {"bits_per_token": answer_bits(SETTINGS, task, served, split)}
+        else:
+            asked[task] = task_score(SETTINGS, task, served)
+    mean = statistics.fmean(one["bits_per_token"] for one in asked.values())
+    return {"bits_per_token": mean, "tasks": asked} | ({"matrix": matrix} if matrix else {})
+
+
+def merged_score(kind: str, of: float, seed: int, weight: float, split: str) -> dict[str, Any]:
+    states = list(specialists(of, seed).values())
+    weights = [weight] * len(states)
+    if kind == "average":
+        state = concatenate(states, weights)
+    else:
+        rank = SETTINGS["r"] * len(states)
+        state = ties(states, rank, SETTINGS["ties_density"], weights).state
+    return score(use_adapter(plain(), state), split)
+
+
+def body(runs: Runs) -> None:
+    bits: Callable[[Any], float] = lambda run: run["bits_per_token"]  # noqa: E731
+    kinds = ["average", "ties"]
+    wanted = runs.arms(
+        ["specialists", "joint", *kinds, "router", "student", "distilled", *STRATEGIES]
+    )
+    searched = len(SETTINGS["first"]) + len(runs.seeds)
+    runs.expect(1 + searched * len({"specialists", *wanted}))
+
+    def compare(arm: str, trained: Callable[..., Any], first: list[float]) -> float:
+        return compete(runs, arm, Kept(trained), score, first, SETTINGS["search_seeds"], value=bits)
+
+    runs("base/test", lambda: score(base_of(SETTINGS), "test"))
+    of = compare("specialists", specialists, SETTINGS["first"])  # the rate that others build on
+    arms: dict[str, Callable[..., Any]] = {
+        "joint": joint,
+        "router": functools.partial(router, of),
+        "student": student,
+        "distilled": functools.partial(distilled, of),
+        **{name: functools.partial(in_sequence, name) for name in STRATEGIES},
+    }
+    for arm in wanted:
+        if arm in arms:
+            first = SETTINGS["router"]["first"] if arm == "router" else SETTINGS["first"]
+            compare(arm, arms[arm], first)
+        elif arm in kinds:
+            merge(runs, arm, of)
+
+
+def merge(runs: Runs, kind: str, of: float) -> None:
+    """The weight is searched, as rates are, with the first seed on validation words."""
+    found = {}
+    for weight in SETTINGS["merge_weights"]:
+        compute = functools.partial(merged_score, kind, of, 0, weight, "validation")
+        found[weight] = runs(run_key(kind, weight, 0, "validation"), compute)["bits_per_token"]
+    best = min(found, key=found.__getitem__)
+    for seed in runs.seeds:
+        compute = functools.partial(merged_score, kind, of, seed, best, "test")
+        runs(run_key(kind, best, seed, "test"), compute)
+
+
+WITNESS = Witness(
+    ("specialists/0.002/0/validation",),
+    {"bits_per_token": 0.1},
+    "Products in bf16 and in fp32 give trainings of 40 steps that differ; arms that are told apart differ by more",
+)
+STUDY = Study(
+    "smol_several",
+    "SmolLM2-135M on three tasks: experts, merging, distillation, continual learning",
+    SETTINGS,
+    body,
+    WITNESS,
+)
