@@ -49,8 +49,10 @@ from lora_course import (
     quantized,
     sparse,
 )
-from lora_course.checkpoint import export_peft
+from lora_course.export import export_peft
+from lora_course.injection import adapter_layers, inject, merge, unload
 from lora_course.lab.study import source_hash
+from lora_course.states import factor_state
 from lora_course.training import compute_dtype
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -200,15 +202,15 @@ def make(name: str, size: str, precision: str = "fp32", r: int = 8, count: int =
             linear.register_forward_hook(lambda module, inputs, y: y.requires_grad_())
         return Arm(frozen, **common)
     if name == "unmerged":
-        return Arm(randomized(lora.inject(twin(model), config(r))), training=False, **common)
+        return Arm(randomized(inject(twin(model), config(r))), training=False, **common)
     if name == "merged":  # into weights of its own
         return Arm(
-            lora.merge(randomized(lora.inject(copy.deepcopy(model), config(r)))),
+            merge(randomized(inject(copy.deepcopy(model), config(r)))),
             training=False,
             **common,
         )
     if name == "merged and unloaded":
-        return Arm(lora.unload(make("merged", size, precision, r).model), training=False, **common)
+        return Arm(unload(make("merged", size, precision, r).model), training=False, **common)
     if name == "PEFT LoRA":
         return Arm(get_peft_model(twin(model), config(r)), **common)
     if name == "PEFT DoRA":
@@ -223,7 +225,7 @@ def make(name: str, size: str, precision: str = "fp32", r: int = 8, count: int =
             return Arm(
                 theirs, after=lambda: theirs.base_model.update_and_allocate(next(steps)), **common
             )
-        ours = lora.inject(twin(model), schedule, layer=adalora.AdaLoRALinear)
+        ours = inject(twin(model), schedule, layer=adalora.AdaLoRALinear)
         allocator = adalora.RankAllocator(ours)
         return Arm(
             ours,
@@ -237,7 +239,7 @@ def make(name: str, size: str, precision: str = "fp32", r: int = 8, count: int =
         with tempfile.TemporaryDirectory() as folder:
             adapters = {}
             for i in range(count):
-                plain = randomized(lora.inject(twin(model), config(r)))
+                plain = randomized(inject(twin(model), config(r)))
                 adapters[str(i)] = str(export_peft(plain, Path(folder) / str(i)))
             bare = twin(model)
             bare.config = copy.deepcopy(bare.config)
@@ -250,24 +252,22 @@ def make(name: str, size: str, precision: str = "fp32", r: int = 8, count: int =
             )
             return Arm(get_peft_model(bare, settings), **common)
     if name in ("experts", "frozen experts"):
-        mixture = lora.inject(
-            twin(model), config(r), layer=experts.ExpertsLinear, num_experts=count
-        )
+        mixture = inject(twin(model), config(r), layer=experts.ExpertsLinear, num_experts=count)
         return Arm(
             experts.freeze_experts(mixture) if name == "frozen experts" else mixture, **common
         )
     if name in ("tasks", "PEFT tasks"):
         return serving(name, model, size, r, count)
     layer, arguments = LAYERS[name]
-    ours = lora.inject(twin(model), config(r), layer=layer, **arguments)
+    ours = inject(twin(model), config(r), layer=layer, **arguments)
     if name == "progressive":  # in its second stage: half the rank is frozen
-        ours = lora.inject(twin(model), config(max(1, r // 2)), layer=layer)
-        for stacked in lora.adapter_layers(ours).values():
+        ours = inject(twin(model), config(max(1, r // 2)), layer=layer)
+        for stacked in adapter_layers(ours).values():
             stacked.freeze()
             stacked.start(max(1, r // 2))
     if name == "adaptive":  # grown twice
-        ours = lora.inject(twin(model), config(max(1, r // 2)), layer=layer)
-        for growing in lora.adapter_layers(ours).values():
+        ours = inject(twin(model), config(max(1, r // 2)), layer=layer)
+        for growing in adapter_layers(ours).values():
             for step in (1, 2):
                 growing.grow(max(1, r // 4), step)
     if name == "gates":
@@ -287,7 +287,7 @@ def serving(name: str, model: nn.Module, size: str, r: int, count: int) -> Arm:
     )
     names = [str(i % count) for i in range(16)]
     states = {
-        str(i): lora.factor_state(randomized(lora.inject(twin(model), config(r)), seed=i))
+        str(i): factor_state(randomized(inject(twin(model), config(r)), seed=i))
         for i in range(count)
     }
     if name == "tasks":
@@ -314,7 +314,7 @@ def serving(name: str, model: nn.Module, size: str, r: int, count: int) -> Arm:
 def randomized(model: nn.Module, seed: int = 0) -> nn.Module:
     """A stand-in for a trained adapter: B is no longer zero."""
     generator = torch.Generator().manual_seed(seed)
-    for layer in lora.adapter_layers(model).values():
+    for layer in adapter_layers(model).values():
         layer.B.normal_(std=0.02, generator=generator)
     return model
 

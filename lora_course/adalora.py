@@ -20,7 +20,8 @@ from peft import AdaLoraConfig, LoraConfig
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lora_course.lora import AdapterState, LoRALinear, adapter_layers, injection, register
+from lora_course.injection import adapter_layers, check_same_model, injection_of, layers_of
+from lora_course.lora import AdapterState, LoRALinear, register
 
 
 @register
@@ -41,7 +42,7 @@ class AdaLoRALinear(LoRALinear):
         ValueError: an initialisation other than AdaLoRA's own, and as `LoRALinear`.
     """
 
-    honoured = LoRALinear.honoured - {"use_rslora", "rank_pattern"} | {
+    supported_fields = LoRALinear.supported_fields - {"use_rslora", "rank_pattern"} | {
         "init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step",
     }  # fmt: skip
 
@@ -271,10 +272,7 @@ class RankAllocator(TrainerCallback):
         **_: object,
     ) -> None:
         """Raises ValueError for another model than the allocator's, or a run shorter than the schedule."""
-        if model is not self.model:
-            raise ValueError(
-                "This allocator was made for another model than the one that is trained: RankAllocator(model)."
-            )
+        check_same_model(self, model, self.model)
         if state.max_steps < self.config.total_step:
             raise ValueError(
                 f"The run has {state.max_steps} steps and the schedule total_step={self.config.total_step}, so the budget "
@@ -326,9 +324,5 @@ def prune(model: nn.Module) -> nn.Module:
 
 
 def _config(model: nn.Module) -> AdaLoraConfig:
-    if injection(model).layer is not AdaLoRALinear:
-        raise ValueError(
-            f"This model was injected with {injection(model).layer.__name__}: "
-            "inject(model, AdaLoraConfig(…), layer=AdaLoRALinear) is expected."
-        )
-    return injection(model).config
+    layers_of(model, AdaLoRALinear)
+    return injection_of(model).config

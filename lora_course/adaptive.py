@@ -31,7 +31,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lora_course.lora import AdapterState, LoRALinear, adapter_layers, register
+from lora_course.injection import adapter_layers
+from lora_course.lora import AdapterState, LoRALinear, register
 
 
 @register

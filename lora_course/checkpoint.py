@@ -1,45 +1,45 @@
-"""Saving and loading an adapter: the course's own format, and PEFT's.
-
-Own format, everything needed to go on training, and neither pickle nor an import by name:
+"""Saving and loading an adapter in the course's own format: all that is needed to go on training.
 
     adapter.safetensors   the adapter's tensors, `<module>.A` `[r, in]`, `<module>.B` `[out, r]`, `<module>.scaling`, …
     adapter.json          format version, layer, configuration, layer arguments, shapes, extra state, hashes
 
-PEFT's format (`export_peft`, `load_peft`) is a vanilla LoRA adapter folder: `adapter_model.safetensors`,
-`adapter_config.json`. Whatever a layer did, its `factors()` are written.
+Neither pickle nor an import by name. PEFT's format is in `export`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib
 import json
-import os
 import warnings
-from collections import Counter
 from pathlib import Path
 
-import torch
-from peft import AdaLoraConfig, LoraConfig, PeftConfig
+from peft import AdaLoraConfig, LoraConfig
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from lora_course.lora import (
-    LAYERS,
-    AdapterState,
-    LoRALinear,
-    adapter_layers,
-    adapter_state,
-    factor_state,
-    inject,
-    injection,
-    split_state,
-    unload,
-    use_adapter,
-)
+from lora_course.files import make_folder, replace_file
+from lora_course.injection import adapter_layers, inject, injection_of, unload
+from lora_course.lora import LAYERS, LoRALinear
+from lora_course.states import adapter_state, use_adapter
 
 FORMAT_VERSION = 1
 CONFIGS = {"LoraConfig": LoraConfig, "AdaLoraConfig": AdaLoraConfig}
+HOMES = {
+    "AdaLoRALinear": "adalora",
+    "ExpertsLinear": "experts",
+    "FusedLoRALinear": "fused",
+    "GatedLoRALinear": "sparse",
+    "GrowingLoRALinear": "adaptive",
+    "NestedLoRALinear": "hierarchical",
+    "OrthogonalLoRALinear": "continual",
+    "QuantizedLoRALinear": "quantized",
+    "SparseDeltaLinear": "sparse",
+    "SparseLoRALinear": "sparse",
+    "StackedLoRALinear": "progressive",
+}
+"""The module of each layer of this package: a checkpoint may ask for it before anyone has imported it."""
 
 
 def save_adapter(
@@ -55,7 +55,7 @@ def save_adapter(
     Returns:
         `folder` as a path.
     """
-    info, layers = injection(model), adapter_layers(model)
+    info, layers = injection_of(model), adapter_layers(model)
     tensors = save(
         {name: tensor.cpu().contiguous() for name, tensor in adapter_state(model).items()}
     )
@@ -94,7 +94,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     """
     description = _describe(folder)
     config = CONFIGS[description["config_class"]](**description["config"])
-    inject(model, config, LAYERS[description["layer"]], **description["arguments"])
+    inject(model, config, _layer(description["layer"]), **description["arguments"])
     try:
         return restore_adapter(model, folder)
     except Exception:
@@ -134,91 +134,6 @@ def read_extra(folder: str | Path) -> dict[str, object]:
     return _describe(folder)["extra"]
 
 
-def export_peft(model: nn.Module, folder: str | Path) -> Path:
-    """Write the adapter as a vanilla LoRA adapter that `PeftModel.from_pretrained` loads with equal logits.
-
-    Ranks and scales that differ between modules go into `rank_pattern` and `alpha_pattern`; modules of rank 0 are
-    left out, since PEFT refuses them.
-
-    Raises:
-        TypeError or NotImplementedError: the layer's update is not a low-rank matrix; from its `factors()`.
-        ValueError: no module of rank ≥ 1 is left.
-    """
-    info = injection(model)
-    modules = {
-        name: t for name, t in split_state(factor_state(model)).items() if t["A"].shape[0] > 0
-    }
-    if not modules:
-        raise ValueError("Every module of this adapter has rank 0: there is nothing to export.")
-    ranks = {name: t["A"].shape[0] for name, t in modules.items()}
-    alphas = {name: float(t["scaling"]) * ranks[name] for name, t in modules.items()}
-    r, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
-    config = LoraConfig(
-        r=r,
-        lora_alpha=alpha,
-        lora_dropout=info.config.lora_dropout,
-        target_modules=sorted(modules),
-        rank_pattern={name: rank for name, rank in ranks.items() if rank != r},
-        alpha_pattern={name: value for name, value in alphas.items() if value != alpha},
-        task_type=info.config.task_type,
-        base_model_name_or_path=getattr(model, "name_or_path", None)
-        or info.config.base_model_name_or_path,
-        inference_mode=True,
-    )
-    tensors = {
-        f"base_model.model.{name}.lora_{key}.weight": t[key].cpu().contiguous()
-        for name, t in modules.items()
-        for key in ("A", "B")
-    }
-    folder = make_folder(folder)
-    replace_file(folder / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
-    config.save_pretrained(folder)
-    return folder
-
-
-def load_peft(model: nn.Module, folder: str | Path) -> nn.Module:
-    """Inject into the plain `model` a LoRA adapter that PEFT saved, ready to use or to train on.
-
-    Raises:
-        FileNotFoundError: no `adapter_model.safetensors` there.    ValueError: another method than LoRA, a field or
-        tensor that `LoRALinear` has no place for. The model is then as it was.
-    """
-    folder = Path(folder)
-    path = folder / "adapter_model.safetensors"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} does not exist: a folder written by PEFT's save_pretrained (safetensors) is expected."
-        )
-    config = PeftConfig.from_pretrained(str(folder))
-    if type(config) is not LoraConfig:
-        raise ValueError(
-            f"{folder} holds a {config.peft_type} adapter; load_peft takes plain LoRA."
-        )
-    config.inference_mode = False
-    if (
-        config.init_lora_weights is False
-    ):  # says how the factors started; they are about to be replaced
-        config.init_lora_weights = True
-    state: AdapterState = {}
-    for key, tensor in load_file(path).items():
-        module, _, name = (
-            key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")
-        )
-        if name not in ("lora_A", "lora_B") or not key.endswith(".weight"):
-            raise ValueError(
-                f"{path} holds {key!r}, which is no factor of a linear layer: load this adapter with PEFT."
-            )
-        state[f"{module}.{name.removeprefix('lora_')}"] = tensor
-    inject(model, config)
-    try:
-        for name, layer in adapter_layers(model).items():
-            state[f"{name}.scaling"] = torch.tensor(layer.scaling, dtype=torch.float64)
-        return use_adapter(model, state)
-    except Exception:
-        unload(model)
-        raise
-
-
 def _describe(folder: str | Path) -> dict:
     folder = Path(folder)
     path, tensors = folder / "adapter.json", folder / "adapter.safetensors"
@@ -237,9 +152,10 @@ def _describe(folder: str | Path) -> dict:
         raise ValueError(
             f"{path} has format version {description['format_version']}, this package reads {FORMAT_VERSION}: update lora-course."
         )
-    if description["layer"] not in LAYERS:
+    if description["layer"] not in LAYERS and description["layer"] not in HOMES:
         raise ValueError(
-            f"{path} needs the layer {description['layer']!r}; known are {sorted(LAYERS)}. Import the module that defines it first."
+            f"{path} needs the layer {description['layer']!r}, which is none of this package's {sorted(HOMES)}: "
+            "import the module that registers it first."
         )
     if hashlib.sha256(tensors.read_bytes()).hexdigest() != description["tensors_sha256"]:
         raise ValueError(
@@ -248,11 +164,17 @@ def _describe(folder: str | Path) -> dict:
     return description
 
 
+def _layer(name: str) -> type[LoRALinear]:
+    if name not in LAYERS:
+        importlib.import_module(f"lora_course.{HOMES[name]}")
+    return LAYERS[name]
+
+
 def _fields(config: LoraConfig, layer: type[LoRALinear]) -> dict[str, object]:
     derived = {"peft_type", "peft_version", "auto_mapping"}
     names = {
         field.name for field in dataclasses.fields(config) if field.init
-    } & layer.honoured - derived
+    } & layer.supported_fields - derived
     return {name: getattr(config, name) for name in sorted(names)}
 
 
@@ -269,17 +191,3 @@ def base_fingerprint(layers: dict[str, LoRALinear]) -> str | None:
         weight: Tensor = layer.base_layer.weight.detach().flatten()
         digest.update(weight[:: max(1, weight.numel() // 64)].float().cpu().numpy().tobytes())
     return digest.hexdigest()
-
-
-def make_folder(folder: str | Path) -> Path:
-    """The folder as a path, made if it is not there."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: a stopped process leaves the old one."""
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_bytes(content)
-    os.replace(unfinished, path)

@@ -48,11 +48,12 @@ from transformers import (
     set_seed,
 )
 
-from lora_course import lab, lora, progressive
+from lora_course import lab, progressive
 from lora_course.adalora import AdaLoRALinear, RankAllocator, prune, regularizer
 from lora_course.adaptive import GrowingLoRALinear, GrowthSchedule, RankGrower
 from lora_course.checkpoint import save_adapter
 from lora_course.hierarchical import NestedLoRALinear
+from lora_course.injection import adapter_layers, inject, trainable_parameters
 from lora_course.lab import study
 from lora_course.qlora import quantize_model
 from lora_course.quantized import QuantizedLoRALinear, save_quantized
@@ -91,7 +92,7 @@ class Arm:
     auxiliary_loss: Callable[[nn.Module], torch.Tensor] | None = None
     fit: Callable[[datasets.Dataset, float, int], list[float]] | None = None
     finish: Callable[[nn.Module], object] | None = None
-    parameters: Callable[[nn.Module], int] = lora.trainable_parameters
+    parameters: Callable[[nn.Module], int] = trainable_parameters
     save: Callable[[nn.Module, Path], object] = save_adapter
 
 
@@ -124,18 +125,18 @@ def config(**fields: Any) -> LoraConfig:
 
 def make_lora(seed: int) -> Arm:
     torch.manual_seed(seed)
-    return Arm(lora.inject(base_model(), config()))
+    return Arm(inject(base_model(), config()))
 
 
 def make_qlora(seed: int) -> Arm:
     model = quantize_model(base_model())
     torch.manual_seed(seed)
-    return Arm(lora.inject(model, config()))
+    return Arm(inject(model, config()))
 
 
 def make_peft(seed: int, **fields: Any) -> Arm:
     """PEFT's layers in transformers' own Trainer, starting from the `A`s that the course's LoRA draws with this seed."""
-    drawn = lora.adapter_layers(make_lora(seed).model)
+    drawn = adapter_layers(make_lora(seed).model)
     model = get_peft_model(base_model(), config(task_type="CAUSAL_LM", **fields))
     with torch.no_grad():
         for name, layer in drawn.items():
@@ -165,7 +166,7 @@ def make_adalora(seed: int) -> Arm:
     r, steps = SETTINGS["r"], SETTINGS["steps"]
     start = r * 3 // 2
     torch.manual_seed(seed)
-    model = lora.inject(
+    model = inject(
         base_model(),
         AdaLoraConfig(
             init_r=start, target_r=r, lora_alpha=SETTINGS["scaling"] * start, target_modules="all-linear", orth_reg_weight=0.5,
@@ -179,12 +180,12 @@ def make_adalora(seed: int) -> Arm:
 def make_adaptive(seed: int) -> Arm:
     r, steps = SETTINGS["r"], SETTINGS["steps"]
     torch.manual_seed(seed)
-    model = lora.inject(
+    model = inject(
         base_model(),
         config(r=r // 4, lora_alpha=SETTINGS["scaling"] * (r // 4)),
         layer=GrowingLoRALinear,
     )
-    layers = len(lora.adapter_layers(model))
+    layers = len(adapter_layers(model))
     # half of the layers by 2 ranks at a time, from a fifth of the steps on, done after three quarters of them
     schedule = GrowthSchedule(
         layers * r,
@@ -225,7 +226,7 @@ def make_progressive(seed: int) -> Arm:
     def parameters(model: nn.Module) -> int:
         return sum(
             A.numel() + B.numel()
-            for A, B, _ in (layer.factors() for layer in lora.adapter_layers(model).values())
+            for A, B, _ in (layer.factors() for layer in adapter_layers(model).values())
         )
 
     return Arm(model, fit=fit, parameters=parameters)
@@ -235,7 +236,7 @@ def make_gates(seed: int) -> Arm:
     """From rank 12; the penalty under which about 8 were left in a trial. How many are is for the training to say."""
     start = SETTINGS["r"] * 3 // 2
     torch.manual_seed(seed)
-    model = lora.inject(
+    model = inject(
         base_model(), config(r=start, lora_alpha=SETTINGS["scaling"] * start), layer=GatedLoRALinear
     )
     return Arm(model, [GateSparsity(model, penalty=2.5)], finish=prune_gates)
@@ -243,13 +244,13 @@ def make_gates(seed: int) -> Arm:
 
 def make_delta(seed: int) -> Arm:
     torch.manual_seed(seed)
-    return Arm(lora.inject(base_model(), config(), layer=SparseDeltaLinear))
+    return Arm(inject(base_model(), config(), layer=SparseDeltaLinear))
 
 
 def make_nested(seed: int) -> Arm:
     torch.manual_seed(seed)
     return Arm(
-        lora.inject(
+        inject(
             base_model(),
             config(),
             layer=NestedLoRALinear,
@@ -262,7 +263,7 @@ def make_nested(seed: int) -> Arm:
 def make_quantized(seed: int) -> Arm:
     torch.manual_seed(seed)
     return Arm(
-        lora.inject(base_model(), config(), layer=QuantizedLoRALinear, bits=4), save=save_quantized
+        inject(base_model(), config(), layer=QuantizedLoRALinear, bits=4), save=save_quantized
     )
 
 

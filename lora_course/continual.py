@@ -34,16 +34,9 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import TrainingArguments, default_data_collator
 
 from lora_course.checkpoint import restore_adapter, save_adapter
-from lora_course.lora import (
-    AdapterState,
-    LoRALinear,
-    adapter_layers,
-    adapter_state,
-    disabled,
-    injection,
-    register,
-    use_adapter,
-)
+from lora_course.injection import adapter_layers, disabled, injection_of
+from lora_course.lora import AdapterState, LoRALinear, register
+from lora_course.states import adapter_state, use_adapter
 from lora_course.training import AdapterTrainer
 
 Rows = Sequence[Mapping[str, Any]]
@@ -378,7 +371,7 @@ class Isolated(Sequential):
 @torch.no_grad()
 def restart(model: nn.Module, seed: int) -> None:
     """Start the adapter anew, in place: A drawn as at injection, from `seed`, and B zero. The optimiser must be a new one."""
-    start = injection(model).config.init_lora_weights
+    start = injection_of(model).config.init_lora_weights
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for layer in adapter_layers(model).values():

@@ -25,7 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
-from lora_course.lora import AdapterState, LoRALinear, adapter_layers, disabled, split_state
+from lora_course.injection import adapter_layers, disabled
+from lora_course.lora import AdapterState, LoRALinear
+from lora_course.states import split_state
 from lora_course.training import AdapterTrainer
 
 IGNORED = -100

@@ -25,21 +25,11 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_course.checkpoint import load_adapter, load_peft
-from lora_course.lora import (
-    AdapterState,
-    LoRALinear,
-    adapter_layers,
-    adapter_state,
-    concatenate,
-    factor_state,
-    inject,
-    injection,
-    register,
-    split_state,
-    unload,
-    use_adapter,
-)
+from lora_course.checkpoint import load_adapter
+from lora_course.export import load_peft
+from lora_course.injection import adapter_layers, inject, injection_of, unload
+from lora_course.lora import AdapterState, LoRALinear, register
+from lora_course.states import adapter_state, concatenate, factor_state, split_state, use_adapter
 
 # A module's path up to the first numbered block: decoder, stack, number.
 BLOCK = re.compile(r"(?:(.*?)\.)??(\w+)\.(\d+)\.")
@@ -102,7 +92,7 @@ class ExpertsLinear(LoRALinear):
         y = self.base_layer(x)
         return self.add_update(y, x, self.A, self.B, self.scaling) if self.enabled else y
 
-    def between(self, h: Tensor) -> Tensor:
+    def transform_hidden(self, h: Tensor) -> Tensor:
         """`h` `[..., Σ r_e]` → the same with each expert's part times its gate."""
         gates = self.gating.gates if self.gating else None
         if gates is None or gates[..., 0].numel() != h[..., 0].numel():
@@ -122,7 +112,7 @@ class ExpertsLinear(LoRALinear):
         )
 
     @classmethod
-    def connect(cls, model: nn.Module, layers: dict[str, LoRALinear]) -> None:
+    def after_inject(cls, model: nn.Module, layers: dict[str, LoRALinear]) -> None:
         """Give each block, or the model, its router, and hook it to the block's input."""
         places = {name: BLOCK.match(name) for name in layers}
         stacks = {(m[1] or "", m[2]) if m else None for m in places.values()}
@@ -158,7 +148,7 @@ class ExpertsLinear(LoRALinear):
                 layer.B.requires_grad_(False)
 
     @classmethod
-    def disconnect(cls, model: nn.Module, layers: dict[str, LoRALinear]) -> None:
+    def before_unload(cls, model: nn.Module, layers: dict[str, LoRALinear]) -> None:
         """Take the hooks off the model."""
         for current in {layer.gating.current for layer in layers.values() if layer.gating}:
             for handle in current.handles:
@@ -168,7 +158,7 @@ class ExpertsLinear(LoRALinear):
         """Refused: what this layer adds depends on its input."""
         raise NotImplementedError(
             "The update of ExpertsLinear depends on the input through the router, so no fixed matrix B A equals it, and it can be "
-            "neither merged nor exported as LoRA. One expert can: expert_state(model, i). So can a fixed mixture: lora.concatenate."
+            "neither merged nor exported as LoRA. One expert can: expert_state(model, i). So can a fixed mixture: states.concatenate."
         )
 
     def check_merge(self, name: str) -> None:
@@ -449,7 +439,7 @@ def freeze_experts(model: nn.Module, frozen: bool = True) -> nn.Module:
         layer.train_experts = not frozen
         layer.A.requires_grad_(not frozen)
         layer.B.requires_grad_(not frozen)
-    injection(model).arguments["train_experts"] = not frozen
+    injection_of(model).arguments["train_experts"] = not frozen
     return model
 
 

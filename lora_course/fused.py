@@ -34,19 +34,10 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lora_course.lora import (
-    THIN,
-    AdapterState,
-    LoRALinear,
-    adapter_layers,
-    concatenate,
-    inject,
-    injection,
-    is_4bit,
-    register,
-    split_state,
-    update_dtype,
-)
+from lora_course.injection import adapter_layers, inject, injection_of
+from lora_course.linears import is_4bit
+from lora_course.lora import LARGEST_COPIED_RANK, AdapterState, LoRALinear, register, update_dtype
+from lora_course.states import concatenate, split_state
 
 # ------------------------------------------------------------------------------------------------- a fused step
 
@@ -95,8 +86,10 @@ class FusedLoRA(torch.autograd.Function):
                 grad_A = (h.t() @ dropped).to(A.dtype) if need_A else None
                 if need_B:
                     ax = scaling * (dropped @ a.t())
-                    # gᵀ (x̃ Aᵀ), in the order that is fast for its rank: see lora.THIN
-                    grad_B = ((ax.t() @ g).t() if ax.shape[1] <= THIN else g.t() @ ax).to(B.dtype)
+                    # gᵀ (x̃ Aᵀ), in the order that is fast for its rank: see lora.LARGEST_COPIED_RANK
+                    grad_B = (
+                        (ax.t() @ g).t() if ax.shape[1] <= LARGEST_COPIED_RANK else g.t() @ ax
+                    ).to(B.dtype)
                 del dropped
             if need_x:
                 grad_x = _through_base(_rows(grad), ctx.base, weight)
@@ -189,7 +182,7 @@ class AdapterBatchLinear(LoRALinear):
         NotImplementedError: `factors`, `merge`, `adapter_state` and what needs them.
     """
 
-    honoured = frozenset(
+    supported_fields = frozenset(
         {
             "r",
             "lora_alpha",
@@ -323,15 +316,15 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
     Raises:
         TypeError: the model was not made by `load_adapters`, or `names` is one string.    ValueError: an unknown name.
     """
-    if injection(model).layer is not AdapterBatchLinear:
+    if injection_of(model).layer is not AdapterBatchLinear:
         raise TypeError(
-            f"This model's layers are {injection(model).layer.__name__}, with one adapter: take its state and call load_adapters on the base."
+            f"This model's layers are {injection_of(model).layer.__name__}, with one adapter: take its state and call load_adapters on the base."
         )
     if isinstance(names, str):
         raise TypeError(
             f"names={names!r}: a list with one name for each row of the batch is expected."
         )
-    known: tuple[str, ...] = injection(model).arguments["names"]
+    known: tuple[str, ...] = injection_of(model).arguments["names"]
     if unknown := [name for name in names if name is not None and name not in known]:
         raise ValueError(
             f"There is no adapter {unknown[0]!r}; there are {', '.join(known)}, and None for the base alone."

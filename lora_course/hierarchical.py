@@ -30,14 +30,9 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lora_course.lora import (
-    AdapterState,
-    LoRALinear,
-    adapter_layers,
-    factor_state,
-    injection,
-    register,
-)
+from lora_course.injection import check_same_model, layers_of
+from lora_course.lora import AdapterState, LoRALinear, register
+from lora_course.states import factor_state
 
 
 @register
@@ -62,7 +57,7 @@ class NestedLoRALinear(LoRALinear):
     """
 
     # One adapter is cut at one rank in all its layers.
-    honoured = LoRALinear.honoured - {"rank_pattern"}
+    supported_fields = LoRALinear.supported_fields - {"rank_pattern"}
 
     def __init__(
         self,
@@ -150,7 +145,7 @@ def at_rank(
     Raises:
         ValueError: another layer than `NestedLoRALinear`, a rank that it does not have.    RuntimeError: merged.
     """
-    layers = _layers(model)
+    layers = list(layers_of(model, NestedLoRALinear).values())
     before = [(layer, (layer.rank, layer.weighted, layer.only_last)) for layer in layers]
     _set(layers, b, weighted, only_last)
     try:
@@ -193,7 +188,7 @@ class RankSampler(TrainerCallback):
     ) -> None:
         self.model, self.layers, self.seed, self.only_last, self.hold = (
             model,
-            _layers(model),
+            list(layers_of(model, NestedLoRALinear).values()),
             seed,
             only_last,
             hold,
@@ -243,10 +238,7 @@ class RankSampler(TrainerCallback):
         **_: object,
     ) -> None:
         """Raises ValueError for another model than the sampler's."""
-        if model is not self.model:
-            raise ValueError(
-                "This sampler was made for another model than the one that is trained: RankSampler(model)."
-            )
+        check_same_model(self, model, self.model)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
@@ -259,14 +251,6 @@ class RankSampler(TrainerCallback):
     ) -> None:
         """`end`, before the step is evaluated or saved."""
         self.end()
-
-
-def _layers(model: nn.Module) -> list[NestedLoRALinear]:
-    if injection(model).layer is not NestedLoRALinear:
-        raise ValueError(
-            f"This model was injected with {injection(model).layer.__name__}: inject(model, config, layer=NestedLoRALinear) is expected."
-        )
-    return list(adapter_layers(model).values())
 
 
 def _set(layers: list[NestedLoRALinear], b: int, weighted: bool, only_last: bool) -> None:

@@ -4,8 +4,8 @@
 
     | merge | update of the result | rank | exact |
     |---|---|---|---|
-    | `lora.concatenate(states, weights)` | Σ wₖ ΔWₖ | Σ rₖ | yes |
-    | `lora.truncate(concatenate(…), r)` | the same, cut to its r largest singular triplets | r | from r = Σ rₖ on |
+    | `states.concatenate(states, weights)` | Σ wₖ ΔWₖ | Σ rₖ | yes |
+    | `states.truncate(concatenate(…), r)` | the same, cut to its r largest singular triplets | r | from r = Σ rₖ on |
     | `ties` | TIES of the ΔWₖ, cut to r | r | at full rank |
     | `dare` | Σ wₖ (ΔWₖ with random entries dropped), cut to r | r | on average, at full rank |
     | `average_factors` | (Σ wₖ Bₖ)(Σ wₖ Aₖ): holds Bᵢ Aⱼ of different adapters | r | no: `cross_term_error` |
@@ -24,7 +24,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lora_course.lora import AdapterState, concatenate, split_state
+from lora_course.lora import AdapterState
+from lora_course.states import concatenate, relative_error, split_state
 
 
 class Merged(NamedTuple):
@@ -72,15 +73,6 @@ def cross_term_error(
     """
     weights = _check(states, weights, default=1 / max(1, len(states)))
     return relative_error(average_factors(states, weights), concatenate(states, weights))
-
-
-def relative_error(state: AdapterState, reference: AdapterState) -> float:
-    """‖ΔW − ΔW_ref‖ / ‖ΔW_ref‖, Frobenius over all modules. In float64 from the factors: no `[out, in]` matrix is formed."""
-    difference, size = (
-        _norm(concatenate([state, reference], [1.0, -1.0])),
-        _norm(concatenate([reference])),
-    )
-    return difference / size if size else math.inf if difference else 0.0
 
 
 def ties(
@@ -189,15 +181,6 @@ def _largest(delta: Tensor, density: float) -> Tensor:
     flat, kept = delta.flatten(), int(density * delta.numel())
     places = flat.abs().topk(kept).indices
     return torch.zeros_like(flat).index_copy(0, places, flat[places]).view_as(delta)
-
-
-def _norm(state: AdapterState) -> float:
-    """‖ΔW‖ over all modules, from QR of the factors: ‖B A‖ = ‖R_B R_Aᵀ‖."""
-    squares = 0.0
-    for tensors in split_state(state).values():
-        cores = [torch.linalg.qr(factor.double()).R for factor in (tensors["B"], tensors["A"].t())]
-        squares += (cores[0] @ cores[1].t()).square().sum().item()
-    return math.sqrt(squares)
 
 
 def _check(

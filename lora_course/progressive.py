@@ -31,19 +31,10 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from lora_course.checkpoint import load_adapter, read_extra, restore_adapter, save_adapter
-from lora_course.lora import (
-    AdapterState,
-    LoRALinear,
-    adapter_layers,
-    factor_state,
-    inject,
-    injection,
-    is_4bit,
-    merge,
-    register,
-    split_state,
-    unload,
-)
+from lora_course.injection import adapter_layers, inject, layers_of, merge, unload
+from lora_course.linears import is_4bit
+from lora_course.lora import AdapterState, LoRALinear, register
+from lora_course.states import core_of, factor_state, split_state
 from lora_course.training import AdapterTrainer, training_arguments
 
 Mode = Literal["stack", "merge"]
@@ -118,7 +109,7 @@ class StackedLoRALinear(LoRALinear):
         folded: the base weight holds the frozen stages (merge-and-restart). Merged, it holds the one that trains too.
     """
 
-    honoured = LoRALinear.honoured - {"use_rslora", "init_lora_weights"}
+    supported_fields = LoRALinear.supported_fields - {"use_rslora", "init_lora_weights"}
 
     def __init__(
         self,
@@ -306,16 +297,12 @@ def begin_stage(model: nn.Module, stage: Stage, seed: int = 0) -> nn.Module:
     """Freeze what trained so far and give the stage's targets fresh factors, the same for the same seed.
 
     The function stays as it was, to rounding. Make a new optimiser afterwards: these are new parameters. In
-    merge-and-restart call `lora.merge(model)` before this one.
+    merge-and-restart call `merge(model)` before this one.
 
     Raises:
         ValueError: the model is not injected with `StackedLoRALinear`, or lacks the stage's targets.
     """
-    layers = adapter_layers(model)
-    if injection(model).layer is not StackedLoRALinear:
-        raise ValueError(
-            f"The model carries {injection(model).layer.__name__} layers, stages need StackedLoRALinear: inject_stages(model, stages)."
-        )
+    layers = layers_of(model, StackedLoRALinear)
     probe = LoraConfig(target_modules=_modules(stage))
     targets = {name for name in layers if check_target_module_exists(probe, name)}
     if str(stage.target_modules).lower() == "all-linear":
@@ -519,9 +506,8 @@ def singular_values(model: nn.Module) -> dict[str, Tensor]:
     values = {}
     for name, tensors in split_state(factor_state(model)).items():
         if tensors["A"].shape[0]:
-            left = torch.linalg.qr(float(tensors["scaling"]) * tensors["B"].double(), mode="r").R
-            right = torch.linalg.qr(tensors["A"].double().t(), mode="r").R
-            values[name] = torch.linalg.svdvals(left @ right.t())
+            _, core, _ = core_of(tensors["A"], tensors["B"], float(tensors["scaling"]))
+            values[name] = torch.linalg.svdvals(core)
     return values
 
 

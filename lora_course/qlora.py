@@ -21,7 +21,8 @@ from peft import prepare_model_for_kbit_training
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from lora_course.lora import adapter_layers, is_4bit, unload
+from lora_course.injection import adapter_layers, unload
+from lora_course.linears import is_4bit
 from lora_course.training import compute_dtype as fastest_dtype
 
 OFFSET = 0.9677083

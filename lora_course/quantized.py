@@ -30,18 +30,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from lora_course.checkpoint import base_fingerprint, make_folder, replace_file
-from lora_course.lora import (
-    AdapterState,
-    LoRALinear,
-    adapter_layers,
-    factor_state,
-    inject,
-    injection,
-    register,
-    unload,
-    use_adapter,
-)
+from lora_course.checkpoint import base_fingerprint
+from lora_course.files import make_folder, replace_file
+from lora_course.injection import adapter_layers, inject, injection_of, unload
+from lora_course.lora import AdapterState, LoRALinear, register
+from lora_course.states import factor_state, use_adapter
 
 FORMAT_VERSION = 1
 GRANULARITIES = ("tensor", "channel", "group")
@@ -203,7 +196,7 @@ def quantize_after_training(model: nn.Module, **arguments: object) -> nn.Module:
         ValueError: other layers, or an argument outside its range.    RuntimeError: the model is merged. Nothing has been
         changed then.
     """
-    info, layers = injection(model), adapter_layers(model)
+    info, layers = injection_of(model), adapter_layers(model)
     if info.layer is not LoRALinear:
         raise ValueError(
             f"This model was injected with {info.layer.__name__}: a plain LoRALinear adapter is expected (export_peft and load_peft make one)."
@@ -231,7 +224,7 @@ def save_quantized(model: nn.Module, folder: str | Path) -> Path:
     Raises:
         ValueError: other layers than `QuantizedLoRALinear`, or factors that are not finite.
     """
-    info, layers = injection(model), adapter_layers(model)
+    info, layers = injection_of(model), adapter_layers(model)
     if info.layer is not QuantizedLoRALinear:
         raise ValueError(
             f"This model was injected with {info.layer.__name__}: call quantize_after_training(model, bits=…) first, or use save_adapter."

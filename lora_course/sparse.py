@@ -28,15 +28,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lora_course.lora import (
-    AdapterState,
-    LoRALinear,
-    adapter_layers,
-    injection,
-    is_4bit,
-    register,
-    update_dtype,
-)
+from lora_course.injection import check_same_model, layers_of
+from lora_course.linears import is_4bit
+from lora_course.lora import AdapterState, LoRALinear, register, update_dtype
 
 # --------------------------------------------------------------------------------------------------- gates
 
@@ -108,7 +102,7 @@ class GateSparsity(TrainerCallback):
     """
 
     def __init__(self, model: nn.Module, penalty: float | Callable[[int], float]) -> None:
-        _gated(model)
+        layers_of(model, GatedLoRALinear)
         self.model, self.penalty = model, penalty
         self.penalty_at(1)
 
@@ -130,7 +124,7 @@ class GateSparsity(TrainerCallback):
         Raises:
             ValueError: the gates are not among the optimiser's parameters.
         """
-        layers = _gated(self.model)
+        layers = layers_of(self.model, GatedLoRALinear)
         rates = {
             id(parameter): group["lr"]
             for group in optimizer.param_groups
@@ -157,10 +151,7 @@ class GateSparsity(TrainerCallback):
         **_: object,
     ) -> None:
         """Raises ValueError for another model than this callback's."""
-        if model is not self.model:
-            raise ValueError(
-                "This callback was made for another model than the one that is trained: GateSparsity(model, penalty)."
-            )
+        check_same_model(self, model, self.model)
 
     def on_optimizer_step(
         self,
@@ -181,7 +172,7 @@ def soft_threshold(x: Tensor, threshold: float) -> Tensor:
 
 def ranks(model: nn.Module) -> dict[str, int]:
     """How many gates are open in each module."""
-    layers = _gated(model)
+    layers = layers_of(model, GatedLoRALinear)
     counts = torch.stack([(layer.gate != 0).sum().cpu() for layer in layers.values()])
     return dict(zip(layers, counts.tolist(), strict=True))
 
@@ -193,20 +184,12 @@ def prune(model: nn.Module) -> nn.Module:
     The parameters are new ones, so an optimiser that knew the old ones has to be made anew. `export_peft` then writes a
     plain LoRA adapter of these ranks.
     """
-    for layer in _gated(model).values():
+    for layer in layers_of(model, GatedLoRALinear).values():
         keep = layer.gate != 0
         layer.load_tensors(
             layer.tensors() | {"A": layer.A[keep], "gate": layer.gate[keep], "B": layer.B[:, keep]}
         )
     return model
-
-
-def _gated(model: nn.Module) -> dict[str, GatedLoRALinear]:
-    if injection(model).layer is not GatedLoRALinear:
-        raise ValueError(
-            f"This model was injected with {injection(model).layer.__name__}: inject(model, LoraConfig(…), layer=GatedLoRALinear) is expected."
-        )
-    return adapter_layers(model)
 
 
 # --------------------------------------------------------------------------------------------------- masks

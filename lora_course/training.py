@@ -26,7 +26,7 @@ from transformers import (
 from transformers.trainer_utils import TrainOutput
 
 from lora_course.checkpoint import restore_adapter, save_adapter
-from lora_course.lora import adapter_layers
+from lora_course.injection import adapter_layers
 
 COMPLETE = "complete.json"  # written into a checkpoint's folder when all else is in it
 TRAINER_STATE = "trainer_state.json"

@@ -11,13 +11,15 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import TrainerCallback
 
-from lora_course import lora
 from lora_course.adalora import AdaLoRALinear, RankAllocator, prune, ranks, regularizer
-from lora_course.checkpoint import export_peft, load_adapter, save_adapter
-from lora_course.lora import adapter_layers, inject, is_4bit
+from lora_course.checkpoint import load_adapter, save_adapter
+from lora_course.export import export_peft
+from lora_course.injection import adapter_layers, inject, injection_of, merge, trainable_parameters
+from lora_course.linears import is_4bit
 from lora_course.qlora import quantize_model
+from lora_course.states import adapter_state, use_adapter
 from lora_course.training import AdapterTrainer, training_arguments
-from tests.test_lora import batch, qwen, relative
+from tests.models import batch, qwen, relative
 
 SCHEDULE = {
     "init_r": 4,
@@ -122,7 +124,7 @@ def test_forward_gradients_and_merged_weights_equal_pefts(fields: dict) -> None:
                 relative(getattr(layer, key).grad, getattr(peft, f"lora_{key}")["default"].grad)
                 < 1e-8
             )
-    lora.merge(ours)
+    merge(ours)
     theirs.merge_adapter()
     for name, layer in adapter_layers(ours).items():
         merged = theirs.base_model.model.get_submodule(name).base_layer.weight
@@ -424,10 +426,8 @@ def test_the_callback_does_what_the_loop_does(tmp_path: Path, accumulation: int)
             chosen[t] = found
         optimizer.zero_grad()
     assert logged == chosen and list(logged) == [4, 6, 8] and sum(logged[8].values()) == 2 * LAYERS
-    for name, tensor in lora.adapter_state(model).items():
-        torch.testing.assert_close(
-            tensor, lora.adapter_state(reference)[name], atol=1e-5, rtol=1e-4
-        )
+    for name, tensor in adapter_state(model).items():
+        torch.testing.assert_close(tensor, adapter_state(reference)[name], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("stop", [5, 10])
@@ -446,7 +446,7 @@ def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_weights_and_ranks(
     first.train()
     second = trainer(resumed, tmp_path / "cut", save_strategy="steps", save_steps=3)
     second.train(resume_from_checkpoint=True)
-    expected, found = lora.adapter_state(straight), lora.adapter_state(resumed)
+    expected, found = adapter_state(straight), adapter_state(resumed)
     assert expected.keys() == found.keys()
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], atol=0, rtol=0)
@@ -466,7 +466,7 @@ def test_an_adapter_saved_in_the_middle_reloads_with_averages_and_mask(tmp_path:
         adapter_layers(model).values(), adapter_layers(again).values(), strict=True
     ):
         assert torch.equal(layer.scores(), other.scores())
-    assert lora.injection(again).config.target_r == 2
+    assert injection_of(again).config.target_r == 2
 
 
 # ------------------------------------------------------------------------------------------------- pruning
@@ -474,11 +474,11 @@ def test_an_adapter_saved_in_the_middle_reloads_with_averages_and_mask(tmp_path:
 
 def test_a_pruned_adapter_is_smaller_of_equal_output_and_goes_on(tmp_path: Path) -> None:
     model, _ = trained()
-    expected, kept, before = model(**batch()).logits, ranks(model), lora.trainable_parameters(model)
+    expected, kept, before = model(**batch()).logits, ranks(model), trainable_parameters(model)
     assert prune(model) is model
     torch.testing.assert_close(model(**batch()).logits, expected, atol=1e-5, rtol=1e-5)
     assert {name: layer.r for name, layer in adapter_layers(model).items()} == kept == ranks(model)
-    assert lora.trainable_parameters(model) < before
+    assert trainable_parameters(model) < before
     assert {layer.scaling for layer in adapter_layers(model).values()} == {3.0}
     again = load_adapter(qwen(), save_adapter(model, tmp_path))
     assert torch.equal(again(**batch()).logits, model(**batch()).logits)
@@ -539,7 +539,7 @@ def test_it_works_on_a_4bit_base(tmp_path: Path) -> None:
     theirs = PeftModel.from_pretrained(base(), export_peft(model, tmp_path))
     torch.testing.assert_close(theirs(**batch()).logits, expected, atol=1e-4, rtol=1e-4)
     with pytest.raises(TypeError, match="4-bit"):
-        lora.merge(model)
+        merge(model)
 
 
 # ------------------------------------------------------------------------------------------------- refusals
@@ -616,7 +616,7 @@ def test_pruning_refuses_a_masked_triplet_in_use_and_states_that_do_not_fit() ->
     layer.E.data.fill_(1.0)
     with pytest.raises(ValueError, match="masked λ is not zero"):
         prune(model)
-    state = lora.adapter_state(model)
+    state = adapter_state(model)
     name = next(iter(adapter_layers(model)))
     with pytest.raises(ValueError, match=r"\[4, 1\] is expected"):
-        lora.use_adapter(model, state | {f"{name}.E": torch.ones(3, 1)})
+        use_adapter(model, state | {f"{name}.E": torch.ones(3, 1)})

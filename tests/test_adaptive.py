@@ -16,13 +16,15 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from lora_course import lora
 from lora_course.adaptive import GrowingLoRALinear, GrowthSchedule, RankGrower, rank_history
-from lora_course.checkpoint import export_peft, load_adapter, restore_adapter, save_adapter
-from lora_course.lora import LoRALinear, adapter_layers, adapter_state, factor_state, inject
+from lora_course.checkpoint import load_adapter, restore_adapter, save_adapter
+from lora_course.export import export_peft
+from lora_course.injection import adapter_layers, disabled, inject, merge, unload, unmerge
+from lora_course.lora import LoRALinear
 from lora_course.qlora import quantize_model
+from lora_course.states import adapter_state, factor_state, use_adapter
 from lora_course.training import AdapterTrainer, last_checkpoint, training_arguments
-from tests.test_lora import batch, config, qwen, relative
+from tests.models import batch, config, qwen, relative
 
 SCHEDULE = GrowthSchedule(
     budget=40, start=3, every=2, top=3, add=2, max_r=6
@@ -183,16 +185,14 @@ def test_one_dropout_mask_serves_all_pairs() -> None:
 
 def test_merge_unmerge_and_switching_off_count_all_pairs() -> None:
     model = growing()
-    base = lora.unload(inject(qwen(), config()))
+    base = unload(inject(qwen(), config()))
     for layer in adapter_layers(model).values():
         layer.grow(1, 1)
     expected = randomized(model)(**batch()).logits
-    with lora.disabled(model):
+    with disabled(model):
         torch.testing.assert_close(model(**batch()).logits, base(**batch()).logits, atol=0, rtol=0)
-    torch.testing.assert_close(lora.merge(model)(**batch()).logits, expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(
-        lora.unmerge(model)(**batch()).logits, expected, atol=1e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(merge(model)(**batch()).logits, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(unmerge(model)(**batch()).logits, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_autocast_checkpointing_and_cached_generation() -> None:
@@ -585,7 +585,7 @@ def test_a_grower_is_refused_what_it_cannot_use() -> None:
     with pytest.raises(ValueError, match="layer=GrowingLoRALinear"):
         RankGrower(inject(qwen(), config()), SCHEDULE)
     with pytest.raises(RuntimeError, match="q_proj' is merged.*unmerge"):
-        RankGrower(lora.merge(growing()), SCHEDULE)
+        RankGrower(merge(growing()), SCHEDULE)
     model = growing()
     grower = RankGrower(model, SCHEDULE)
     with pytest.raises(RuntimeError, match="after backward"):
@@ -601,7 +601,7 @@ def test_a_grower_is_refused_what_it_cannot_use() -> None:
         ValueError, match="does not hold the factors of 'model.layers.0.self_attn.q_proj'"
     ):
         grower.grow(torch.optim.AdamW(trainable(model)[1:], lr=1e-2), 5)
-    lora.merge(model)
+    merge(model)
     with pytest.raises(RuntimeError, match="is merged"):
         grower.grow(optimizer, 5)
     assert grower.ranks == ranks
@@ -656,11 +656,11 @@ def test_an_adapter_with_fewer_or_more_pairs_is_taken_over() -> None:
     logits = [model(**batch()).logits for model in (early, late)]
     for model in (early, late):
         for state, expected in ((last, logits[1]), (first, logits[0]), (last, logits[1])):
-            lora.use_adapter(model, state)
+            use_adapter(model, state)
             assert torch.equal(model(**batch()).logits, expected)
             assert_same(adapter_state(model), state)
     same = adapter_layers(late)["model.layers.0.mlp.up_proj"].A
-    lora.use_adapter(late, last)
+    use_adapter(late, last)
     assert (
         adapter_layers(late)["model.layers.0.mlp.up_proj"].A is same
     )  # where shapes agree, the tensors stay: an optimiser may hold them
@@ -678,7 +678,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing() -> None:
     ]
     for state, message in wrong:
         with pytest.raises(ValueError, match=message):
-            lora.use_adapter(model, state)
+            use_adapter(model, state)
         assert_same(adapter_state(model), before)
 
 

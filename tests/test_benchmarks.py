@@ -9,6 +9,7 @@ import torch
 
 from benchmarks import bench, report
 from lora_course import lora
+from lora_course.injection import trainable_parameters
 from tools import pages
 
 GROUPS = bench.groups(quick=True)
@@ -43,7 +44,7 @@ def test_each_arm_runs_and_a_step_moves_what_it_trains(name: str, more: tuple) -
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "4bit"])
 def test_ours_and_pefts_train_as_many_numbers_on_the_same_weights(precision: str) -> None:
     ours, theirs = (bench.make(name, "quick", precision) for name in ("LoRA", "PEFT LoRA"))
-    assert lora.trainable_parameters(ours.model) == lora.trainable_parameters(theirs.model) > 0
+    assert trainable_parameters(ours.model) == trainable_parameters(theirs.model) > 0
     torch.testing.assert_close(
         logits(ours), logits(theirs), atol=0, rtol=0
     )  # both start as the base

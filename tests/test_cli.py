@@ -15,9 +15,9 @@ from torch import nn
 from lora_course import cli, compare, lab
 from lora_course.adalora import AdaLoRALinear
 from lora_course.checkpoint import load_adapter, save_adapter
-from lora_course.lora import adapter_layers, inject
+from lora_course.injection import adapter_layers, inject
 from lora_course.sparse import SparseDeltaLinear
-from tests.test_lora import randomize
+from tests.models import randomize
 from tools.run_chapters import ROOT
 
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from scipy import stats
 
-from lora_course import compare, lora
+from lora_course import compare
 from lora_course.compare import METHODS, SETTINGS, interval, paired, pareto, series, verdict
+from lora_course.injection import adapter_layers, trainable_parameters
 from lora_course.lab import study
 
 SMALL = {
@@ -76,7 +77,7 @@ def test_each_method_ends_with_about_as_many_parameters_as_lora_and_at_its_scale
     found = compare.score(trained, "python", "test")
     plain = compare.make_lora(0)
     # a tenth, since what moves ranks between layers has a budget of ranks, and they cost less in small layers; gates have none
-    assert abs(found["parameters"] / lora.trainable_parameters(plain.model) - 1) < (
+    assert abs(found["parameters"] / trainable_parameters(plain.model) - 1) < (
         0.5 if method == "gates" else 0.1
     )
     assert len(trained["losses"]) == SMALL["steps"] and all(
@@ -85,9 +86,9 @@ def test_each_method_ends_with_about_as_many_parameters_as_lora_and_at_its_scale
     assert 1 < found["bits_per_byte"] < 5 and found["file_bytes"] > 0 and found["step_bytes"] > 1e6
     assert found["bits_per_byte"] != compare.bits_per_byte(compare.base_model(), "python", "test")
     if not METHODS[method].title.endswith("(PEFT)"):
-        assert {
-            round(layer.scaling, 6) for layer in lora.adapter_layers(trained["model"]).values()
-        } == {SETTINGS["scaling"]}
+        assert {round(layer.scaling, 6) for layer in adapter_layers(trained["model"]).values()} == {
+            SETTINGS["scaling"]
+        }
 
 
 def test_pefts_layers_in_transformers_trainer_go_the_way_of_ours(

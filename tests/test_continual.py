@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from lora_course import continual, lora
-from lora_course.checkpoint import export_peft, load_adapter, save_adapter
+from lora_course.checkpoint import load_adapter, save_adapter
 from lora_course.continual import (
     Interleaved,
     Isolated,
@@ -38,10 +38,12 @@ from lora_course.continual import (
     overlap,
     restart,
 )
-from lora_course.lora import adapter_layers, adapter_state, inject, use_adapter
+from lora_course.export import export_peft
+from lora_course.injection import adapter_layers, inject, merge
 from lora_course.qlora import quantize_model
+from lora_course.states import adapter_state, use_adapter
 from lora_course.training import AdapterTrainer, training_arguments
-from tests.test_lora import batch, config, qwen, randomize, relative
+from tests.models import batch, config, qwen, randomize, relative
 
 LENGTH = 10
 
@@ -290,7 +292,7 @@ def test_freezing_keeps_the_function_and_the_bits_of_what_is_frozen() -> None:
     torch.testing.assert_close(
         layer(x) - layer.base_layer(x), x @ (B @ A).t(), atol=1e-5, rtol=1e-5
     )
-    torch.testing.assert_close(lora.merge(model)(**batch()).logits, changed, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(merge(model)(**batch()).logits, changed, atol=1e-5, rtol=1e-5)
 
 
 def test_overlap_is_the_sum_over_pairs_of_rows_of_all_layers() -> None:

@@ -24,17 +24,11 @@ from lora_course.distillation import (
     mixture_log_probs,
 )
 from lora_course.experts import ExpertsLinear
-from lora_course.lora import (
-    LoRALinear,
-    adapter_layers,
-    adapter_state,
-    concatenate,
-    factor_state,
-    inject,
-    merge,
-)
+from lora_course.injection import adapter_layers, inject, merge
+from lora_course.lora import LoRALinear
+from lora_course.states import adapter_state, concatenate, factor_state
 from lora_course.training import AdapterTrainer, training_arguments
-from tests.test_lora import batch, config, qwen, randomize
+from tests.models import batch, config, qwen, randomize
 
 KINDS = [{}, {"divergence": "reverse"}, {"mixture": "logits"}]
 

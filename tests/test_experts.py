@@ -14,8 +14,7 @@ from peft import LoraConfig, XLoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from lora_course import lora
-from lora_course.checkpoint import export_peft, load_adapter, save_adapter
+from lora_course.checkpoint import load_adapter, save_adapter
 from lora_course.experts import (
     ExpertsLinear,
     Weigh,
@@ -27,9 +26,20 @@ from lora_course.experts import (
     mask_prefix,
     mix_experts,
 )
-from lora_course.lora import LoRALinear, adapter_layers, adapter_state, inject, use_adapter
+from lora_course.export import export_peft
+from lora_course.injection import (
+    adapter_layers,
+    disabled,
+    inject,
+    injection_of,
+    merge,
+    trainable_parameters,
+    unload,
+)
+from lora_course.lora import LoRALinear
+from lora_course.states import adapter_state, factor_state, split_state, use_adapter
 from lora_course.training import AdapterTrainer, training_arguments
-from tests.test_lora import batch, config, qwen, randomize
+from tests.models import batch, config, qwen, randomize
 
 MODES = [
     {}, {"top_k": 2}, {"routing": "shared"}, {"gate_by": "sequence", "prefix": 3},
@@ -191,7 +201,7 @@ def test_experts_of_unequal_rank_that_load_state_dict_brings_keep_their_gates() 
     gates, h = torch.rand(2, 5, 2), torch.randn(2, 5, 8)
     layer.gating.gates = gates
     torch.testing.assert_close(
-        layer.between(h), h * gates.repeat_interleave(torch.tensor([6, 2]), -1), **EXACT
+        layer.transform_hidden(h), h * gates.repeat_interleave(torch.tensor([6, 2]), -1), **EXACT
     )
     assert layer.r == 6
 
@@ -209,7 +219,7 @@ def test_the_mixture_equals_pefts_xlora(tmp_path: Path) -> None:
     folders, states = {}, []
     for i in range(2):
         plain = randomize(inject(qwen(), config(r=3 + i, lora_alpha=7 + i)), seed=i)
-        states.append(lora.factor_state(plain))
+        states.append(factor_state(plain))
         folders[str(i)] = str(
             export_peft(plain, tmp_path / str(i))
         )  # X-LoRA runs only with these names
@@ -375,7 +385,7 @@ def test_a_cache_can_be_copied_and_one_that_the_gates_did_not_see_is_refused() -
         torch.testing.assert_close(
             model(input_ids=IDS[:, 5:], past_key_values=cache).logits, again, **EXACT
         )
-        with lora.disabled(model):
+        with disabled(model):
             foreign = model(input_ids=IDS[:, :5], use_cache=True).past_key_values
         with pytest.raises(RuntimeError, match="filled with the experts off"):
             model(input_ids=IDS[:, 5:], past_key_values=foreign)
@@ -425,7 +435,7 @@ def test_checkpointing_that_would_lose_or_mix_up_gates_is_refused() -> None:
         gradients(model)
     model.activation_checkpointing_enable({"use_reentrant": False})
     loss = model(**batch(), use_cache=False).loss
-    with lora.disabled(model), torch.no_grad():
+    with disabled(model), torch.no_grad():
         model(**batch(), use_cache=False)  # the base's own pass disturbs nothing
     loss.backward()
     loss = model(**batch(), use_cache=False).loss
@@ -494,7 +504,7 @@ def three_adapters(folder: Path) -> tuple[list, list[nn.Module]]:
     fields = [{}, {"r": 5, "lora_alpha": 3}, {"r": 2, "target_modules": ["q_proj", "down_proj"]}]
     models = [randomize(inject(qwen(), config(**f)), seed=i) for i, f in enumerate(fields)]
     given = [
-        lora.factor_state(models[0]),
+        factor_state(models[0]),
         save_adapter(models[1], folder / "ours"),
         str(export_peft(models[2], folder / "peft")),
     ]
@@ -514,15 +524,13 @@ def test_adapters_of_any_origin_become_experts_and_come_out_again(
     }
     for index, model in enumerate(models):
         plain = (
-            use_adapter(
-                inject(quantised(qwen()), lora.injection(model).config), adapter_state(model)
-            )
+            use_adapter(inject(quantised(qwen()), injection_of(model).config), adapter_state(model))
             if base_in_4bit
             else model
         )
         with fixed_gates(mixed, torch.eye(len(given))[index]):
             torch.testing.assert_close(logits(mixed, IDS), logits(plain, IDS), atol=1e-4, rtol=1e-4)
-        state, expected = lora.split_state(expert_state(mixed, index)), adapter_layers(model)
+        state, expected = split_state(expert_state(mixed, index)), adapter_layers(model)
         assert state.keys() == expected.keys()
         for name, tensors in state.items():
             delta = tensors["scaling"] * tensors["B"].double() @ tensors["A"].double()
@@ -535,10 +543,8 @@ def test_adapters_of_any_origin_become_experts_and_come_out_again(
         save_adapter(shuffle_routers(mixed), tmp_path / "mixed"),
     )
     torch.testing.assert_close(logits(saved, IDS), logits(mixed.eval(), IDS), **EXACT)
-    assert (
-        lora.trainable_parameters(saved) == lora.trainable_parameters(mixed) == 2 * len(given) * 48
-    )
-    assert lora.trainable_parameters(freeze_experts(saved, False)) > 5000
+    assert trainable_parameters(saved) == trainable_parameters(mixed) == 2 * len(given) * 48
+    assert trainable_parameters(freeze_experts(saved, False)) > 5000
     with pytest.raises(ValueError, match="experts 0 to"):
         expert_state(mixed, len(given))
 
@@ -578,9 +584,9 @@ def test_saved_experts_are_loaded_with_their_router_and_arguments(tmp_path: Path
     model = mixture(top_k=2, gate_by="sequence", prefix=3, routing="shared")
     loaded = load_adapter(qwen(), save_adapter(model, tmp_path))
     torch.testing.assert_close(logits(loaded, IDS), logits(model, IDS), **EXACT)
-    assert lora.trainable_parameters(loaded) == lora.trainable_parameters(model)
+    assert trainable_parameters(loaded) == trainable_parameters(model)
     frozen = load_adapter(qwen(), save_adapter(freeze_experts(mixture()), tmp_path / "frozen"))
-    assert lora.trainable_parameters(frozen) == 2 * 3 * 48
+    assert trainable_parameters(frozen) == 2 * 3 * 48
     with pytest.raises(ValueError, match="3 experts of ranks"):
         use_adapter(mixture(4, routing="shared"), adapter_state(model))
     with pytest.raises(ValueError, match="another kind of layer"):
@@ -596,11 +602,11 @@ def test_copies_and_pickles_are_independent_and_unload_leaves_nothing() -> None:
         for layer in adapter_layers(other).values():
             nn.init.zeros_(layer.B)
         torch.testing.assert_close(logits(other, IDS), logits(qwen(), IDS), **EXACT)
-        lora.unload(other)
+        unload(other)
         assert not any(m._forward_pre_hooks or m._forward_hooks for m in other.modules())
         torch.testing.assert_close(logits(other, IDS), logits(qwen(), IDS), **EXACT)
     torch.testing.assert_close(logits(model.eval(), IDS), expected, **EXACT)
-    with lora.disabled(model):
+    with disabled(model):
         torch.testing.assert_close(logits(model, IDS), logits(qwen(), IDS), **EXACT)
 
 
@@ -651,8 +657,8 @@ def test_what_no_fixed_matrix_equals_is_refused_by_name(tmp_path: Path) -> None:
     model = mixture()
     layer = next(iter(adapter_layers(model).values()))
     for refused in (
-        lora.merge,
-        lora.factor_state,
+        merge,
+        factor_state,
         lambda m: export_peft(m, tmp_path),
         lambda m: layer.delta_weight(),
         lambda m: layer.merge(),
@@ -670,7 +676,7 @@ def test_bad_experts_and_gates_are_refused(tmp_path: Path) -> None:
         mix_experts(plain, [adapter_state(mixture())])
     with pytest.raises(FileNotFoundError, match="save_adapter"):
         mix_experts(plain, [tmp_path / "nothing"])
-    state = lora.factor_state(randomize(inject(qwen(), config())))
+    state = factor_state(randomize(inject(qwen(), config())))
     with pytest.raises(ValueError, match="another base model"):
         mix_experts(
             plain, [{key: t[:, :-1] if key.endswith(".A") else t for key, t in state.items()}]

@@ -10,20 +10,14 @@ from torch import nn
 from torch.autograd import gradcheck
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lora_course import lora
-from lora_course.checkpoint import export_peft, load_adapter, save_adapter
+from lora_course.checkpoint import load_adapter, save_adapter
+from lora_course.export import export_peft
 from lora_course.fused import AdapterBatchLinear, FusedLoRA, FusedLoRALinear, load_adapters, rows
-from lora_course.lora import (
-    THIN,
-    LoRALinear,
-    adapter_layers,
-    factor_state,
-    inject,
-    unload,
-    use_adapter,
-)
+from lora_course.injection import adapter_layers, disabled, inject, merge, unload, unmerge
+from lora_course.lora import LARGEST_COPIED_RANK, LoRALinear
 from lora_course.qlora import quantize_model
-from tests.test_lora import batch, config, qwen, randomize, relative
+from lora_course.states import adapter_state, factor_state, split_state, use_adapter
+from tests.models import batch, config, qwen, randomize, relative
 
 # ------------------------------------------------------------------------------------------------- the fused step
 
@@ -79,7 +73,7 @@ def assert_equal_steps(models: dict[str, nn.Module], tolerance: float, **how: ob
 
 
 @pytest.mark.parametrize("fields", [
-    {}, {"r": THIN}, {"r": THIN + 2}, {"lora_dropout": 0.4}, {"use_rslora": True, "target_modules": ["v_proj", "down_proj"]},
+    {}, {"r": LARGEST_COPIED_RANK}, {"r": LARGEST_COPIED_RANK + 2}, {"lora_dropout": 0.4}, {"use_rslora": True, "target_modules": ["v_proj", "down_proj"]},
     {"rank_pattern": {"q_proj": 5}, "alpha_pattern": {"k_proj": 7}},
 ], ids=str)  # fmt: skip
 def test_a_fused_step_equals_the_plain_one(fields: dict) -> None:
@@ -258,11 +252,11 @@ def test_merged_equals_unmerged_and_unmerging_restores_to_rounding(
     with torch.no_grad():
         reference = model(**batch()).logits
         assert relative(reference, base) > 10 * bound  # the adapter does something
-        lora.merge(model)
+        merge(model)
         assert relative(model(**batch()).logits, reference) < bound
         with pytest.raises(RuntimeError, match="merged already"):
-            lora.merge(model)
-        lora.unmerge(model)
+            merge(model)
+        unmerge(model)
         for name, layer in adapter_layers(model).items():
             assert relative(layer.base_layer.weight, before[name]) < restored
 
@@ -270,7 +264,7 @@ def test_merged_equals_unmerged_and_unmerging_restores_to_rounding(
 def test_saved_while_merged_it_is_applied_once(tmp_path: Path) -> None:
     model = randomize(inject(qwen(), config(), layer=FusedLoRALinear)).eval()
     reference = model(**batch()).logits.detach()
-    lora.merge(model)
+    merge(model)
     save_adapter(model, tmp_path)
     torch.testing.assert_close(
         load_adapter(qwen(), tmp_path).eval()(**batch()).logits, reference, atol=1e-5, rtol=1e-5
@@ -283,7 +277,7 @@ def test_saved_while_merged_it_is_applied_once(tmp_path: Path) -> None:
 def test_a_4bit_base_refuses_to_merge() -> None:
     model = randomize(inject(quantize_model(qwen()), config(), layer=FusedLoRALinear))
     with pytest.raises(TypeError, match="4-bit"):
-        lora.merge(model)
+        merge(model)
 
 
 # ------------------------------------------------------------------------------------------------- many adapters, one batch
@@ -322,7 +316,7 @@ def test_a_batch_equals_its_rows_one_by_one_and_peft() -> None:
     for name in ("code", "verse"):
         theirs.add_adapter(name, config(**FIELDS[name]))
     for name, state in STATES.items():
-        for module, tensors in lora.split_state(state).items():
+        for module, tensors in split_state(state).items():
             peft = theirs.base_model.model.get_submodule(module)
             peft.lora_A[name].weight.data.copy_(tensors["A"])
             peft.lora_B[name].weight.data.copy_(tensors["B"])
@@ -349,7 +343,7 @@ def test_cached_generation_and_merged_models_write_the_same() -> None:
     for i, name in enumerate(NAMES):
         alone = single(name)
         if name:
-            alone = unload(lora.merge(alone))
+            alone = unload(merge(alone))
         with sdpa_kernel(SDPBackend.MATH):
             assert torch.equal(
                 together[i : i + 1], alone.generate(ids[i : i + 1], use_cache=True, **kwargs)
@@ -410,7 +404,7 @@ def test_rows_hold_within_their_block_and_the_base_comes_back() -> None:
         with rows(model, ["code", None]):
             assert not torch.allclose(model(ids).logits, outer, atol=1e-3)
         assert torch.equal(model(ids).logits, outer)
-        with lora.disabled(model):
+        with disabled(model):
             assert torch.equal(model(ids).logits, qwen()(ids).logits)
     with pytest.raises(RuntimeError, match="which row of the batch uses which"):
         model(ids)
@@ -423,8 +417,8 @@ def test_what_serving_refuses(tmp_path: Path) -> None:
     model = served()
     assert not any(p.requires_grad for p in model.parameters())
     for refused in (
-        lora.merge,
-        lora.adapter_state,
+        merge,
+        adapter_state,
         factor_state,
         lambda m: save_adapter(m, tmp_path),
         lambda m: use_adapter(m, STATES["law"]),

@@ -10,13 +10,16 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import TrainerCallback
 
-from lora_course import lora
-from lora_course.checkpoint import export_peft, load_adapter, save_adapter
+from lora_course.checkpoint import load_adapter, save_adapter
+from lora_course.export import export_peft
 from lora_course.hierarchical import NestedLoRALinear, RankSampler, at_rank, cut, matryoshka_weights
-from lora_course.lora import LoRALinear, adapter_layers, inject, is_4bit
+from lora_course.injection import adapter_layers, inject, merge, unload, unmerge
+from lora_course.linears import is_4bit
+from lora_course.lora import LoRALinear
 from lora_course.qlora import quantize_model
+from lora_course.states import adapter_state, concatenate, factor_state, split_state, use_adapter
 from lora_course.training import AdapterTrainer, training_arguments
-from tests.test_lora import batch, config, qwen, randomize, relative
+from tests.models import batch, config, qwen, randomize, relative
 
 RANKS = (1, 2, 5)
 
@@ -135,7 +138,7 @@ def test_a_sum_of_branches_is_one_adapter_of_the_summed_rank_with_a_scale_a_bloc
     torch.testing.assert_close(whole(x), expected, atol=1e-3, rtol=1e-5)
     assert torch.linalg.matrix_rank(whole.delta_weight()) == 28
     states = [{"m.A": A, "m.B": B, "m.scaling": torch.tensor(s)} for _, s, A, B in blocks]
-    joined = lora.concatenate(states)
+    joined = concatenate(states)
     torch.testing.assert_close(
         joined["m.B"] @ joined["m.A"], whole.delta_weight(), atol=1e-4, rtol=1e-5
     )
@@ -147,10 +150,10 @@ def test_a_sum_of_branches_is_one_adapter_of_the_summed_rank_with_a_scale_a_bloc
 @pytest.mark.parametrize("weighting", ["equal", "matryoshka"])
 def test_a_cut_equals_a_slice_and_cuts_are_nested_at_one_scale(weighting: str) -> None:
     model = nested(weighting=weighting)
-    whole, name = lora.split_state(lora.factor_state(model)), next(iter(adapter_layers(model)))
+    whole, name = split_state(factor_state(model)), next(iter(adapter_layers(model)))
     previous = None
     for b in range(1, 6):
-        state = lora.split_state(cut(model, b))
+        state = split_state(cut(model, b))
         assert torch.equal(state[name]["A"], whole[name]["A"][:b]) and torch.equal(
             state[name]["B"], whole[name]["B"][:, :b]
         )
@@ -160,7 +163,7 @@ def test_a_cut_equals_a_slice_and_cuts_are_nested_at_one_scale(weighting: str) -
                 state[name]["B"][:, :-1], previous[name]["B"]
             )
         previous = state
-        plain = lora.use_adapter(inject(qwen(), config()), cut(model, b))
+        plain = use_adapter(inject(qwen(), config()), cut(model, b))
         assert {layer.r for layer in adapter_layers(plain).values()} == {b}
         with at_rank(model, b):
             torch.testing.assert_close(
@@ -176,7 +179,7 @@ def test_a_cut_equals_a_slice_and_cuts_are_nested_at_one_scale(weighting: str) -
 
 def test_a_state_that_was_cut_is_a_copy_and_training_goes_on_at_the_cut_alone() -> None:
     model = nested()
-    state, before = cut(model, 2), lora.adapter_state(model)
+    state, before = cut(model, 2), adapter_state(model)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
     with at_rank(model, 2):
         model(**rows(0)).loss.backward()
@@ -237,18 +240,18 @@ def test_merging_at_a_cut_and_taking_it_back() -> None:
     model, base = nested(), qwen()
     with at_rank(model, 2):
         expected = model(**batch()).logits
-        lora.merge(model)
+        merge(model)
     torch.testing.assert_close(model(**batch()).logits, expected, atol=1e-5, rtol=1e-5)
     with pytest.raises(RuntimeError, match="unmerge"), at_rank(model, 3):
         pass
-    lora.unmerge(model)
+    unmerge(model)
     for name, layer in adapter_layers(model).items():
         torch.testing.assert_close(
             layer.base_layer.weight, base.get_submodule(name).weight, atol=1e-6, rtol=1e-5
         )
     with at_rank(nested(), 1) as again:
-        lora.merge(again)
-        lora.unload(again)
+        merge(again)
+        unload(again)
     with at_rank(nested(), 1) as reference:
         torch.testing.assert_close(
             again(**batch()).logits, reference(**batch()).logits, atol=1e-5, rtol=1e-5
@@ -362,10 +365,8 @@ def test_the_callback_does_what_the_loop_does(
                 (reference(**micro).loss / accumulation).backward()
         optimizer.step()
         optimizer.zero_grad()
-    for name, tensor in lora.adapter_state(model).items():
-        torch.testing.assert_close(
-            tensor, lora.adapter_state(reference)[name], atol=1e-5, rtol=1e-4
-        )
+    for name, tensor in adapter_state(model).items():
+        torch.testing.assert_close(tensor, adapter_state(reference)[name], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("only_last", [False, True])
@@ -409,7 +410,7 @@ def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_weights(tmp_path: 
     trainer(resumed, tmp_path / "cut", [RankSampler(resumed)], **saving).train(
         resume_from_checkpoint=True
     )
-    expected, found = lora.adapter_state(straight), lora.adapter_state(resumed)
+    expected, found = adapter_state(straight), adapter_state(resumed)
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], atol=0, rtol=0)
 
@@ -482,7 +483,7 @@ def test_it_works_on_a_4bit_base(tmp_path: Path) -> None:
         )
         torch.testing.assert_close(theirs(**batch()).logits, expected, atol=1e-4, rtol=1e-4)
         with pytest.raises(TypeError, match="4-bit"):
-            lora.merge(model)
+            merge(model)
 
 
 # ------------------------------------------------------------------------------------------------- refusals
@@ -527,7 +528,5 @@ def test_what_has_no_such_cut_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="another model"):
         trainer(nested(), tmp_path, [RankSampler(model)]).train()
     with pytest.raises(ValueError, match="needs rank 5"):
-        lora.use_adapter(
-            model, lora.adapter_state(inject(qwen(), config(r=4), layer=NestedLoRALinear))
-        )
+        use_adapter(model, adapter_state(inject(qwen(), config(r=4), layer=NestedLoRALinear)))
     assert isinstance(next(iter(adapter_layers(model).values())), LoRALinear)

@@ -11,20 +11,13 @@ from peft import PeftModel, get_peft_model
 from peft.tuners.lora.model import LoraModel
 from torch import Tensor
 
-from lora_course import lora
-from lora_course.checkpoint import export_peft, load_adapter, save_adapter
-from lora_course.lora import (
-    AdapterState,
-    adapter_layers,
-    adapter_state,
-    concatenate,
-    inject,
-    split_state,
-    truncate,
-    use_adapter,
-)
+from lora_course.checkpoint import load_adapter, save_adapter
+from lora_course.export import export_peft
+from lora_course.injection import adapter_layers, inject, merge
+from lora_course.lora import AdapterState
 from lora_course.merging import average_factors, cross_term_error, dare, relative_error, ties
-from tests.test_lora import batch, config, qwen, randomize
+from lora_course.states import adapter_state, concatenate, split_state, truncate, use_adapter
+from tests.models import batch, config, qwen, randomize
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]  # square, out < in, and out < in with another width
 
@@ -371,8 +364,8 @@ def test_a_module_that_one_state_lacks_is_merged_from_the_others_and_nothing_giv
     states = make((3, 3))
     partial = {key: value for key, value in states[1].items() if "v_proj" in key}
     before = copy.deepcopy([states[0], partial])
-    for merge in (lambda s: ties(s, None, 1.0).state, lambda s: dare(s, None, 1.0).state):
-        found = deltas(merge([states[0], partial]))
+    for way in (lambda s: ties(s, None, 1.0).state, lambda s: dare(s, None, 1.0).state):
+        found = deltas(way([states[0], partial]))
         alone = deltas(states[0])
         for module in alone:
             if "v_proj" not in module:
@@ -417,4 +410,4 @@ def test_merged_states_serve_on_the_model() -> None:
     use_adapter(model, dare(states, 5, 0.5).state)
     assert {layer.r for layer in adapter_layers(model).values()} == {5}
     unmerged = model(**batch()).logits
-    torch.testing.assert_close(lora.merge(model)(**batch()).logits, unmerged, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(merge(model)(**batch()).logits, unmerged, atol=1e-5, rtol=1e-5)

@@ -17,9 +17,10 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from lora_course import lora, progressive
-from lora_course.checkpoint import export_peft, load_adapter, read_extra, save_adapter
-from lora_course.lora import adapter_layers, adapter_state, factor_state, inject
+from lora_course import progressive
+from lora_course.checkpoint import load_adapter, read_extra, save_adapter
+from lora_course.export import export_peft
+from lora_course.injection import adapter_layers, disabled, inject, merge, unload, unmerge
 from lora_course.progressive import (
     StackedLoRALinear,
     Stage,
@@ -30,8 +31,9 @@ from lora_course.progressive import (
     train_stages,
 )
 from lora_course.qlora import quantize_model
+from lora_course.states import adapter_state, concatenate, factor_state, use_adapter
 from lora_course.training import AdapterTrainer, training_arguments
-from tests.test_lora import batch, config, linear4bit, qwen, relative
+from tests.models import batch, config, linear4bit, qwen, relative
 
 STAGES = [
     Stage(3, ["q_proj", "down_proj"], 1e-2, 4),
@@ -112,7 +114,7 @@ def stacked(
         begin_stage(model, stage, seed=index)
         fill(model, index)
         if mode == "merge":
-            lora.merge(model)
+            merge(model)
     return model
 
 
@@ -218,7 +220,7 @@ def test_other_precisions_agree_with_plain_lora_of_the_same_factors(kind: str) -
     )
     ours = stacked(copy.deepcopy(base))
     one = inject(base, config(r=1, target_modules=sorted(adapter_layers(ours))))
-    lora.use_adapter(one, factor_state(ours))
+    use_adapter(one, factor_state(ours))
     with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
         mine, other = logits(ours), logits(one)
     assert mine.dtype == other.dtype
@@ -264,7 +266,7 @@ def test_the_function_is_unchanged_at_a_boundary_and_the_new_stage_can_learn(mod
     torch.testing.assert_close(logits(model), logits(qwen()), atol=0, rtol=0)
     for index, stage in enumerate(STAGES):
         if index and mode == "merge":
-            lora.merge(model)
+            merge(model)
         before = logits(model)
         begin_stage(model, stage)
         # fp32: what was one product is now two sums, or a weight rounded once more
@@ -391,7 +393,7 @@ def test_one_stage_is_lora_trained_by_transformers_linear_schedule(tmp_path: Pat
     )
     plain = inject(qwen(), config(r=3, lora_alpha=6, target_modules=["q_proj", "down_proj"]))
     start = inject_stages(qwen(), STAGES[:1])
-    lora.use_adapter(plain, factor_state(begin_stage(start, STAGES[0], seed=0)))
+    use_adapter(plain, factor_state(begin_stage(start, STAGES[0], seed=0)))
     args = training_arguments(
         tmp_path / "plain",
         "cpu",
@@ -620,10 +622,10 @@ def test_a_stage_can_be_left_out_of_the_sum() -> None:
     model = stacked()
     states = progressive.stage_states(model)
     without = inject(qwen(), config(target_modules=sorted(adapter_layers(model))))
-    lora.use_adapter(without, lora.concatenate(states))
+    use_adapter(without, concatenate(states))
     torch.testing.assert_close(logits(without), logits(model), atol=1e-5, rtol=1e-5)
     first = inject(qwen(), config(target_modules=["q_proj", "down_proj"]))
-    lora.use_adapter(first, states[0])
+    use_adapter(first, states[0])
     torch.testing.assert_close(
         logits(first), logits(stacked(stages=STAGES[:1])), atol=1e-5, rtol=1e-5
     )
@@ -634,15 +636,15 @@ def test_unmerging_gives_the_base_back_to_the_bit_only_from_a_copy(keep_original
     model = stacked(mode="merge", keep_original=keep_original)
     expected = logits(model)
     base = weights(qwen())
-    lora.unmerge(model)
+    unmerge(model)
     assert same(weights(model), base) == keep_original
     assert all((found - base[name]).abs().max() < 1e-6 for name, found in weights(model).items())
     torch.testing.assert_close(
         logits(model), expected, atol=5e-6, rtol=5e-6
     )  # the stages act beside the base again
-    lora.merge(model)
-    lora.unmerge(model)
-    assert same(weights(lora.unload(model)), base) == keep_original
+    merge(model)
+    unmerge(model)
+    assert same(weights(unload(model)), base) == keep_original
 
 
 def test_the_spectrum_is_that_of_the_update_and_two_stages_exceed_the_rank_of_one() -> None:
@@ -737,30 +739,30 @@ def test_layers_refuse_what_would_make_the_sum_wrong() -> None:
     model = inject_stages(qwen(), STAGES[:1])
     with pytest.raises(ValueError, match="up_proj.*matches no layer that inject_stages"):
         begin_stage(model, Stage(2, ["up_proj"]))
-    with pytest.raises(ValueError, match="LoRALinear layers, stages need StackedLoRALinear"):
+    with pytest.raises(ValueError, match="injected with LoRALinear.*StackedLoRALinear"):
         begin_stage(inject(qwen(), config()), STAGES[0])
     with pytest.raises(ValueError, match="does not support use_rslora"):
         inject(qwen(), config(use_rslora=True), StackedLoRALinear)
     begin_stage(model, STAGES[0])
-    lora.merge(model)
+    merge(model)
     with pytest.raises(RuntimeError, match="Call freeze"):
         next(iter(adapter_layers(model).values())).start(2)
     with pytest.raises(RuntimeError, match="merged already"):
-        lora.merge(model)
+        merge(model)
     other = adapter_state(stacked(stages=STAGES[:1] * 2))
     begin_stage(model, STAGES[0])
     fill(model, 1)
     with pytest.raises(RuntimeError, match="are merged into the base and this one is not"):
         begin_stage(model, STAGES[0])
-    with pytest.raises(RuntimeError, match="base holds earlier stages"), lora.disabled(model):
+    with pytest.raises(RuntimeError, match="base holds earlier stages"), disabled(model):
         logits(model)
     with pytest.raises(ValueError, match="holds other stages"):
-        lora.use_adapter(model, other)
+        use_adapter(model, other)
     with pytest.raises(RuntimeError, match="not merged"):
         next(iter(adapter_layers(model).values())).unmerge()
     wrong = other | {"model.layers.0.self_attn.q_proj.ranks": torch.tensor([1])}
     with pytest.raises(ValueError, match=r"frozen stages.*\[1\]"):
-        lora.use_adapter(stacked(stages=STAGES[:1] * 2), wrong)
+        use_adapter(stacked(stages=STAGES[:1] * 2), wrong)
 
 
 def test_a_4bit_stack_refuses_its_merge_by_name() -> None:

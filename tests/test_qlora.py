@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM, TrainingArguments
 
 from lora_course import qlora
-from lora_course.lora import adapter_layers, inject, merge
+from lora_course.injection import adapter_layers, inject, merge
 from lora_course.qlora import (
     NF4Weight,
     dequantize_model,
@@ -460,8 +460,12 @@ def test_without_the_cure_an_evaluation_corrupts_weights_and_gradients(avx512bf1
     garbage = bnbf.dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
     assert (garbage - weight).norm() / weight.norm() > 0.5
     lowest = "model.layers.0.self_attn.q_proj.A"
-    got = gradients(model)[lowest]
-    assert (got - expected[lowest]).norm() / expected[lowest].norm() > 0.1
+    try:  # the fast kernel, where the CPU has it, gives no gradient at all; torch's stand-in a wrong one
+        got = gradients(model)[lowest]
+    except RuntimeError as error:
+        assert "requires grad" in str(error)
+    else:
+        assert (got - expected[lowest]).norm() / expected[lowest].norm() > 0.1
     for refuses in (protect, dequantize_model, merge_requantized):
         with pytest.raises(RuntimeError, match="repacked by a forward in eval mode"):
             refuses(model)

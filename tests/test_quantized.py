@@ -13,17 +13,11 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lora_course import lora
-from lora_course.checkpoint import export_peft, load_adapter, save_adapter
-from lora_course.lora import (
-    LoRALinear,
-    adapter_layers,
-    adapter_state,
-    factor_state,
-    inject,
-    is_4bit,
-    use_adapter,
-)
+from lora_course.checkpoint import load_adapter, save_adapter
+from lora_course.export import export_peft
+from lora_course.injection import adapter_layers, inject, merge, unmerge
+from lora_course.linears import is_4bit
+from lora_course.lora import LoRALinear
 from lora_course.qlora import quantize_model
 from lora_course.quantized import (
     FILE,
@@ -38,8 +32,9 @@ from lora_course.quantized import (
     save_quantized,
     unpack,
 )
+from lora_course.states import adapter_state, factor_state, use_adapter
 from lora_course.training import AdapterTrainer, training_arguments
-from tests.test_lora import batch, config, qwen, randomize, relative
+from tests.models import batch, config, qwen, randomize, relative
 
 # 48, 80 and 24 are no multiples of 20: the last group of a row is shorter
 GRIDS = [
@@ -330,15 +325,15 @@ def test_a_four_bit_base_trains_and_keeps_its_factors_in_fp32() -> None:
             and layer.A.grad.abs().sum() > 0
         )
     with pytest.raises(TypeError, match="4-bit"):
-        lora.merge(model)
+        merge(model)
 
 
 def test_merge_unmerge_and_moving_keep_the_function() -> None:
     model = adapted(bits=3)
     reference = model(**batch()).logits
-    lora.merge(model)
+    merge(model)
     torch.testing.assert_close(model(**batch()).logits, reference, atol=1e-5, rtol=1e-5)
-    lora.unmerge(model)
+    unmerge(model)
     torch.testing.assert_close(model(**batch()).logits, reference, atol=1e-5, rtol=1e-5)
     assert torch.equal(
         copy.deepcopy(model).to("cpu").to(torch.float32)(**batch()).logits, model(**batch()).logits
@@ -519,7 +514,7 @@ def test_other_layers_merged_models_and_lost_trainings_are_refused(tmp_path: Pat
     with pytest.raises(ValueError, match="QuantizedLoRALinear"):
         quantize_after_training(model)
     with pytest.raises(RuntimeError, match="unmerge"):
-        quantize_after_training(lora.merge(plain))
+        quantize_after_training(merge(plain))
     next(iter(adapter_layers(model).values())).B.data[0, 0] = float("nan")
     with pytest.raises(ValueError, match="not finite"):
         save_quantized(model, tmp_path)

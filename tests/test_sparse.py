@@ -11,9 +11,18 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import TrainerCallback
 
-from lora_course import lora
-from lora_course.checkpoint import export_peft, load_adapter, save_adapter
-from lora_course.lora import LoRALinear, adapter_layers, inject, is_4bit
+from lora_course.checkpoint import load_adapter, save_adapter
+from lora_course.export import export_peft
+from lora_course.injection import (
+    adapter_layers,
+    disabled,
+    inject,
+    merge,
+    trainable_parameters,
+    unload,
+)
+from lora_course.linears import is_4bit
+from lora_course.lora import LoRALinear
 from lora_course.qlora import quantize_model
 from lora_course.sparse import (
     GatedLoRALinear,
@@ -27,8 +36,9 @@ from lora_course.sparse import (
     ranks,
     soft_threshold,
 )
+from lora_course.states import adapter_state, factor_state, use_adapter
 from lora_course.training import AdapterTrainer, training_arguments
-from tests.test_lora import Calls, batch, config, qwen, relative
+from tests.models import Calls, batch, config, qwen, relative
 
 KINDS = [GatedLoRALinear, SparseLoRALinear, SparseDeltaLinear]
 MASKED = [SparseLoRALinear, SparseDeltaLinear]
@@ -155,16 +165,16 @@ def test_it_is_saved_reloaded_switched_and_taken_out(kind: type, tmp_path: Path)
     torch.manual_seed(123)  # the masks of the model that loads are drawn anew, and then replaced
     again = load_adapter(qwen(), save_adapter(model, tmp_path))
     assert torch.equal(again(**batch()).logits, expected)
-    state, reloaded = lora.adapter_state(model), lora.adapter_state(again)
+    state, reloaded = adapter_state(model), adapter_state(again)
     assert state.keys() == reloaded.keys() and all(
         torch.equal(state[k], reloaded[k]) and state[k].dtype == reloaded[k].dtype for k in state
     )
     other = adapted(kind, seed=5, rank_pattern={"q_proj": 2}, use_rslora=True)
     assert relative(other(**batch()).logits, expected) > 0.01
-    assert torch.equal(lora.use_adapter(other, state)(**batch()).logits, expected)
-    with lora.disabled(other):
+    assert torch.equal(use_adapter(other, state)(**batch()).logits, expected)
+    with disabled(other):
         assert torch.equal(other(**batch()).logits, qwen()(**batch()).logits)
-    assert torch.equal(lora.unload(other)(**batch()).logits, qwen()(**batch()).logits)
+    assert torch.equal(unload(other)(**batch()).logits, qwen()(**batch()).logits)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -187,7 +197,7 @@ def test_it_works_on_a_4bit_base(kind: type, tmp_path: Path) -> None:
         again.eval()(**batch()).logits, model(**batch()).logits, atol=1e-5, rtol=1e-5
     )
     with pytest.raises(TypeError, match="4-bit"):
-        lora.merge(model)
+        merge(model)
 
 
 @pytest.mark.parametrize("kind", [GatedLoRALinear, SparseLoRALinear])
@@ -313,7 +323,7 @@ def closed(model: nn.Module) -> nn.Module:
 
 def test_a_pruned_adapter_is_smaller_of_equal_output_and_goes_on(tmp_path: Path) -> None:
     model = closed(adapted(GatedLoRALinear))
-    expected, kept, before = model(**batch()).logits, ranks(model), lora.trainable_parameters(model)
+    expected, kept, before = model(**batch()).logits, ranks(model), trainable_parameters(model)
     assert prune(model) is model
     torch.testing.assert_close(model(**batch()).logits, expected, atol=1e-5, rtol=1e-5)
     layers = adapter_layers(model)
@@ -323,7 +333,7 @@ def test_a_pruned_adapter_is_smaller_of_equal_output_and_goes_on(tmp_path: Path)
         and 3 in kept.values()
     )
     assert (
-        lora.trainable_parameters(model)
+        trainable_parameters(model)
         == sum(l.r * (l.in_features + l.out_features + 1) for l in layers.values())
         < before
     )
@@ -388,10 +398,8 @@ def test_the_callback_does_what_the_loop_does_under_a_schedule_of_rates(
         schedule.step()
         optimizer.zero_grad()
     assert ranks(model) == ranks(reference) and 0 < sum(ranks(model).values()) < 42
-    for name, tensor in lora.adapter_state(model).items():
-        torch.testing.assert_close(
-            tensor, lora.adapter_state(reference)[name], atol=1e-5, rtol=1e-4
-        )
+    for name, tensor in adapter_state(model).items():
+        torch.testing.assert_close(tensor, adapter_state(reference)[name], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -421,7 +429,7 @@ def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_weights_and_masks(
     straight = run(adapted(kind), "whole")
     run(adapted(kind), "cut", Stop())
     resumed = run(adapted(kind, seed=9), "cut", resume=True)
-    expected, found = lora.adapter_state(straight), lora.adapter_state(resumed)
+    expected, found = adapter_state(straight), adapter_state(resumed)
     assert expected.keys() == found.keys()
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], atol=0, rtol=0)
@@ -456,7 +464,7 @@ def test_the_masks_have_the_stated_number_of_places_and_differ_between_layers() 
         round(8 * l.in_features / 4) + round(8 * l.out_features / 4)
         for l in adapter_layers(model).values()
     )
-    assert lora.trainable_parameters(model) == expected
+    assert trainable_parameters(model) == expected
     layers = list(adapter_layers(model).values())
     assert not torch.equal(layers[0].mask("A"), layers[7].mask("A"))
 
@@ -473,7 +481,7 @@ def test_nnz_of_delta_w_is_the_size_of_the_mask_and_its_rank_is_not_bounded_by_r
         )
         assert torch.linalg.matrix_rank(delta) > 20
     plain = inject(qwen(), config(r=2))
-    assert lora.trainable_parameters(model) == lora.trainable_parameters(plain)
+    assert trainable_parameters(model) == trainable_parameters(plain)
 
 
 def test_the_magnitude_mask_takes_the_largest_weights() -> None:
@@ -522,7 +530,7 @@ def test_masked_entries_never_move_and_masks_stay(kind: type, make) -> None:
         for v in state.values()
         if torch.is_tensor(v) and v.numel() > 1
     )
-    assert states in (lora.trainable_parameters(model), 2 * lora.trainable_parameters(model))
+    assert states in (trainable_parameters(model), 2 * trainable_parameters(model))
 
 
 @pytest.mark.parametrize("kind", MASKED)
@@ -696,7 +704,7 @@ def test_impossible_arguments_are_refused_and_nothing_is_changed(
 
 def test_what_a_mask_on_delta_w_has_not_is_refused_by_name(tmp_path: Path) -> None:
     model = adapted(SparseDeltaLinear)
-    for function in (lora.factor_state, lambda m: export_peft(m, tmp_path)):
+    for function in (factor_state, lambda m: export_peft(m, tmp_path)):
         with pytest.raises(NotImplementedError, match="no low-rank factors.*save_adapter"):
             function(model)
     with pytest.raises(TypeError, match="4-bit base holds codes"):
@@ -726,7 +734,7 @@ def test_gates_refuse_other_models_optimisers_and_penalties(tmp_path: Path) -> N
 def test_states_that_do_not_fit_are_refused(kind: type) -> None:
     model = adapted(kind)
     name, layer = next(iter(adapter_layers(model).items()))
-    state, key = lora.adapter_state(model), f"{name}.indices_{next(iter(layer.shapes()))}"
+    state, key = adapter_state(model), f"{name}.indices_{next(iter(layer.shapes()))}"
     for damaged in (
         state[key].flip(0),
         state[key] + 48 * 48,
@@ -734,12 +742,12 @@ def test_states_that_do_not_fit_are_refused(kind: type) -> None:
         state[key].float(),
     ):
         with pytest.raises(ValueError, match="mask is damaged"):
-            lora.use_adapter(model, state | {key: damaged})
-    other = lora.adapter_state(adapted(kind, r=2))
+            use_adapter(model, state | {key: damaged})
+    other = adapter_state(adapted(kind, r=2))
     with pytest.raises(ValueError, match="own r and sparsity"):
-        lora.use_adapter(model, other)
+        use_adapter(model, other)
     with pytest.raises(ValueError, match="another kind of layer"):
-        lora.use_adapter(model, lora.adapter_state(adapted(GatedLoRALinear)))
+        use_adapter(model, adapter_state(adapted(GatedLoRALinear)))
     gated = adapted(GatedLoRALinear)
     with pytest.raises(ValueError, match=r"gate for .* is \[4\]; \[3\]"):
-        lora.use_adapter(gated, lora.adapter_state(gated) | {f"{name}.gate": torch.ones(4)})
+        use_adapter(gated, adapter_state(gated) | {f"{name}.gate": torch.ones(4)})

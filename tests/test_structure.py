@@ -17,8 +17,18 @@ from packaging.requirements import Requirement
 from tools import facts, pages, run_chapters
 from tools.run_chapters import ROOT
 
-GROUND = ("lora", "checkpoint", "training")
-ROOF = ("compare", "cli", "classroom")
+GROUND = (
+    "linears",
+    "lora",
+    "targets",
+    "injection",
+    "states",
+    "files",
+    "checkpoint",
+    "export",
+    "training",
+)
+ROOF = ("compare", "experiments", "cli", "classroom")
 CHAPTERS = run_chapters.chapters()
 PROSE = [
     ROOT / "README.md",

@@ -17,8 +17,9 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from lora_course import training
-from lora_course.lora import adapter_layers, adapter_state, inject, merge
+from lora_course.injection import adapter_layers, inject, merge
 from lora_course.qlora import load_4bit, quantize_model
+from lora_course.states import adapter_state
 from lora_course.training import (
     COMPLETE,
     AdapterTrainer,

@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
+from lora_course.injection import inject, trainable_parameters
 from lora_course.lab import profiles as module
 from lora_course.lab.memory import peak_memory, tensor_bytes
 from lora_course.lab.models import load_base
@@ -19,7 +20,6 @@ from lora_course.lab.profiles import (
     preflight,
     profiles,
 )
-from lora_course.lora import inject, trainable_parameters
 
 WITHIN = 1.25  # the factor that estimate and measurement may differ by
 

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig
 from transformers import TrainerCallback
 
-from lora_course import lora
+from lora_course.injection import inject
 from lora_course.lab import blocks, load_base, load_text
 from lora_course.lab.study import STUDIES, Study, fit, load_study, source_hash
 
@@ -47,7 +47,7 @@ def test_fit_repeats_itself_and_the_seed_orders_the_rows() -> None:
         model, tokenizer = load_base("nano")
         rows = blocks(tokenizer, load_text("bible", "validation")[:6], 32)
         torch.manual_seed(0)
-        lora.inject(model, LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"]))
+        inject(model, LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"]))
         return fit(model, rows, 1e-2, seed=seed, steps=4, batch=2, disable_tqdm=True)
 
     first = train(1)
@@ -65,7 +65,7 @@ def test_fit_takes_what_a_method_adds_to_the_training() -> None:
 
     model, tokenizer = load_base("nano")
     rows = blocks(tokenizer, load_text("bible", "validation")[:6], 32)
-    lora.inject(model, LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"]))
+    inject(model, LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"]))
     losses = fit(
         model,
         rows,

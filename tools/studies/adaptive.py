@@ -26,6 +26,7 @@ from transformers import TrainerCallback
 
 from lora_course import lab, lora
 from lora_course.adaptive import GrowingLoRALinear, GrowthSchedule, RankGrower, rank_history
+from lora_course.injection import adapter_layers, inject
 from lora_course.lab import study
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,7 +58,7 @@ class Pruner(TrainerCallback):
     """
 
     def __init__(self, model: nn.Module, steps: list[int], parameters: int, beta: float) -> None:
-        self.layers, self.beta = lora.adapter_layers(model), beta
+        self.layers, self.beta = adapter_layers(model), beta
         self.kept = {
             name: torch.ones(layer.r, dtype=torch.bool) for name, layer in self.layers.items()
         }
@@ -138,13 +139,12 @@ def adapted(layer: type[lora.LoRALinear], ranks: int | dict[str, int], seed: int
         r=common, lora_alpha=SETTINGS["scaling"] * common, target_modules="all-linear", rank_pattern=by_layer,
         alpha_pattern={name: SETTINGS["scaling"] * r for name, r in by_layer.items()},
     )  # fmt: skip
-    return lora.inject(model, config, layer)
+    return inject(model, config, layer)
 
 
 def costs() -> dict[str, int]:
     return {
-        name: cost(layer)
-        for name, layer in lora.adapter_layers(adapted(lora.LoRALinear, 1, 0)).items()
+        name: cost(layer) for name, layer in adapter_layers(adapted(lora.LoRALinear, 1, 0)).items()
     }
 
 
@@ -164,7 +164,7 @@ def train(
         callbacks = [RankGrower(model, schedule)]
     elif arm == "pruned":
         model = adapted(lora.LoRALinear, SETTINGS["high_r"], seed)
-        steps = schedule.steps(SETTINGS["r"] * len(lora.adapter_layers(model)))
+        steps = schedule.steps(SETTINGS["r"] * len(adapter_layers(model)))
         callbacks = [Pruner(model, steps, total, schedule.beta)]
     else:
         model = adapted(
@@ -182,7 +182,7 @@ def train(
         disable_tqdm=True,
     )
     seconds = time.process_time() - start
-    layers = lora.adapter_layers(model)
+    layers = adapter_layers(model)
     ranks = {name: layer.r for name, layer in layers.items()}
     if arm == "pruned":
         ranks = {name: int(kept.sum()) for name, kept in callbacks[0].kept.items()}
@@ -245,7 +245,7 @@ def moment(seed: int) -> dict[str, Any]:
         return model(input_ids=data[-1], labels=data[-1]).loss.item()
 
     model = adapted(GrowingLoRALinear, SETTINGS["r"], seed).train()
-    layers = lora.adapter_layers(model)
+    layers = adapter_layers(model)
     budget = (SETTINGS["r"] + plan["add"]) * len(layers)
     schedule = GrowthSchedule(
         budget, start=plan["before"], every=1, top=len(layers), add=plan["add"], seed=seed

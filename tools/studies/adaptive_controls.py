@@ -17,8 +17,8 @@ import adaptive
 import torch
 from torch import nn
 
-from lora_course import lora
 from lora_course.adaptive import GrowingLoRALinear, GrowthSchedule, RankGrower
+from lora_course.injection import adapter_layers
 from lora_course.lab import study
 
 SETTINGS = adaptive.SETTINGS | {
@@ -50,7 +50,7 @@ def train(arm: str, learning_rate: float, seed: int) -> tuple[nn.Module, dict[st
         model, adaptive.rows(SETTINGS["domain"]), learning_rate, seed, SETTINGS["steps"], SETTINGS["batch"],
         callbacks=callbacks, disable_tqdm=True,
     )  # fmt: skip
-    layers = lora.adapter_layers(model)
+    layers = adapter_layers(model)
     parameters = sum(layer.r * adaptive.cost(layer) for layer in layers.values())
     ranks = {name: layer.r for name, layer in layers.items()}
     return model, {

@@ -36,9 +36,11 @@ from lora_course.continual import (
     metrics,
     overlap,
 )
+from lora_course.injection import inject
 from lora_course.lab import study
-from lora_course.lora import AdapterState, concatenate, split_state, truncate, use_adapter
+from lora_course.lora import AdapterState
 from lora_course.merging import Merged, average_factors, dare, relative_error, ties
+from lora_course.states import concatenate, split_state, truncate, use_adapter
 from lora_course.training import training_arguments
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -86,7 +88,7 @@ def injected(
     """nano with a fresh adapter of scale 2."""
     model, _ = lab.load_base(SETTINGS["model"])
     torch.manual_seed(seed)
-    return lora.inject(model, LoraConfig(r=r, lora_alpha=2 * r, target_modules="all-linear"), layer)
+    return inject(model, LoraConfig(r=r, lora_alpha=2 * r, target_modules="all-linear"), layer)
 
 
 def run(

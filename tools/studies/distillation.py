@@ -35,7 +35,9 @@ from lora_course.distillation import (
     distillation_step,
     mixture_log_probs,
 )
+from lora_course.injection import inject, merge, trainable_parameters, unload
 from lora_course.lab import study
+from lora_course.states import adapter_state, concatenate, truncate, use_adapter
 from lora_course.training import training_arguments
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -92,7 +94,7 @@ def injected(r: int, seed: int) -> nn.Module:
     """nano with a new adapter; alpha = 2r, so that the scale is 2 throughout."""
     model, _ = lab.load_base(SETTINGS["model"])
     torch.manual_seed(seed)
-    return lora.inject(model, LoraConfig(r=r, lora_alpha=2 * r, target_modules="all-linear"))
+    return inject(model, LoraConfig(r=r, lora_alpha=2 * r, target_modules="all-linear"))
 
 
 @functools.cache
@@ -103,7 +105,7 @@ def teacher_states(seed: int) -> dict[str, lora.AdapterState]:
         model = injected(recipe["r"], seed)
         plan = (recipe["learning_rate"], seed, recipe["steps"], SETTINGS["batch"])
         study.fit(model, rows(domain), *plan, disable_tqdm=True)
-        states[domain] = lora.adapter_state(model)
+        states[domain] = adapter_state(model)
     return states
 
 
@@ -148,7 +150,7 @@ def train_distilled(
 def merged(weight: float, seed: int) -> lora.AdapterState:
     """The sum of the teachers' updates, each times `weight`, cut to the student's rank."""
     states = list(teacher_states(seed).values())
-    return lora.truncate(lora.concatenate(states, [weight] * len(states)), SETTINGS["student"]["r"])
+    return truncate(concatenate(states, [weight] * len(states)), SETTINGS["student"]["r"])
 
 
 def train_router(rate: float, seed: int) -> nn.Module:
@@ -202,7 +204,7 @@ def score(model: nn.Module, split: str, domains: list[str] = DOMAINS) -> dict[st
 def score_state(
     state: lora.AdapterState, split: str, domains: list[str] = DOMAINS
 ) -> dict[str, float]:
-    return score(lora.use_adapter(injected(SETTINGS["student"]["r"], 0), state), split, domains)
+    return score(use_adapter(injected(SETTINGS["student"]["r"], 0), state), split, domains)
 
 
 def own_teachers(seed: int) -> dict[str, Any]:
@@ -222,7 +224,7 @@ def scored(trained: tuple[nn.Module, dict[str, Any]], split: str) -> dict[str, A
     seconds = round(history.pop("seconds"), 2)
     curves = {key: [round(x, 4) for x in values] for key, values in history.items()}
     return result(
-        score(model, split), parameters=lora.trainable_parameters(model), seconds=seconds, **curves
+        score(model, split), parameters=trainable_parameters(model), seconds=seconds, **curves
     )
 
 
@@ -231,15 +233,14 @@ def forward_times(seed: int) -> dict[str, float]:
     how, base = SETTINGS["latency"], lab.load_base(SETTINGS["model"])[0]
     ids = mixed_rows()["input_ids"][: how["batch"]][:, : how["length"]]
     student, inside = (
-        lora.use_adapter(injected(SETTINGS["student"]["r"], seed), merged(1.0, seed))
-        for _ in range(2)
+        use_adapter(injected(SETTINGS["student"]["r"], seed), merged(1.0, seed)) for _ in range(2)
     )
     mixed, _ = lab.load_base(SETTINGS["model"])
     experts.mix_experts(mixed, list(teacher_states(seed).values()))
     models = {
         "base": base,
         "student": student,
-        "student, merged into the base": lora.unload(lora.merge(inside)),
+        "student, merged into the base": unload(merge(inside)),
         "mixture of experts": mixed,
         "all four teachers": ensemble(seed, "probabilities"),
     }
@@ -273,7 +274,7 @@ def memory(seed: int) -> dict[str, Any]:
     return {
         "base_bytes": lab.tensor_bytes(base),
         "teacher_bytes": sum(t.nbytes for t in states[DOMAINS[0]].values()),
-        "student_bytes": sum(tensor.nbytes for tensor in lora.adapter_state(model).values()),
+        "student_bytes": sum(tensor.nbytes for tensor in adapter_state(model).values()),
         "step_peak_bytes": steps,
     }
 

@@ -24,6 +24,7 @@ import torch
 from lora_course import lora
 from lora_course.distillation import DistillationConfig, DistillationTrainer, Teachers
 from lora_course.lab import study
+from lora_course.states import concatenate, truncate
 from lora_course.training import training_arguments
 
 SETTINGS = {
@@ -36,8 +37,8 @@ SOURCES = [Path(__file__), *first.SOURCES]
 def summed(weight: float, seed: int, cut: bool) -> lora.AdapterState:
     """The sum of the teachers' updates, each times `weight`."""
     states = list(first.teacher_states(seed).values())
-    whole = lora.concatenate(states, [weight] * len(states))
-    return lora.truncate(whole, first.SETTINGS["student"]["r"]) if cut else whole
+    whole = concatenate(states, [weight] * len(states))
+    return truncate(whole, first.SETTINGS["student"]["r"]) if cut else whole
 
 
 def pair() -> dict[str, Any]:

@@ -27,8 +27,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_course import experts, lab, lora
-from lora_course.checkpoint import export_peft
+from lora_course.export import export_peft
+from lora_course.injection import inject, trainable_parameters
 from lora_course.lab import study
+from lora_course.states import concatenate, factor_state, use_adapter
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {
@@ -94,8 +96,8 @@ def train_experts(rate: float, seed: int) -> list[lora.AdapterState]:
     for domain in DOMAINS:
         model, _ = lab.load_base(SETTINGS["model"])
         torch.manual_seed(seed)
-        lora.inject(model, config(SETTINGS["r"]))
-        states.append(lora.factor_state(fit(model, rows(domain), rate, seed, STEPS)))
+        inject(model, config(SETTINGS["r"]))
+        states.append(factor_state(fit(model, rows(domain), rate, seed, STEPS)))
     return states
 
 
@@ -103,7 +105,7 @@ def train_lora(rate: float, seed: int) -> nn.Module:
     """One LoRA with as many parameters as all experts together, on all text."""
     model, _ = lab.load_base(SETTINGS["model"])
     torch.manual_seed(seed)
-    lora.inject(model, config(SETTINGS["r"] * len(DOMAINS)))
+    inject(model, config(SETTINGS["r"] * len(DOMAINS)))
     return fit(model, mixed_rows(), rate, seed, STEPS * len(DOMAINS))
 
 
@@ -113,7 +115,7 @@ def train_joint(
     """Experts and routers together, on all text."""
     model, _ = lab.load_base(SETTINGS["model"])
     torch.manual_seed(seed)
-    lora.inject(
+    inject(
         model, config(SETTINGS["r"]), experts.ExpertsLinear, num_experts=len(DOMAINS), **arguments
     )
     return fit(model, mixed_rows(), rate, seed, STEPS * len(DOMAINS), balance)
@@ -142,8 +144,8 @@ def score_state(
 ) -> dict[str, float]:
     """`score` of the base with a plain adapter."""
     model, _ = lab.load_base(SETTINGS["model"])
-    lora.inject(model, config(SETTINGS["r"]))
-    return score(lora.use_adapter(model, state), split, domains)
+    inject(model, config(SETTINGS["r"]))
+    return score(use_adapter(model, state), split, domains)
 
 
 @torch.no_grad()
@@ -174,7 +176,7 @@ def cost(name: str) -> dict[str, Any]:
         ))  # fmt: skip
     ids = torch.randint(4000, (batch, length))
     with tempfile.TemporaryDirectory() as folder:
-        adapter = export_peft(lora.inject(copy.deepcopy(base), config(8)), folder)
+        adapter = export_peft(inject(copy.deepcopy(base), config(8)), folder)
         base.config.use_cache = False  # X-LoRA needs it off, and its adapters named by number
         adapters = {str(i): str(adapter) for i in range(8)}
         settings = XLoraConfig(
@@ -182,7 +184,7 @@ def cost(name: str) -> dict[str, Any]:
         )
         theirs = get_peft_model(copy.deepcopy(base), settings)
     ours = {
-        n: lora.inject(copy.deepcopy(base), config(8), experts.ExpertsLinear, num_experts=n)
+        n: inject(copy.deepcopy(base), config(8), experts.ExpertsLinear, num_experts=n)
         for n in (1, 8)
     }
     frozen = experts.freeze_experts(copy.deepcopy(ours[8]))
@@ -265,10 +267,10 @@ def main() -> None:
         states = trained(seed)
         mixture = train_router(states, router_rate, seed)
         each = [score_state(state, "test") for state in states]
-        average = lora.concatenate(states, [1 / len(states)] * len(states))
+        average = concatenate(states, [1 / len(states)] * len(states))
         return scored(
             score(mixture, "test"), each=each, average=score_state(average, "test"), usage=usage(mixture),
-            router_parameters=lora.trainable_parameters(mixture),
+            router_parameters=trainable_parameters(mixture),
         )  # fmt: skip
 
     for seed in SETTINGS["seeds"]:
@@ -287,7 +289,7 @@ def main() -> None:
                 more = {"usage": usage(model)} if m == "joint" else {}
                 return scored(
                     score(model, "test"),
-                    parameters=lora.trainable_parameters(model),
+                    parameters=trainable_parameters(model),
                     rate=r,
                     **more,
                 )

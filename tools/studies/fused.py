@@ -22,7 +22,9 @@ from torch import nn
 
 from lora_course import lab, lora
 from lora_course.fused import FusedLoRALinear, load_adapters, rows
+from lora_course.injection import inject, merge, unload
 from lora_course.lab import study
+from lora_course.states import factor_state, split_state, use_adapter
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {
@@ -71,7 +73,7 @@ def injected(kind: str, r: int, dropout: float = 0.0, seed: int = 0) -> nn.Modul
     model = (
         get_peft_model(model, config(r, dropout))
         if kind == "peft"
-        else lora.inject(model, config(r, dropout), layer=LAYERS[kind])
+        else inject(model, config(r, dropout), layer=LAYERS[kind])
     )
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and ("lora_B" in name or name.endswith(".B")):
@@ -138,16 +140,16 @@ def race(arms: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[floa
 
 
 def step_times(r: int, dropout: float) -> dict[str, list[float]]:
-    """Of a whole step; "B as it lies" is the plain one without lora.THIN's transposed copy."""
+    """Of a whole step; "B as it lies" is the plain one without lora.LARGEST_COPIED_RANK's transposed copy."""
     models = {kind: injected(kind, r, dropout) for kind in ("plain", "fused", "peft")}
     ids = tokens(SETTINGS["batch"], SETTINGS["length"])
 
-    def arm(model: nn.Module, thin: int = lora.THIN) -> Callable[[], None]:
+    def arm(model: nn.Module, thin: int = lora.LARGEST_COPIED_RANK) -> Callable[[], None]:
         def run() -> None:
-            before, lora.THIN = lora.THIN, thin
+            before, lora.LARGEST_COPIED_RANK = lora.LARGEST_COPIED_RANK, thin
             model.zero_grad()
             step(model, ids)
-            lora.THIN = before
+            lora.LARGEST_COPIED_RANK = before
 
         return run
 
@@ -193,7 +195,7 @@ def latency(count: int) -> dict[str, list[float]]:
     """One forward pass of `count` rows of one token: the base, merged adapters, unmerged ones of several ranks."""
     ids = tokens(count, 1)
     models = {"base": lab.load_base(SETTINGS["model"])[0]}
-    models["merged"] = lora.unload(lora.merge(injected("plain", 16)))
+    models["merged"] = unload(merge(injected("plain", 16)))
     models |= {f"r = {r}": injected("plain", r) for r in SETTINGS["latency_ranks"]}
     arms = {
         name: (lambda model=model.eval(): model(input_ids=ids, use_cache=False))
@@ -206,7 +208,7 @@ def fleet(
     count: int, r: int
 ) -> tuple[dict[str, lora.AdapterState], nn.Module, nn.Module, nn.Module]:
     """States of so many adapters; all of them on one base, ours and PEFT's; and a model that takes one at a time."""
-    states = {f"adapter {i}": lora.factor_state(injected("plain", r, seed=i)) for i in range(count)}
+    states = {f"adapter {i}": factor_state(injected("plain", r, seed=i)) for i in range(count)}
     ours = load_adapters(lab.load_base(SETTINGS["model"])[0], states).eval()
     one = injected("plain", r).eval()
     theirs = get_peft_model(
@@ -215,7 +217,7 @@ def fleet(
     for name in list(states)[1:]:
         theirs.add_adapter(name, config(r))
     for name, state in states.items():
-        for module, tensors in lora.split_state(state).items():
+        for module, tensors in split_state(state).items():
             peft = theirs.base_model.model.get_submodule(module)
             peft.lora_A[name].weight.data.copy_(tensors["A"])
             peft.lora_B[name].weight.data.copy_(tensors["B"])
@@ -232,7 +234,7 @@ def served(count: int) -> dict[str, list[float]]:
 
     def by_groups() -> None:
         for name, state in states.items():
-            lora.use_adapter(one, state)
+            use_adapter(one, state)
             one(input_ids=ids[[i for i, n in enumerate(names) if n == name]], use_cache=False)
 
     def batched() -> None:
@@ -273,7 +275,7 @@ def generated() -> dict[str, list[float]]:
         written = torch.empty(len(ids), s["prompt"] + s["new"], dtype=ids.dtype)
         for name, state in states.items():
             own = [i for i, n in enumerate(names) if n == name]
-            written[own] = lora.use_adapter(one, state).generate(ids[own], **how)
+            written[own] = use_adapter(one, state).generate(ids[own], **how)
         return written
 
     def peft() -> torch.Tensor:
@@ -293,7 +295,7 @@ def trained(kind: str, domain: str, seed: int) -> dict[str, object]:
     """Bits a byte on test text after training on one domain."""
     model, tokenizer = lab.load_base(SETTINGS["model"])
     torch.manual_seed(seed)
-    model = lora.inject(model, config(SETTINGS["r"]), layer=LAYERS[kind])
+    model = inject(model, config(SETTINGS["r"]), layer=LAYERS[kind])
     losses = study.fit(
         model,
         training_rows(domain),

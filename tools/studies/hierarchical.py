@@ -21,10 +21,12 @@ import datasets
 import torch
 from peft import LoraConfig
 
-from lora_course import lab, lora
+from lora_course import lab
 from lora_course.hierarchical import NestedLoRALinear, RankSampler, cut
+from lora_course.injection import adapter_layers, inject
 from lora_course.lab import study
 from lora_course.lora import AdapterState, LoRALinear
+from lora_course.states import factor_state, truncate, use_adapter
 
 ROOT = Path(__file__).resolve().parents[2]
 RANKS = [1, 2, 4, 8]
@@ -59,7 +61,7 @@ SOURCES = [
 ]
 
 
-def inject(model: torch.nn.Module, name: str) -> torch.nn.Module:
+def injected(model: torch.nn.Module, name: str) -> torch.nn.Module:
     """The fresh adapter of a training."""
     arm = TRAININGS[name]
     alpha = SETTINGS["scaling"] * arm["r"]
@@ -69,7 +71,7 @@ def inject(model: torch.nn.Module, name: str) -> torch.nn.Module:
         if "weighting" in arm
         else {"layer": LoRALinear}
     )
-    return lora.inject(model, config, **nested)
+    return inject(model, config, **nested)
 
 
 @functools.cache
@@ -87,7 +89,7 @@ def train(name: str, learning_rate: float, seed: int) -> tuple[torch.nn.Module, 
     """One training of the study: the model and its losses."""
     model, _ = lab.load_base(SETTINGS["model"])
     torch.manual_seed(seed)
-    inject(model, name)
+    injected(model, name)
     arm = TRAININGS[name]
     callbacks = [RankSampler(model, seed, hold=arm["hold"])] if "hold" in arm else []
     losses = study.fit(
@@ -105,8 +107,8 @@ def train(name: str, learning_rate: float, seed: int) -> tuple[torch.nn.Module, 
 
 def adapters(model: torch.nn.Module, serving: str) -> dict[int, AdapterState]:
     """What is served, by rank: plain LoRA factors."""
-    whole = lora.factor_state(model)
-    r = next(iter(lora.adapter_layers(model).values())).r
+    whole = factor_state(model)
+    r = next(iter(adapter_layers(model).values())).r
     if serving == "whole":
         return {r: whole}
     if serving == "sliced":
@@ -116,7 +118,7 @@ def adapters(model: torch.nn.Module, serving: str) -> dict[int, AdapterState]:
             for b in RANKS
         }
     if serving == "svd":
-        return {b: lora.truncate(whole, b) for b in RANKS}
+        return {b: truncate(whole, b) for b in RANKS}
     if serving == "cut":
         return {b: cut(model, b) for b in RANKS}
     return {b: cut(model, b, weighted=False) for b in RANKS}  # "bare"
@@ -125,7 +127,7 @@ def adapters(model: torch.nn.Module, serving: str) -> dict[int, AdapterState]:
 @functools.cache
 def plain() -> torch.nn.Module:
     """The model that adapters are put into to be scored."""
-    return lora.inject(
+    return inject(
         lab.load_base(SETTINGS["model"])[0],
         LoraConfig(r=1, lora_alpha=1, target_modules=SETTINGS["target_modules"]),
     )
@@ -147,7 +149,7 @@ def result(
 ) -> dict[str, object]:
     model, losses = train(name, learning_rate, seed)
     scores = {
-        str(b): score(lora.use_adapter(plain(), state), split)
+        str(b): score(use_adapter(plain(), state), split)
         for b, state in adapters(model, serving).items()
     }
     found: dict[str, object] = {"bits_per_byte": scores}

@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 from peft import LoraConfig
 
-from lora_course import lab, lora
+from lora_course import lab
+from lora_course.injection import adapter_layers, inject, trainable_parameters
 from lora_course.lab import study
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,13 +80,13 @@ def train(arm: str, learning_rate: float, seed: int) -> tuple[torch.nn.Module, l
     )
     rows = lab.blocks(tokenizer, texts, SETTINGS["length"])
     torch.manual_seed(seed)
-    lora.inject(model, config_of(arm))
+    inject(model, config_of(arm))
     if (
         arm == "full"
     ):  # every weight trains, and the adapter stays the zero that it is: the same trainer and batches
         adapter = {
             parameter
-            for layer in lora.adapter_layers(model).values()
+            for layer in adapter_layers(model).values()
             for parameter in (layer.A, layer.B)
         }
         for parameter in model.parameters():
@@ -115,7 +116,7 @@ def main() -> None:
         def compute() -> dict[str, object]:
             model, losses = train(arm, learning_rate, seed)
             kept = {"losses": [round(loss, 4) for loss in losses]} if split == "test" else {}
-            return score(model, split) | {"parameters": lora.trainable_parameters(model)} | kept
+            return score(model, split) | {"parameters": trainable_parameters(model)} | kept
 
         key = f"{arm}/{learning_rate:g}/{seed}/{split}"
         result = results.run(key, compute)

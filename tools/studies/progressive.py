@@ -20,8 +20,9 @@ from pathlib import Path
 import datasets
 import torch
 
-from lora_course import lab, lora, progressive
+from lora_course import lab, progressive
 from lora_course.checkpoint import read_extra, save_adapter
+from lora_course.injection import adapter_layers
 from lora_course.lab import study
 from lora_course.training import training_arguments
 
@@ -140,7 +141,7 @@ def spectra(method: str, folder: Path) -> list[dict[str, object]]:
     for stage in range(1 if METHODS[method]["mode"] == "restart" else METHODS[method]["stages"]):
         model = progressive.load_stage(lab.load_base(SETTINGS["model"])[0], folder, stage)
         values = progressive.singular_values(model)
-        layers = lora.adapter_layers(model)
+        layers = adapter_layers(model)
         ranks = [int((s > 1e-6 * s[0]).sum()) for s in values.values()]
         found.append({
             "ranks": [min(ranks), max(ranks)],

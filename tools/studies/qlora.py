@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from peft import LoraConfig
 
-from lora_course import lab, lora, qlora
+from lora_course import lab, qlora
+from lora_course.injection import inject, merge, trainable_parameters, unload
 from lora_course.lab import study
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,7 +55,7 @@ def train(method: str, learning_rate: float, seed: int) -> tuple[torch.nn.Module
     rows = lab.blocks(tokenizer, texts, SETTINGS["length"])
     torch.manual_seed(seed)
     config = LoraConfig(r=arm["r"], lora_alpha=2 * arm["r"], target_modules=arm["target_modules"])
-    lora.inject(model, config)
+    inject(model, config)
     return model, study.fit(
         model, rows, learning_rate, seed, SETTINGS["steps"], SETTINGS["batch"], disable_tqdm=True
     )
@@ -75,9 +76,7 @@ def merged_scores(model: torch.nn.Module) -> dict[str, float]:
     """Bits a byte on the test text after each of the three ways to merge the adapter of a 4-bit model."""
     original, _ = lab.load_base(SETTINGS["model"])
     return {
-        "dequantized": score(
-            lora.unload(lora.merge(qlora.dequantize_model(copy.deepcopy(model)))), "test"
-        ),
+        "dequantized": score(unload(merge(qlora.dequantize_model(copy.deepcopy(model)))), "test"),
         "requantized": score(qlora.merge_requantized(copy.deepcopy(model)), "test"),
         "original": score(qlora.merge_into(original, model), "test"),
     }
@@ -97,7 +96,7 @@ def main() -> None:
         model, losses = train(method, learning_rate, seed)
         result = {
             "bits_per_byte": score(model, split),
-            "parameters": lora.trainable_parameters(model),
+            "parameters": trainable_parameters(model),
         }
         if split == "test":
             result["losses"] = [round(loss, 4) for loss in losses]

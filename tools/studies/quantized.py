@@ -19,8 +19,10 @@ from peft import LoraConfig
 
 from lora_course import lab, lora
 from lora_course.checkpoint import save_adapter
+from lora_course.injection import adapter_layers, inject, injection_of
 from lora_course.lab import study
 from lora_course.quantized import QuantizedLoRALinear, quantize_after_training, save_quantized
+from lora_course.states import adapter_state, use_adapter
 
 ROOT = Path(__file__).resolve().parents[2]
 # Trained: plain LoRA of three ranks (rank 1 in fp32 and rank 2 in 16 bits take about the bytes of rank 8 in 4 bits), and rank 8
@@ -61,9 +63,9 @@ def injected(arm: str) -> torch.nn.Module:
         r=r, lora_alpha=SETTINGS["scaling"] * r, target_modules=SETTINGS["target_modules"]
     )
     return (
-        lora.inject(model, config)
+        inject(model, config)
         if arm in RANKS
-        else lora.inject(model, config, layer=QuantizedLoRALinear, **GRIDS[arm])
+        else inject(model, config, layer=QuantizedLoRALinear, **GRIDS[arm])
     )
 
 
@@ -96,18 +98,18 @@ def score(model: torch.nn.Module, split: str) -> float:
 def file_bytes(model: torch.nn.Module) -> int:
     """What the adapter takes on disk: the safetensors file, its header included."""
     with tempfile.TemporaryDirectory() as folder:
-        if lora.injection(model).layer is QuantizedLoRALinear:
+        if injection_of(model).layer is QuantizedLoRALinear:
             return save_quantized(model, folder).stat().st_size
         return (save_adapter(model, folder) / "adapter.safetensors").stat().st_size
 
 
 def error(model: torch.nn.Module, plain: lora.AdapterState) -> float:
     """‖ΔW − ΔW of `plain`‖ / ‖ΔW of `plain`‖ over all layers together."""
-    reference = lora.use_adapter(injected("lora"), plain)
-    layers = lora.adapter_layers(reference)
+    reference = use_adapter(injected("lora"), plain)
+    layers = adapter_layers(reference)
     pairs = [
         (layer.delta_weight(), layers[name].delta_weight())
-        for name, layer in lora.adapter_layers(model).items()
+        for name, layer in adapter_layers(model).items()
     ]
     return (
         (sum((a - b).square().sum() for a, b in pairs) / sum(b.square().sum() for _, b in pairs))
@@ -124,9 +126,9 @@ def trained(arm: str, learning_rate: float, seed: int) -> tuple[torch.nn.Module,
     key = (arm, learning_rate, seed)
     if key not in TRAINED:
         model, losses = train(*key)
-        TRAINED[key] = lora.adapter_state(model), losses
+        TRAINED[key] = adapter_state(model), losses
     state, losses = TRAINED[key]
-    return lora.use_adapter(injected(arm), state), losses
+    return use_adapter(injected(arm), state), losses
 
 
 def result(arm: str, learning_rate: float, seed: int, split: str) -> dict[str, object]:
@@ -143,7 +145,7 @@ def result(arm: str, learning_rate: float, seed: int, split: str) -> dict[str, o
 def after(arm: str, learning_rate: float, seed: int, grid: dict[str, object]) -> dict[str, object]:
     """Plain LoRA of an arm, quantised when it was done; error: of ΔW against before, where the rank is the study's."""
     model, _ = trained(arm, learning_rate, seed)
-    plain = lora.adapter_state(model)
+    plain = adapter_state(model)
     quantize_after_training(model, group_size=SETTINGS["group_size"], **grid)
     found = {"bits_per_byte": score(model, "test"), "bytes": file_bytes(model)}
     return found | {"error": error(model, plain)} if arm == "lora" else found

@@ -19,6 +19,7 @@ from torch import nn
 
 from lora_course import lab, lora
 from lora_course.checkpoint import save_adapter
+from lora_course.injection import adapter_layers, inject, trainable_parameters
 from lora_course.lab import study
 from lora_course.sparse import (
     GatedLoRALinear,
@@ -78,7 +79,7 @@ def injected(method: str) -> nn.Module:
         target_modules=SETTINGS["target_modules"],
     )
     model, _ = lab.load_base(SETTINGS["model"])
-    return lora.inject(model, config, layer=LAYERS[method.split("/")[0]], **arguments)
+    return inject(model, config, layer=LAYERS[method.split("/")[0]], **arguments)
 
 
 class Recorder(GateSparsity):
@@ -106,7 +107,7 @@ def train(method: str, learning_rate: float, seed: int) -> tuple[nn.Module, dict
     if not method.startswith("gates"):
         return model, {"losses": study.fit(*common, disable_tqdm=True)}
     recorder = Recorder(model, METHODS[method]["penalty"])
-    layers = lora.adapter_layers(model).values()
+    layers = adapter_layers(model).values()
     start = [layer.gate.detach().clone() for layer in layers]
     losses = study.fit(*common, callbacks=[recorder], disable_tqdm=True)
     gates = {
@@ -144,7 +145,7 @@ def result(method: str, learning_rate: float, seed: int, split: str) -> dict[str
     seen["losses"] = [round(loss, 4) for loss in seen["losses"]]
     return {
         "bits_per_byte": score(model, split),
-        "parameters": lora.trainable_parameters(model),
+        "parameters": trainable_parameters(model),
         "bytes": size(model),
         **(seen if split == "test" else {}),
     }
