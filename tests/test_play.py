@@ -16,11 +16,16 @@ import pytest
 import torch
 
 from lora_course import lab
+from lora_course.lab.tasks import load_task, write_answers
 from lora_course.lora import AdapterState, concatenate, inject, truncate, use_adapter
 from lora_course.merging import average_factors, relative_error
 from lora_course.quantized import fake_quantize
 from tests import chromium
-from tools import pages, play, play_pack
+from tools import pages
+from tools.playpage import adapters, pack
+from tools.playpage.record import CUT, DOMAINS, FOLDER, RECORD
+from tools.playpage.record import SETTINGS as TRAINED
+from tools.playpage.score import curve, score
 from tools.run_chapters import ROOT
 
 pytestmark = pytest.mark.browser
@@ -28,7 +33,7 @@ SCRIPTS = ("data/index.js", "tokenizer.js", "model.js", "adapters.js", "load.js"
 PROMPTS = ("The king", "And God said unto Noë,\n", "def read(self, name):\n    return", "")
 SETTINGS = {
     "nano alone": {"mode": "none"},
-    **{name: {"adapter": name} for name in play.DOMAINS},
+    **{name: {"adapter": name} for name in DOMAINS},
     "twice the scale": {"scale": 2},
     "rank 1": {"rank": 1},
     "rank 5": {"adapter": "python", "rank": 5},
@@ -65,7 +70,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for path in (ROOT / "book" / "_static").rglob("*"):
         if path.is_file():
             write(root / path.relative_to(ROOT), path.read_bytes())
-    for name, content in play_pack.packed(ROOT):
+    for name, content in pack.packed(ROOT):
         write(root / "book" / "_static" / "play" / "data" / name, content)
     text = pages.fill((ROOT / "book" / "play.md").read_text(), ROOT, [])
     write(root / "book" / "play.md", text.encode())
@@ -144,17 +149,15 @@ def reference(settings: dict[str, Any]) -> torch.nn.Module:
 
     def prepared(name: str, rows: str) -> AdapterState:
         file = {"svd": name, "nested": "nested", "trained": f"{name}-as-trained"}[rows]
-        return play.quantized_state(play.read_adapter(file, s["rank"]), s["bits"], s["per"])
+        return adapters.quantized_state(adapters.read_adapter(file, s["rank"]), s["bits"], s["per"])
 
     if s["mode"] == "none":
         return lab.load_base("nano")[0]
     if s["mode"] == "routed":
         model = lab.load_base("nano")[0]
-        experts = [
-            concatenate([prepared(name, "svd")], [float(s["scale"])]) for name in play.DOMAINS
-        ]
-        play.mix_experts(model, experts)
-        return use_adapter(model, play.adapter_state(model) | play.read("router"))
+        experts = [concatenate([prepared(name, "svd")], [float(s["scale"])]) for name in DOMAINS]
+        adapters.mix_experts(model, experts)
+        return use_adapter(model, adapters.adapter_state(model) | adapters.read("router"))
     first = prepared(s["adapter"], s["rows"])
     state = first
     if s["mode"] == "two":
@@ -162,9 +165,9 @@ def reference(settings: dict[str, Any]) -> torch.nn.Module:
         second = flipped if s["second"] == "flipped" else prepared(s["second"], "svd")
         merge = concatenate if s["merge"] == "updates" else average_factors
         state = merge([first, second], [s["share"], 1 - s["share"]])
-    model = inject(lab.load_base("nano")[0], play.config(1, 1))
+    model = inject(lab.load_base("nano")[0], adapters.config(1, 1))
     use_adapter(model, concatenate([state], [float(s["scale"])]))
-    return play.quantized_base(model, s["baseBits"], s["basePer"])
+    return adapters.quantized_base(model, s["baseBits"], s["basePer"])
 
 
 LOGITS = """(settings, ids) => {
@@ -210,7 +213,7 @@ def texts() -> list[str]:
     draw = random.Random(0)
     points = [c for c in range(1, 0x2FFF) if not 0xD800 <= c < 0xE000]
     return [
-        *json.loads((play.FOLDER / "samples.json").read_text()).values(),
+        *json.loads((FOLDER / "samples.json").read_text()).values(),
         "", " ", "  a", "a \n\n  b\t\tc\r\n", "I'll we'VE he'S don't 'ſ 'ſx l'été", "1234567 ½ ² ٣", "naïve cafe\u0301 Å Å ﬁ", "你好，世界 こんにちは 한국어",
         "مرحبا שלום नमस्ते", "👩‍👩‍👧‍👦 🙂🇩🇪", "a\u00a0b\u2003c\u200bd\ufeffe\u0085f\u1680g\u180eh\u2028i", "x<|endoftext|>y <|endoftext|>", "<|endoftext|", "K K ſ ǅ",
         *("".join(chr(draw.choice(points)) for _ in range(60)) for _ in range(40)),
@@ -241,7 +244,7 @@ def test_rounding_is_the_packages_bit_for_bit(
 
 @pytest.mark.parametrize("domain", lab.DOMAINS)
 def test_bits_a_byte_are_the_labs(engine: chromium.Browser, domain: str) -> None:
-    sample = json.loads((play.FOLDER / "samples.json").read_text())[domain]
+    sample = json.loads((FOLDER / "samples.json").read_text())[domain]
     scored = "(text) => engine.score(engine.model({}), text).then((score) => score.perByte)"
     expected = lab.bits_per_byte(reference({}), tokenizer(), [sample])
     assert ask(engine, scored, sample) == pytest.approx(expected, abs=1e-4)
@@ -268,6 +271,15 @@ def test_the_same_seed_writes_the_same_text_and_stays_in_the_nucleus(
     assert ask(engine, draws, logits, [0.0, 0.52, 0.53, 0.84, 0.85, 0.999]) == [0, 0, 1, 1, 2, 2]
 
 
+@pytest.mark.parametrize("task", TRAINED["tasks"])
+def test_answers_to_a_task_are_those_of_the_lab(engine: chromium.Browser, task: str) -> None:
+    questions = load_task(task, "test")["question"][:10]
+    model = reference({"adapter": task})
+    expected = write_answers(model, tokenizer(), task, questions)
+    asked = "(task, question) => engine.answer(engine.model({ adapter: task }), task, question)"
+    assert [ask(engine, asked, task, question) for question in questions] == expected
+
+
 def test_teachers_are_the_packages_mixtures(engine: chromium.Browser) -> None:
     from lora_course.distillation import DistillationConfig, mixture_log_probs
 
@@ -286,17 +298,17 @@ def test_teachers_are_the_packages_mixtures(engine: chromium.Browser) -> None:
 
 def test_a_slice_of_a_written_adapter_is_its_best_cut() -> None:
     """To the rounding to bf16, of which each number keeps 8 bits."""
-    trained = play.read_adapter(f"{play.CUT}-as-trained")
+    trained = adapters.read_adapter(f"{CUT}-as-trained")
     for r in (1, 4, 16):
-        assert relative_error(play.read_adapter(play.CUT, r), truncate(trained, r)) < 1e-2
+        assert relative_error(adapters.read_adapter(CUT, r), truncate(trained, r)) < 1e-2
 
 
 @pytest.mark.slow
 def test_the_record_reproduces() -> None:
-    runs = json.loads(play.RECORD.read_text())["runs"]
-    found = play.curve(play.read_adapter(play.CUT, 4), play.CUT)
-    assert found == pytest.approx(runs[f"rank/{play.CUT}/4"], abs=2e-3)  # another order of sums
-    assert play.score(play.routed(), "milton") == pytest.approx(
+    runs = json.loads(RECORD.read_text())["runs"]
+    found = curve(adapters.read_adapter(CUT, 4), CUT)
+    assert found == pytest.approx(runs[f"rank/{CUT}/4"], abs=2e-3)  # another order of sums
+    assert score(adapters.routed(), "milton") == pytest.approx(
         runs["scores/routed"]["milton"], abs=2e-3
     )
 

@@ -19,7 +19,8 @@ from pathlib import Path
 
 import nbformat
 
-from tools import pages, play_pack, run_chapters
+from tools import pages, run_chapters
+from tools.playpage import pack
 from tools.run_chapters import ROOT, Result, say
 
 
@@ -63,7 +64,7 @@ def staged_files(root: Path, results: list[Result]) -> Iterator[tuple[str, bytes
             if path.suffix == ".md"
             else content,
         )
-    for name, content in play_pack.packed(root):
+    for name, content in pack.packed(root):
         yield f"book/_static/play/data/{name}", content
     for module in pages.api_modules(root):
         yield f"book/api/{pages.api_stem(module)}.md", pages.api_page(module).encode()

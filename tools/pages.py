@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 import yaml
 
 from benchmarks import report
+from tools.playpage.tables import tables as playpage_tables
 from tools.run_chapters import Result
 
 MARKER = re.compile(r"^<!-- generated: ([a-z ]+) -->$", re.MULTILINE)
@@ -240,61 +241,6 @@ def benchmarks(root: Path, results: list[Result]) -> str:
     return report.page(root / "benchmarks" / "results.json")
 
 
-def play(root: Path, results: list[Result]) -> str:
-    """What was recorded of the adapters that the page that plays holds."""
-    record = json.loads((root / "book" / "_data" / "play" / "record.json").read_text())
-    runs, settings = record["runs"], record["settings"]
-    domains, cuts, cut = list(runs["scores/base"]), settings["cuts"], settings["cut_domain"]
-    names = {"base": "nano alone", **{d: f"{d.title()} adapter" for d in settings["domains"]}}
-    names |= {"routed": "all four, routed", "all averaged": "all four, averaged"}
-    lines = [
-        f"Each adapter: r = {settings['r']}, α = {settings['lora_alpha']}, all linear layers, {settings['steps']} steps of "
-        f"{settings['batch']} × {settings['length']} tokens, AdamW at the better of two rates (on validation text), seed {settings['seed']}. "
-        f"The router: {settings['router_steps']} steps on all four texts. One seed: these are observations, to go with what one sees. "
-        f"Recorded on {record['date']} with torch {record['versions']['torch']} by `tools/play.py`; bits a byte, less is better.",
-        "",
-        f"On {settings['test_bytes'] // 1000} kB of test text a domain:",
-        "",
-        table(["", *domains], [[names[k], *(f"{runs[f'scores/{k}'][d]:.2f}" for d in domains)] for k in names]),
-        "",
-        f"The {cut.title()} adapter on {settings['curve_bytes'] // 1000} kB of its own test text, cut to fewer components:",
-        "",
-        table(
-            ["components", *map(str, cuts)],
-            [
-                [label, *(f"{runs[f'rank/{name}/{r}']:.3f}" for r in cuts)]
-                for name, label in ((cut, "sorted (SVD)"), ("nested", "trained to be sliced"), (f"{cut}-as-trained", "rows as trained"))
-            ],
-        ),
-        "",
-        "The same adapter scaled, and in fewer bits:",
-        "",
-        table(["scale", *(f"{s:g}" for s in settings["scales"])], [["bits a byte", *(f"{runs[f'scale/{s:g}']:.3f}" for s in settings["scales"])]]),
-        "",
-        table(
-            ["bits", *map(str, settings["bits"])],
-            [
-                [f"{label}, one step a {per}", *(f"{runs[f'bits/{what}/{grid}/{b}']:.3f}" for b in settings["bits"])]
-                for what, label in (("adapter", "adapter"), ("base", "nano under it"))
-                for grid, per in (("tensor", "matrix"), ("group", f"{settings['group_size']} numbers"))
-            ],
-        ),
-        "",
-        "Two adapters, half and half:",
-        "",
-        table(
-            ["averaged", *(f"on {d}" for d in settings["merged"])],
-            [[how, *(f"{runs[f'merge/{how}/{d}']:.3f}" for d in settings["merged"])] for how in ("updates", "factors")],
-        ),
-    ]  # fmt: skip
-    return "\n".join(lines)
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 PARTS: dict[str, Callable[[Path, list[Result]], str]] = {
     "picture": picture,
     "chapters": chapter_list,
@@ -304,5 +250,5 @@ PARTS: dict[str, Callable[[Path, list[Result]], str]] = {
     "ledger": ledger,
     "api": api_list,
     "benchmarks": benchmarks,
-    "play": play,
+    "play": playpage_tables,
 }

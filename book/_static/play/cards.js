@@ -8,7 +8,7 @@ const EXPERT_LABELS = EXPERTS.map((name) => LABELS[name]);
 function element(tag, options = {}, ...children) {
   const made = document.createElement(tag);
   for (const [key, value] of Object.entries(options)) {
-    if (key in made && key !== "list") made[key] = value;
+    if (key in made) made[key] = value;
     else made.setAttribute(key, value);
   }
   made.append(...children.filter((child) => child !== null));
@@ -77,22 +77,30 @@ class Card {
   }
 
   /** Writes, then scores. Returns { speed, text, scores }: tokens a second, what was written, bits a byte by domain. */
-  async run(prompt, { count, temperature, seed, signal }) {
+  async run(prompt, options) {
+    try {
+      return await this.writeAndScore(prompt, options);
+    } finally {
+      if (this.score.textContent === "…") this.score.textContent = "stopped";
+    }
+  }
+
+  async writeAndScore(prompt, options) {
     const nano = this.engine.model(this.settings), piece = textStream(this.engine.tokenizer), all = [];
-    const given = element("b");
-    this.text.append(given);
+    const prompted = element("b");
+    this.text.append(prompted);
     let written = "";
-    const token = ({ id, gates, given: isGiven }) => {
+    const token = ({ id, gates, given }) => {
       const text = piece(id);
-      if (!isGiven) written += text;
+      if (!given) written += text;
       if (gates) all.push(gates);
-      (isGiven ? given : this.text).append(gates ? gatedSpan(text, gates) : text);
+      (given ? prompted : this.text).append(gates ? gatedSpan(text, gates) : text);
     };
-    const speed = await this.engine.write(nano, prompt, { count, temperature, seed, signal, token });
+    const speed = await this.engine.write(nano, prompt, { ...options, token });
     if (all.length) this.score.before(legend(EXPERTS.map((_, e) => all.reduce((sum, g) => sum + g[e], 0) / all.length)));
     const scores = {};
     for (const domain of this.domains) {
-      scores[domain] = (await this.engine.score(nano, PLAY.samples[domain], signal)).perByte;
+      scores[domain] = (await this.engine.score(nano, PLAY.samples[domain], options.signal)).perByte;
       if (this.score.textContent === "…") this.score.textContent = "";
       this.score.append(element("p", {}, ...scoreBar(scores[domain], domain)));
     }
@@ -105,7 +113,7 @@ function scoreBar(perByte, domain) {
   const base = PLAY.record.runs["sample/base"][domain], full = 4.5, share = (bits) => `${Math.min(100, (100 * bits) / full)}%`;
   const change = perByte - base, word = Math.abs(change) < 0.005 ? "as nano alone" : `${Math.abs(change).toFixed(2)} ${change < 0 ? "better" : "worse"} than nano alone`;
   return [
-    element("span", { className: "play-bar", ariaHidden: "true" },
+    element("span", { className: "play-bar", "aria-hidden": "true" },
       element("span", { style: `inline-size: ${share(perByte)}`, className: change < 0 ? "better" : "worse" }),
       element("span", { style: `inset-inline-start: ${share(base)}`, className: "play-tick" })),
     element("strong", {}, perByte.toFixed(2)), ` bits a byte on unseen ${LABELS[domain]}: ${word}`,

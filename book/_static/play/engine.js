@@ -85,7 +85,7 @@ class Engine {
    * Returns how many tokens a second it wrote.
    */
   async write(nano, prompt, { count, temperature, seed, signal, token }) {
-    const ids = [0, ...this.tokenizer.encode(prompt)].slice(-400), random = randomFrom(seed);
+    const ids = [0, ...this.tokenizer.encode(prompt).slice(-400)], random = randomFrom(seed);
     let { logits, cache, gates } = await this.read(nano, ids, signal);
     ids.slice(1).forEach((id, i) => token({ id, gates: gates[i + 1], given: true }));
     const began = performance.now();
@@ -100,6 +100,13 @@ class Engine {
       await breathe(signal);
     }
     return (1000 * written) / (performance.now() - began);
+  }
+
+  /** The likeliest answer to a task's question, asked as in training: `plural: Haus (n) ->`. */
+  async answer(nano, task, question, signal) {
+    const ids = [], token = ({ id, given }) => given || ids.push(id);
+    await this.write(nano, `${task}: ${question} ->`, { count: 40, temperature: 0, seed: 0, signal, token });
+    return this.tokenizer.decode(ids).trim();
   }
 
   /**

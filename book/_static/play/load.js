@@ -1,6 +1,6 @@
 "use strict";
 // Brings the weights in when the reader asks for them: scripts that hand over text, as a page opened from a file may read
-// no other file. What they hold is described in tools/play_pack.py.
+// no other file. What they hold is described in tools/playpage/pack.py.
 
 const playData = {};
 const playFolder = new URL("data/", document.currentScript.src);

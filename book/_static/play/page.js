@@ -36,7 +36,7 @@ function prepareBench(engine, jobs) {
   const form = byId("play-form"), prompt = byId("play-prompt"), cards = byId("play-bench-cards"), looks = new Jobs();
   const look = () => {
     showForm(form);
-    const settings = readForm(form), ids = [0, ...engine.tokenizer.encode(prompt.value)].slice(-200);
+    const settings = readForm(form), ids = [0, ...engine.tokenizer.encode(prompt.value).slice(-200)];
     looks.start(async (signal) => {
       await new Promise((resolve) => setTimeout(resolve, 60)); // a slider sends many values
       await breathe(signal);
@@ -57,8 +57,7 @@ function prepareBench(engine, jobs) {
     byId("play-speed").textContent = "writing …";
     jobs.start(async (signal) => {
       signal.addEventListener("abort", () => (byId("play-speed").textContent = "stopped"));
-      const written = card.run(prompt.value, { ...settings, signal });
-      const { speed, text, scores } = await written;
+      const { speed, text, scores } = await card.run(prompt.value, { ...settings, signal });
       byId("play-speed").textContent = `${Math.round(speed)} tokens a second on this machine`;
       announce(`${card.title} wrote: ${text}. ${Object.values(scores)[0].toFixed(2)} bits a byte.`);
     }, cards);
@@ -98,7 +97,7 @@ function prepareTeachers(engine) {
     jobs.start(async (signal) => {
       const key = JSON.stringify([first, second, text]);
       if (key !== asked) {
-        const ids = [0, ...engine.tokenizer.encode(text)].slice(-200), read = [];
+        const ids = [0, ...engine.tokenizer.encode(text).slice(-200)], read = [];
         for (const adapter of [first, second]) read.push((await engine.read(engine.model({ adapter }), ids, signal)).logits);
         [logits, asked] = [read, key];
       }
@@ -128,6 +127,37 @@ function prepareScoring(engine, bench) {
   });
 }
 
+/** Asks a task's adapter, and nano without it, for one word. */
+function prepareTasks(engine) {
+  const form = byId("play-task"), jobs = new Jobs(), result = byId("play-task-result");
+  const examples = { pronunciation: "squirrel", plural: "Zwerg" };
+  const show = () => {
+    const task = form.elements.task.value, { exact } = PLAY.record.runs[`task/${task}`];
+    byId("play-gender").hidden = task !== "plural";
+    byId("play-task-score").textContent = `Of 100 held-out words ${Math.round(100 * exact)} came out right.`;
+  };
+  form.elements.task.addEventListener("input", () => {
+    form.elements.word.value = examples[form.elements.task.value];
+    result.replaceChildren();
+    show();
+  });
+  form.addEventListener("submit", (event) => {
+    event.preventDefault();
+    const { task, word, gender } = Object.fromEntries(new FormData(form));
+    const question = task === "plural" ? `${word.trim()} (${gender})` : word.trim().toLowerCase();
+    if (!word.trim()) return void (result.textContent = "Type a word first.");
+    result.textContent = "…";
+    jobs.start(async (signal) => {
+      const answer = await engine.answer(engine.model({ adapter: task }), task, question, signal);
+      const alone = await engine.answer(engine.model({ mode: "none" }), task, question, signal);
+      result.replaceChildren(element("p", { className: "play-answer" }, `${word.trim()} → `, element("strong", {}, answer)),
+        element("p", { className: "play-note" }, `nano alone: ${alone.slice(0, 60) || "nothing"}`));
+      announce(`${word}: ${answer}`);
+    });
+  });
+  show();
+}
+
 async function start() {
   const button = byId("play-load-button"), status = byId("play-status"), bar = byId("play-progress");
   button.disabled = true;
@@ -141,6 +171,7 @@ async function start() {
     prepareTour(engine, jobs, bench.use);
     prepareTeachers(engine);
     prepareScoring(engine, bench);
+    prepareTasks(engine);
     document.documentElement.classList.add("play-ready");
     globalThis.playEngine = engine; // for the console, and for the book's tests
     byId("play-load").hidden = true;

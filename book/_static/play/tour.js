@@ -40,7 +40,7 @@ function prepareTour(engine, jobs, use) {
   for (const place of document.querySelectorAll("[data-try]")) {
     const { prompt, runs, domains, count = 48 } = TOUR[place.dataset.try];
     const title = place.closest("section")?.querySelector("h2, h3")?.firstChild.textContent.trim() ?? place.dataset.try;
-    const button = element("button", { type: "button", className: "play-primary", ariaLabel: `Try it: ${title}` }, "▶ Try it");
+    const button = element("button", { type: "button", className: "play-primary", "aria-label": `Try it: ${title}` }, "▶ Try it");
     const cards = element("div", { className: runs.length > 1 ? "play-cards" : "play-cards wide" });
     button.addEventListener("click", () => {
       cards.replaceChildren();
@@ -48,7 +48,7 @@ function prepareTour(engine, jobs, use) {
         const results = [];
         for (const settings of runs) {
           const card = new Card(engine, settings, domains?.(settings) ?? ["shakespeare"]);
-          const more = element("button", { type: "button", className: "play-link", ariaLabel: `Change these settings: ${card.title}` }, "change these settings");
+          const more = element("button", { type: "button", className: "play-link", "aria-label": `Change these settings: ${card.title}` }, "change these settings");
           more.addEventListener("click", () => use(card.settings, prompt));
           card.node.append(more);
           cards.append(card.node);

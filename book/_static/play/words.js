@@ -18,9 +18,9 @@ function nextWords(list, tokenizer, logits, temperature, choose) {
   const probabilities = softmax(Float64Array.from(logits, (value) => value / (temperature || 1)));
   list.replaceChildren(...likeliest(probabilities, 8).map(([id, p]) => {
     const percent = `${(100 * p).toFixed(1)}%`, text = tokenizer.decode([id]);
-    const button = element("button", { type: "button", ariaLabel: `add ${visible(tokenizer, id)}, ${percent}`, disabled: id === 0 },
+    const button = element("button", { type: "button", "aria-label": `add ${visible(tokenizer, id)}, ${percent}`, disabled: id === 0 },
       element("code", {}, visible(tokenizer, id)),
-      element("span", { className: "play-share", ariaHidden: "true" }, element("span", { style: `inline-size: ${100 * p}%` })), percent);
+      element("span", { className: "play-share", "aria-hidden": "true" }, element("span", { style: `inline-size: ${100 * p}%` })), percent);
     button.addEventListener("click", () => choose(text));
     return element("li", {}, button);
   }));
@@ -50,7 +50,7 @@ function teacherTable(table, tokenizer, distributions, names) {
   const { first, second, mixture } = distributions;
   const ids = [...new Set([...likeliest(first, 4), ...likeliest(second, 4), ...likeliest(mixture, 5)].map(([id]) => id))];
   ids.sort((a, b) => mixture[b] - mixture[a]);
-  const bar = (p) => element("td", {}, element("span", { className: "play-share", ariaHidden: "true" },
+  const bar = (p) => element("td", {}, element("span", { className: "play-share", "aria-hidden": "true" },
     element("span", { style: `inline-size: ${100 * p}%` })), `${(100 * p).toFixed(1)}%`);
   table.tHead.replaceChildren(element("tr", {}, ...["next word", ...names, "their mixture", "averaged logits"].map((name) => element("th", { scope: "col" }, name))));
   table.tBodies[0].replaceChildren(...ids.map((id) => element("tr", {},
