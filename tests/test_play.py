@@ -17,15 +17,14 @@ import torch
 
 from lora_course import lab
 from lora_course.lab.tasks import load_task, write_answers
-from lora_course.lora import AdapterState, concatenate, inject, truncate, use_adapter
-from lora_course.merging import average_factors, relative_error
+from lora_course.lora import AdapterState, concatenate, inject, use_adapter
+from lora_course.merging import average_factors
 from lora_course.quantized import fake_quantize
 from tests import chromium
 from tools import pages
 from tools.playpage import adapters, pack
-from tools.playpage.record import CUT, DOMAINS, FOLDER, RECORD
+from tools.playpage.record import DOMAINS, FOLDER
 from tools.playpage.record import SETTINGS as TRAINED
-from tools.playpage.score import curve, score
 from tools.run_chapters import ROOT
 
 pytestmark = pytest.mark.browser
@@ -294,23 +293,6 @@ def test_teachers_are_the_packages_mixtures(engine: chromium.Browser) -> None:
         config = DistillationConfig(temperature=2.0, mixture=mixture)
         expected = mixture_log_probs([first, second], [0.3, 0.7], config).exp()
         assert torch.allclose(torch.tensor(values), expected, atol=1e-6)
-
-
-def test_a_slice_of_a_written_adapter_is_its_best_cut() -> None:
-    """To the rounding to bf16, of which each number keeps 8 bits."""
-    trained = adapters.read_adapter(f"{CUT}-as-trained")
-    for r in (1, 4, 16):
-        assert relative_error(adapters.read_adapter(CUT, r), truncate(trained, r)) < 1e-2
-
-
-@pytest.mark.slow
-def test_the_record_reproduces() -> None:
-    runs = json.loads(RECORD.read_text())["runs"]
-    found = curve(adapters.read_adapter(CUT, 4), CUT)
-    assert found == pytest.approx(runs[f"rank/{CUT}/4"], abs=2e-3)  # another order of sums
-    assert score(adapters.routed(), "milton") == pytest.approx(
-        runs["scores/routed"]["milton"], abs=2e-3
-    )
 
 
 # ------------------------------------------------------------------------------------------------------ the page

@@ -12,11 +12,12 @@ trained to be sliced. Scores are of the rounded files, on test text.
 
 from tools.playpage.record import FOLDER, RECORD, Record
 from tools.playpage.score import score_all, write_samples
-from tools.playpage.train import train_all
+from tools.playpage.train import train_all, train_tasks
 
 FOLDER.mkdir(parents=True, exist_ok=True)
 record = Record(RECORD)
 write_samples()
 train_all(record)
 score_all(record)
+train_tasks(record)
 print("finished", flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import importlib.metadata
 import json
 import subprocess
@@ -21,8 +22,8 @@ SETTINGS: dict[str, Any] = {
     "router_steps": 80, "router_rate": 0.3, "seed": 0,
     "validation_bytes": 20_000, "test_bytes": 10_000, "curve_bytes": 6_000, "group_size": 64,
     "cuts": [1, 2, 4, 8, 16], "scales": [0.0, 0.5, 1.0, 1.5, 2.0], "bits": [8, 4, 2], "merged": ["shakespeare", "python"],
-    "tasks": ["pronunciation", "plural"], "task_steps": 400, "task_batch": 64, "task_rate": 5e-3, "task_length": 40,
-    "task_words": 300,
+    "tasks": ["pronunciation", "plural"], "task_steps": 400, "task_batch": 32, "task_rate": 5e-3, "task_length": 32,
+    "task_words": 200,
 }  # fmt: skip
 DOMAINS, CUT = SETTINGS["domains"], SETTINGS["cut_domain"]
 SCORED = ["glosses", *DOMAINS]
@@ -57,6 +58,7 @@ class Record:
             )
             self.content |= {
                 "versions": {name: importlib.metadata.version(name) for name in packages},
+                "base_sha256": base_sha256(),
                 "commit": head.stdout.strip(),
                 "date": datetime.date.today().isoformat(),
             }
@@ -65,6 +67,12 @@ class Record:
             part.replace(self.path)
             print(f"{time.perf_counter() - began:6.1f} s  {key}  {brief(runs[key])}", flush=True)
         return runs[key]
+
+
+def base_sha256() -> str:
+    """Of the weights that the adapters were trained on: the chapters' own."""
+    weights = ROOT / "lora_course" / "data" / "nano" / "model.safetensors"
+    return hashlib.sha256(weights.read_bytes()).hexdigest()
 
 
 def brief(result: Any) -> str:

@@ -129,12 +129,16 @@ def train_all(record: Record) -> None:
 
     record.run("train/router", router)
 
-    def answers(name: str) -> dict[str, Any]:
+
+def train_tasks(record: Record) -> None:
+    """Adapters that answer, each scored beside nano without one."""
+
+    def run(name: str) -> dict[str, Any]:
         state, losses = train_task(name)
         write(name, truncate(state, SETTINGS["r"]))
         return {"loss": [round(sum(part) / 10, 4) for part in (losses[:10], losses[-10:])]}
 
     for name in SETTINGS["tasks"]:
-        record.run(f"train/{name}", lambda n=name: answers(n))
+        record.run(f"train/{name}", lambda n=name: run(n))
         record.run(f"task/{name}", lambda n=name: score_task(with_state(read_adapter(n)), n))
         record.run(f"task/{name}/base", lambda n=name: score_task(lab.load_base("nano")[0], n))
