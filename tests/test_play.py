@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import pytest
 import torch
 
@@ -28,7 +29,15 @@ from tools.playpage.record import SETTINGS as TRAINED
 from tools.run_chapters import ROOT
 
 pytestmark = pytest.mark.browser
-SCRIPTS = ("data/index.js", "tokenizer.js", "model.js", "adapters.js", "load.js", "engine.js")
+SCRIPTS = (
+    "data/index.js",
+    "tokenizer.js",
+    "math.js",
+    "model.js",
+    "adapters.js",
+    "load.js",
+    "engine.js",
+)
 PROMPTS = ("The king", "And God said unto Noë,\n", "def read(self, name):\n    return", "")
 SETTINGS = {
     "nano alone": {"mode": "none"},
@@ -74,7 +83,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = pages.fill((ROOT / "book" / "play.md").read_text(), ROOT, [])
     write(root / "book" / "play.md", text.encode())
     for path in (ROOT / "notebooks").glob("*.md"):  # what the page links to
-        write(root / "notebooks" / path.name, f"# {path.stem}\n".encode())
+        notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(f"# {path.stem}")])
+        write(root / "notebooks" / f"{path.stem}.ipynb", nbformat.writes(notebook).encode())
     chapters = "".join(f"  - file: notebooks/{p.stem}\n" for p in (root / "notebooks").iterdir())
     toc = f"format: jb-book\nroot: book/play\nchapters:\n{chapters}"
     write(root / "_toc.yml", toc.encode())

@@ -1,7 +1,14 @@
 "use strict";
-// A card: what nano writes under some settings, and how many bits a byte it needs for a text it has not seen.
+// A card: what nano writes under some settings, and how many bits a byte it needs for a
+// text it has not seen.
 
-const LABELS = { glosses: "WordNet", bible: "Bible", shakespeare: "Shakespeare", milton: "Milton", python: "Python" };
+const LABELS = {
+  glosses: "WordNet",
+  bible: "Bible",
+  shakespeare: "Shakespeare",
+  milton: "Milton",
+  python: "Python",
+};
 const EXPERT_LABELS = EXPERTS.map((name) => LABELS[name]);
 
 /** An element. options: attributes and properties; text and children follow. */
@@ -17,14 +24,23 @@ function element(tag, options = {}, ...children) {
 
 /** The settings in words. */
 function describe(settings) {
-  const s = { ...DEFAULTS, ...settings }, parts = [];
-  const grid = (bits, per) => `${bits} bits, one step a ${per === "tensor" ? "matrix" : `group of ${GROUP}`}`;
+  const s = { ...DEFAULTS, ...settings };
+  const parts = [];
+  const grid = (bits, per) =>
+    `${bits} bits, one step a ${per === "tensor" ? "matrix" : `group of ${GROUP}`}`;
   if (s.mode === "none") parts.push("nano alone");
   else if (s.mode === "routed") parts.push("all four, routed");
   else if (s.mode === "one") parts.push(LABELS[s.adapter]);
   else {
-    const share = Math.round(100 * s.share), other = s.second === "flipped" ? `${LABELS[s.adapter]}, signs flipped` : LABELS[s.second];
-    parts.push(`${share}% ${LABELS[s.adapter]} + ${100 - share}% ${other}`, `${s.merge} averaged`);
+    const share = Math.round(100 * s.share),
+      other =
+        s.second === "flipped"
+          ? `${LABELS[s.adapter]}, signs flipped`
+          : LABELS[s.second];
+    parts.push(
+      `${share}% ${LABELS[s.adapter]} + ${100 - share}% ${other}`,
+      `${s.merge} averaged`,
+    );
   }
   if (s.mode !== "none") {
     if (s.scale !== 1) parts.push(`scale ${s.scale}`);
@@ -37,7 +53,10 @@ function describe(settings) {
   return parts.join(" · ");
 }
 
-/** Turns token ids into text as they come; a character that is cut between two tokens waits for its second half. */
+/**
+ * Turns token ids into text as they come; a character that is cut between two tokens
+ * waits for its second half.
+ */
 function textStream(tokenizer) {
   const decoder = new TextDecoder();
   return (id) => decoder.decode(tokenizer.toBytes([id]), { stream: true });
@@ -51,19 +70,37 @@ function gatedSpan(text, gates) {
     from += gate;
     return stop;
   });
-  const top = gates.indexOf(Math.max(...gates)), strength = Math.round((100 * (gates[top] - 1 / gates.length)) / (1 - 1 / gates.length));
-  const words = EXPERT_LABELS.map((label, e) => `${label} ${Math.round(100 * gates[e])}%`).join(", ");
-  return element("span", {
-    className: "play-gated",
-    title: words,
-    style: `--gates: linear-gradient(to right, ${stops.join(", ")}); --top: var(--expert-${top}); --strength: ${strength}%`,
-  }, text);
+  const top = gates.indexOf(Math.max(...gates));
+  const strength = Math.round(
+      (100 * (gates[top] - 1 / gates.length)) / (1 - 1 / gates.length),
+    );
+  const words = EXPERT_LABELS.map(
+    (label, e) => `${label} ${Math.round(100 * gates[e])}%`,
+  ).join(", ");
+  return element(
+    "span",
+    {
+      className: "play-gated",
+      title: words,
+      style: `--gates: linear-gradient(to right, ${stops.join(", ")}); --top: var(--expert-${top}); --strength: ${strength}%`,
+    },
+    text,
+  );
 }
 
 /** What each expert's colour is, with its mean share. */
 function legend(means) {
-  return element("p", { className: "play-legend" }, ...EXPERT_LABELS.flatMap((label, e) => [
-    element("span", { className: "play-swatch", style: `background: var(--expert-${e})` }), `${label} ${Math.round(100 * means[e])}%  `]));
+  return element(
+    "p",
+    { className: "play-legend" },
+    ...EXPERT_LABELS.flatMap((label, e) => [
+      element("span", {
+        className: "play-swatch",
+        style: `background: var(--expert-${e})`,
+      }),
+      `${label} ${Math.round(100 * means[e])}%  `,
+    ]),
+  );
 }
 
 class Card {
@@ -73,10 +110,19 @@ class Card {
     this.text = element("p", { className: "play-text", lang: "en" });
     this.score = element("div", { className: "play-score" }, "…");
     this.title = describe(settings);
-    this.node = element("article", { className: "play-card" }, element("h4", {}, this.title), this.text, this.score);
+    this.node = element(
+      "article",
+      { className: "play-card" },
+      element("h4", {}, this.title),
+      this.text,
+      this.score,
+    );
   }
 
-  /** Writes, then scores. Returns { speed, text, scores }: tokens a second, what was written, bits a byte by domain. */
+  /**
+   * Writes, then scores. Returns { speed, text, scores }: tokens a second, what was
+   * written, bits a byte by domain.
+   */
   async run(prompt, options) {
     try {
       return await this.writeAndScore(prompt, options);
@@ -86,7 +132,9 @@ class Card {
   }
 
   async writeAndScore(prompt, options) {
-    const nano = this.engine.model(this.settings), piece = textStream(this.engine.tokenizer), all = [];
+    const nano = this.engine.model(this.settings);
+    const piece = textStream(this.engine.tokenizer);
+    const all = [];
     const prompted = element("b");
     this.text.append(prompted);
     let written = "";
@@ -97,10 +145,17 @@ class Card {
       (given ? prompted : this.text).append(gates ? gatedSpan(text, gates) : text);
     };
     const speed = await this.engine.write(nano, prompt, { ...options, token });
-    if (all.length) this.score.before(legend(EXPERTS.map((_, e) => all.reduce((sum, g) => sum + g[e], 0) / all.length)));
+    if (all.length)
+      this.score.before(
+        legend(
+          EXPERTS.map((_, e) => all.reduce((sum, g) => sum + g[e], 0) / all.length),
+        ),
+      );
     const scores = {};
     for (const domain of this.domains) {
-      scores[domain] = (await this.engine.score(nano, PLAY.samples[domain], options.signal)).perByte;
+      scores[domain] = (
+        await this.engine.score(nano, PLAY.samples[domain], options.signal)
+      ).perByte;
       if (this.score.textContent === "…") this.score.textContent = "";
       this.score.append(element("p", {}, ...scoreBar(scores[domain], domain)));
     }
@@ -108,15 +163,33 @@ class Card {
   }
 }
 
-/** "2.40 bits a byte on unseen Shakespeare", over a bar on which nano alone is marked. */
+/**
+ * "2.40 bits a byte on unseen Shakespeare", over a bar on which nano alone is marked.
+ */
 function scoreBar(perByte, domain) {
-  const base = PLAY.record.runs["sample/base"][domain], full = 4.5, share = (bits) => `${Math.min(100, (100 * bits) / full)}%`;
-  const change = perByte - base, word = Math.abs(change) < 0.005 ? "as nano alone" : `${Math.abs(change).toFixed(2)} ${change < 0 ? "better" : "worse"} than nano alone`;
+  const base = PLAY.record.runs["sample/base"][domain];
+  const full = 4.5;
+  const share = (bits) => `${Math.min(100, (100 * bits) / full)}%`;
+  const change = perByte - base,
+    word =
+      Math.abs(change) < 0.005
+        ? "as nano alone"
+        : `${Math.abs(change).toFixed(2)} ${change < 0 ? "better" : "worse"} than nano alone`;
   return [
-    element("span", { className: "play-bar", "aria-hidden": "true" },
-      element("span", { style: `inline-size: ${share(perByte)}`, className: change < 0 ? "better" : "worse" }),
-      element("span", { style: `inset-inline-start: ${share(base)}`, className: "play-tick" })),
-    element("strong", {}, perByte.toFixed(2)), ` bits a byte on unseen ${LABELS[domain]}: ${word}`,
+    element(
+      "span",
+      { className: "play-bar", "aria-hidden": "true" },
+      element("span", {
+        style: `inline-size: ${share(perByte)}`,
+        className: change < 0 ? "better" : "worse",
+      }),
+      element("span", {
+        style: `inset-inline-start: ${share(base)}`,
+        className: "play-tick",
+      }),
+    ),
+    element("strong", {}, perByte.toFixed(2)),
+    ` bits a byte on unseen ${LABELS[domain]}: ${word}`,
   ];
 }
 
@@ -126,7 +199,10 @@ class Jobs {
     this.controller?.abort(new DOMException("stopped", "AbortError"));
   }
 
-  /** Runs work(signal) unless it is stopped; busy: an element that says so to a screen reader. */
+  /**
+   * Runs work(signal) unless it is stopped; busy: an element that says so to a screen
+   * reader.
+   */
   async start(work, busy = null) {
     this.stop();
     const controller = (this.controller = new AbortController());

@@ -1,5 +1,6 @@
 "use strict";
-// From settings to a model, from a model to text and to bits a byte. All of it in small pieces, so that the page stays awake.
+// From settings to a model, from a model to text and to bits a byte. All of it in small
+// pieces, so that the page stays awake.
 
 const EXPERTS = PLAY.record.settings.domains;
 const GROUP = PLAY.record.settings.group_size;
@@ -26,21 +27,33 @@ class Engine {
 
   /** One adapter, cut and rounded as the settings say. */
   prepared(name, { rows, rank, bits, per }) {
-    const file = rows === "svd" ? name : rows === "nested" ? "nested" : `${name}-as-trained`;
+    const file =
+      rows === "svd" ? name : rows === "nested" ? "nested" : `${name}-as-trained`;
     const adapter = cut(this.adapters[file], rank);
-    return bits < 32 ? quantizedAdapter(adapter, bits, per === "tensor" ? Infinity : GROUP) : adapter;
+    return bits < 32
+      ? quantizedAdapter(adapter, bits, per === "tensor" ? Infinity : GROUP)
+      : adapter;
   }
 
-  /** What is added to nano's layers: cut, then rounded, then merged or routed, then scaled. */
+  /**
+   * What is added to nano's layers: cut, then rounded, then merged or routed, then
+   * scaled.
+   */
   adapterFor(s) {
     if (s.mode === "none") return null;
     if (s.mode === "routed") {
       const experts = EXPERTS.map((name) => this.prepared(name, { ...s, rows: "svd" }));
-      return sideBySide(experts.map((expert) => scaled(expert, s.scale)), this.routers);
+      return sideBySide(
+        experts.map((expert) => scaled(expert, s.scale)),
+        this.routers,
+      );
     }
     const first = this.prepared(s.adapter, s);
     if (s.mode === "one") return s.scale === 1 ? first : scaled(first, s.scale);
-    const second = s.second === "flipped" ? flipped(first) : this.prepared(s.second, { ...s, rows: "svd" });
+    const second =
+      s.second === "flipped"
+        ? flipped(first)
+        : this.prepared(s.second, { ...s, rows: "svd" });
     const merge = s.merge === "updates" ? averageUpdates : averageFactors;
     return scaled(merge(first, second, s.share), s.scale);
   }
@@ -53,7 +66,10 @@ class Engine {
       const outputs = (name) => layers[name].B.length / layers[name].r;
       const group = basePer === "tensor" ? Infinity : GROUP;
       this.bases.clear(); // one rounded base at a time is enough
-      this.bases.set(key, quantizedBase(this.weights, Object.keys(layers), baseBits, group, outputs));
+      this.bases.set(
+        key,
+        quantizedBase(this.weights, Object.keys(layers), baseBits, group, outputs),
+      );
     }
     return this.bases.get(key);
   }
@@ -66,9 +82,13 @@ class Engine {
     return nano;
   }
 
-  /** Runs a prompt from the start of a document. Returns the last logits, the cache, and the gates of each token. */
+  /**
+   * Runs a prompt from the start of a document. Returns the last logits, the cache, and
+   * the gates of each token.
+   */
   async read(nano, ids, signal) {
-    const cache = nano.newCache(), gates = [];
+    const cache = nano.newCache();
+    const gates = [];
     let logits = null;
     for (let from = 0; from < ids.length; from += 16) {
       const piece = ids.slice(from, from + 16);
@@ -81,11 +101,13 @@ class Engine {
   }
 
   /**
-   * Writes after a prompt, and calls token({ id, gates }) for each token, the prompt's included.
+   * Writes after a prompt, and calls token({ id, gates }) for each token, the prompt's
+   * included.
    * Returns how many tokens a second it wrote.
    */
   async write(nano, prompt, { count, temperature, seed, signal, token }) {
-    const ids = [0, ...this.tokenizer.encode(prompt).slice(-400)], random = randomFrom(seed);
+    const ids = [0, ...this.tokenizer.encode(prompt).slice(-400)];
+    const random = randomFrom(seed);
     let { logits, cache, gates } = await this.read(nano, ids, signal);
     ids.slice(1).forEach((id, i) => token({ id, gates: gates[i + 1], given: true }));
     const began = performance.now();
@@ -102,51 +124,83 @@ class Engine {
     return (1000 * written) / (performance.now() - began);
   }
 
-  /** The likeliest answer to a task's question, asked as in training: `plural: Haus (n) ->`. */
+  /**
+   * The likeliest answer to a task's question, asked as in training: `plural: Haus (n)
+   * ->`.
+   */
   async answer(nano, task, question, signal) {
-    const ids = [], token = ({ id, given }) => given || ids.push(id);
-    await this.write(nano, `${task}: ${question} ->`, { count: 40, temperature: 0, seed: 0, signal, token });
+    const ids = [];
+    const token = ({ id, given }) => given || ids.push(id);
+    await this.write(nano, `${task}: ${question} ->`, {
+      count: 40,
+      temperature: 0,
+      seed: 0,
+      signal,
+      token,
+    });
     return this.tokenizer.decode(ids).trim();
   }
 
   /**
-   * Bits of each token of a text, as `lab.bits_per_byte` counts: after a start token, in windows of 256 that don't overlap.
+   * Bits of each token of a text, as `lab.bits_per_byte` counts: after a start token,
+   * in windows of 256 that don't overlap.
    * Returns { ids, bits, bytes, perByte }.
    */
   async score(nano, text, signal) {
-    const ids = [0, ...this.tokenizer.encode(text)], bits = [];
+    const ids = [0, ...this.tokenizer.encode(text)];
+    const bits = [];
     const size = PLAY.config.vocab_size;
     for (let window = 0; window + 1 < ids.length; window += 256) {
-      const cache = nano.newCache(), end = Math.min(window + 256, ids.length - 1);
+      const cache = nano.newCache();
+      const end = Math.min(window + 256, ids.length - 1);
       for (let from = window; from < end; from += 16) {
         const piece = ids.slice(from, Math.min(from + 16, end));
         const { logits } = nano.forward(piece, cache, true);
-        piece.forEach((_, i) => bits.push(bitsOf(logits.subarray(i * size, (i + 1) * size), ids[from + i + 1])));
+        piece.forEach((_, i) =>
+          bits.push(
+            bitsOf(logits.subarray(i * size, (i + 1) * size), ids[from + i + 1]),
+          ),
+        );
         await breathe(signal);
       }
     }
     const bytes = new TextEncoder().encode(text).length;
-    return { ids: ids.slice(1), bits, bytes, perByte: bits.reduce((a, b) => a + b, 0) / bytes };
+    return {
+      ids: ids.slice(1),
+      bits,
+      bytes,
+      perByte: bits.reduce((a, b) => a + b, 0) / bytes,
+    };
   }
 }
 
 /** −log₂ softmax(logits)[id]. */
 function bitsOf(logits, id) {
-  let largest = -Infinity, sum = 0;
+  let largest = -Infinity;
+  let sum = 0;
   for (const value of logits) if (value > largest) largest = value;
   for (const value of logits) sum += Math.exp(value - largest);
   return (Math.log(sum) + largest - logits[id]) / Math.LN2;
 }
 
-/** A token drawn from the nucleus: the likeliest tokens that together hold topP. draw: in [0, 1). At temperature 0 the first. */
+/**
+ * A token drawn from the nucleus: the likeliest tokens that together hold topP. draw:
+ * in [0, 1). At temperature 0 the first.
+ */
 function sample(logits, temperature, topP, draw) {
   if (temperature === 0) return logits.indexOf(Math.max(...logits));
-  const probabilities = softmax(Float64Array.from(logits, (value) => value / temperature));
-  const order = [...probabilities.keys()].sort((a, b) => probabilities[b] - probabilities[a]);
-  let kept = 0, sum = 0;
+  const probabilities = softmax(
+    Float64Array.from(logits, (value) => value / temperature),
+  );
+  const order = [...probabilities.keys()].sort(
+    (a, b) => probabilities[b] - probabilities[a],
+  );
+  let kept = 0;
+  let sum = 0;
   while (sum < topP) sum += probabilities[order[kept++]];
   let left = draw * sum;
-  for (let i = 0; i < kept; i++) if ((left -= probabilities[order[i]]) < 0) return order[i];
+  for (let i = 0; i < kept; i++)
+    if ((left -= probabilities[order[i]]) < 0) return order[i];
   return order[kept - 1];
 }
 
@@ -155,10 +209,17 @@ function meanGates(blocks, tokens) {
   if (!blocks.length) return Array(tokens).fill(null);
   const experts = blocks[0].length / tokens;
   return Array.from({ length: tokens }, (_, t) =>
-    Array.from({ length: experts }, (_, e) => blocks.reduce((sum, g) => sum + g[t * experts + e], 0) / blocks.length));
+    Array.from(
+      { length: experts },
+      (_, e) => blocks.reduce((sum, g) => sum + g[t * experts + e], 0) / blocks.length,
+    ),
+  );
 }
 
-/** Numbers in [0, 1) from a seed (mulberry32): the same for every setting, so that only the setting makes a difference. */
+/**
+ * Numbers in [0, 1) from a seed (mulberry32): the same for every setting, so that only
+ * the setting makes a difference.
+ */
 function randomFrom(seed) {
   let state = seed >>> 0;
   return () => {

@@ -1,7 +1,11 @@
 "use strict";
-// Byte-level BPE, as in tokenizer.json: text → words → bytes → tokens, merging the earliest learnt pair first.
+// Byte-level BPE, as in tokenizer.json: text → words → bytes → tokens, merging the
+// earliest learnt pair first.
 
-/** Qwen2's rule for words, with Unicode's white space as the rule means it (JavaScript's \s is another set). */
+/**
+ * Qwen2's rule for words, with Unicode's white space as the rule means it (JavaScript's
+ * \s is another set).
+ */
 const WORDS = new RegExp(
   [
     "'(?:[sSſ]|[tT]|[rR][eE]|[vV][eE]|[mM]|[lL][lL]|[dD])",
@@ -27,7 +31,10 @@ const BYTE_CHARACTERS = (() => {
 })();
 
 class NanoTokenizer {
-  /** vocabulary: tokens in the order of their ids, the first one `<|endoftext|>`.  merges: pairs in the order learnt. */
+  /**
+   * vocabulary: tokens in the order of their ids, the first one `<|endoftext|>`.
+   * merges: pairs in the order learnt.
+   */
   constructor({ vocabulary, merges }) {
     this.vocabulary = vocabulary;
     this.ids = new Map(vocabulary.map((token, id) => [token, id]));
@@ -37,10 +44,13 @@ class NanoTokenizer {
   }
 
   encode(text) {
-    const end = this.vocabulary[0], encoder = new TextEncoder();
+    const end = this.vocabulary[0];
+    const encoder = new TextEncoder();
     return text.split(end).flatMap((part, index) => {
       const words = part.normalize("NFC").match(WORDS) ?? [];
-      const ids = words.flatMap((word) => this.word([...encoder.encode(word)].map((b) => BYTE_CHARACTERS[b]).join("")));
+      const ids = words.flatMap((word) =>
+        this.word([...encoder.encode(word)].map((b) => BYTE_CHARACTERS[b]).join("")),
+      );
       return index ? [0, ...ids] : ids;
     });
   }
@@ -50,7 +60,8 @@ class NanoTokenizer {
     if (this.known.has(word)) return this.known.get(word);
     const parts = [...word];
     for (;;) {
-      let best = Infinity, at = -1;
+      let best = Infinity;
+      let at = -1;
       for (let i = 0; i + 1 < parts.length; i++) {
         const rank = this.ranks.get(`${parts[i]} ${parts[i + 1]}`) ?? Infinity;
         if (rank < best) [best, at] = [rank, i];
@@ -63,9 +74,16 @@ class NanoTokenizer {
     return ids;
   }
 
-  /** The bytes of tokens; `<|endoftext|>` has none. A character may be cut between two tokens. */
+  /**
+   * The bytes of tokens; `<|endoftext|>` has none. A character may be cut between two
+   * tokens.
+   */
   toBytes(ids) {
-    return Uint8Array.from(ids.flatMap((id) => (id ? [...this.vocabulary[id]].map((c) => this.bytes.get(c)) : [])));
+    return Uint8Array.from(
+      ids.flatMap((id) =>
+        id ? [...this.vocabulary[id]].map((c) => this.bytes.get(c)) : [],
+      ),
+    );
   }
 
   decode(ids) {
