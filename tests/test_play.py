@@ -17,10 +17,12 @@ import pytest
 import torch
 
 from lora_course import lab
+from lora_course.injection import inject
 from lora_course.lab.tasks import load_task, write_answers
-from lora_course.lora import AdapterState, concatenate, inject, use_adapter
+from lora_course.lora import AdapterState
 from lora_course.merging import average_factors
 from lora_course.quantized import fake_quantize
+from lora_course.states import concatenate, use_adapter
 from tests import chromium
 from tools import pages
 from tools.playpage import adapters, pack

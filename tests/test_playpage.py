@@ -10,8 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lora_course.lora import truncate
-from lora_course.merging import relative_error
+from lora_course.states import relative_error, truncate
 from tools.playpage import adapters, pack
 from tools.playpage.record import CUT, DOMAINS, RECORD, SETTINGS, Record, base_sha256
 from tools.playpage.score import curve, score

@@ -11,14 +11,10 @@ from torch import nn
 
 from lora_course import lab
 from lora_course.experts import mix_experts
-from lora_course.lora import (
-    AdapterState,
-    adapter_layers,
-    adapter_state,
-    inject,
-    use_adapter,
-)
+from lora_course.injection import adapter_layers, inject
+from lora_course.lora import AdapterState
 from lora_course.quantized import fake_quantize
+from lora_course.states import adapter_state, use_adapter
 from tools.playpage.record import DOMAINS, FOLDER, SETTINGS
 
 

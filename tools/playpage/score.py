@@ -7,9 +7,11 @@ import json
 from torch import nn
 
 from lora_course import lab
+from lora_course.injection import inject
 from lora_course.lab.tasks import grade, load_task, write_answers
-from lora_course.lora import AdapterState, concatenate, inject, use_adapter
+from lora_course.lora import AdapterState
 from lora_course.merging import average_factors
+from lora_course.states import concatenate, use_adapter
 from tools.playpage.adapters import (
     config,
     quantized_base,

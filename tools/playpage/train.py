@@ -12,16 +12,10 @@ from torch import nn
 
 from lora_course import lab
 from lora_course.hierarchical import NestedLoRALinear, RankSampler
+from lora_course.injection import inject
 from lora_course.lab.tasks import load_task, task_rows
-from lora_course.lora import (
-    AdapterState,
-    LoRALinear,
-    adapter_state,
-    concatenate,
-    factor_state,
-    inject,
-    truncate,
-)
+from lora_course.lora import AdapterState, LoRALinear
+from lora_course.states import adapter_state, concatenate, factor_state, truncate
 from lora_course.training import AdapterTrainer, training_arguments
 from tools.playpage.adapters import config, first, mixture, read_adapter, with_state, write
 from tools.playpage.record import CUT, DOMAINS, SETTINGS, Record

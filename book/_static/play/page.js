@@ -2,6 +2,12 @@
 // The page: loads on request, then makes tour, bench, teachers and texts come alive. It
 // writes nothing down and asks nobody.
 
+/** What the tasks' adapters are asked, by the names of `lora_course.lab.tasks`. */
+const TASKS = {
+  pronunciation: { label: "English word → sounds", example: "squirrel", gender: false },
+  plural: { label: "German noun → plural", example: "Zwerg", gender: true },
+};
+
 function prepareTeachers(engine) {
   const form = byId("play-teachers");
   const jobs = new Jobs();
@@ -62,55 +68,48 @@ function prepareScoring(engine, bench) {
 /** Asks a task's adapter, and nano without it, for one word. */
 function prepareTasks(engine) {
   const form = byId("play-task");
-  const jobs = new Jobs();
   const result = byId("play-task-result");
-  const examples = { pronunciation: "squirrel", plural: "Zwerg" };
+  const jobs = new Jobs();
+  const choice = form.elements.task;
+  for (const task of PLAY.record.settings.tasks) {
+    choice.append(new Option(TASKS[task].label, task));
+  }
   const show = () => {
-    const task = form.elements.task.value;
-    const { exact } = PLAY.record.runs[`task/${task}`];
-    byId("play-gender").hidden = task !== "plural";
+    const { exact } = PLAY.record.runs[`task/${choice.value}`];
+    byId("play-gender").hidden = !TASKS[choice.value].gender;
     byId("play-task-score").textContent =
-      `Of 100 held-out words ${Math.round(100 * exact)} came out right.`;
+      `Of 100 words that it had not seen it got ${Math.round(100 * exact)} right, from the first sound to the last.`;
   };
-  form.elements.task.addEventListener("input", () => {
-    form.elements.word.value = examples[form.elements.task.value];
+  choice.addEventListener("input", () => {
+    form.elements.word.value = TASKS[choice.value].example;
     result.replaceChildren();
     show();
   });
   form.addEventListener("submit", (event) => {
     event.preventDefault();
     const { task, word, gender } = Object.fromEntries(new FormData(form));
-    const question =
-      task === "plural" ? `${word.trim()} (${gender})` : word.trim().toLowerCase();
-    if (!word.trim()) return void (result.textContent = "Type a word first.");
+    const asked = word.trim();
+    if (!asked) return void (result.textContent = "Type a word first.");
+    const question = TASKS[task].gender ? `${asked} (${gender})` : asked.toLowerCase();
+    const adapter = engine.model({ adapter: task });
+    const alone = engine.model({ mode: "none" });
     result.textContent = "…";
     jobs.start(async (signal) => {
-      const answer = await engine.answer(
-        engine.model({ adapter: task }),
-        task,
-        question,
-        signal,
-      );
-      const alone = await engine.answer(
-        engine.model({ mode: "none" }),
-        task,
-        question,
-        signal,
-      );
+      const answer = await engine.answer(adapter, task, question, signal);
+      const without = await engine.answer(alone, task, question, signal);
       result.replaceChildren(
         element(
           "p",
           { className: "play-answer" },
-          `${word.trim()} → `,
+          `${asked} → `,
           element("strong", {}, answer),
         ),
         element(
           "p",
           { className: "play-note" },
-          `nano alone: ${alone.slice(0, 60) || "nothing"}`,
+          `nano alone: ${without.slice(0, 60) || "nothing"}`,
         ),
       );
-      announce(`${word}: ${answer}`);
     });
   });
   show();
