@@ -73,6 +73,14 @@ def serve(folder: Path) -> tuple[http.server.ThreadingHTTPServer, str]:
     return server, f"http://127.0.0.1:{server.server_port}"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def patience() -> Iterator[None]:
+    """The page computes; on a busy machine for longer than other pages take."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chromium, "PATIENCE", 240.0)
+        yield
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page alone, built as the book builds it."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from lora_course import lab
 from lora_course.injection import inject
@@ -23,11 +25,20 @@ from tools.playpage.adapters import (
 from tools.playpage.record import CUT, DOMAINS, FOLDER, SAMPLE_BYTES, SCORED, SETTINGS, Record
 
 
+@functools.cache
+def tokenizer() -> PreTrainedTokenizerBase:
+    return lab.load_base(SETTINGS["model"])[1]
+
+
+@functools.cache
+def texts(domain: str, split: str, max_bytes: int) -> list[str]:
+    return lab.excerpt(lab.load_text(domain, split), max_bytes)
+
+
 def score(model: nn.Module, domain: str, split: str = "test", size: str = "test_bytes") -> float:
     """Bits a byte."""
-    _, tokenizer = lab.load_base(SETTINGS["model"])
-    texts = lab.load_text(domain, split)
-    return round(lab.bits_per_byte(model, tokenizer, texts, max_bytes=SETTINGS[size]), 4)
+    sample = texts(domain, split, SETTINGS[size])
+    return round(lab.bits_per_byte(model, tokenizer(), sample), 4)
 
 
 def scores(model: nn.Module) -> dict[str, float]:
@@ -36,9 +47,8 @@ def scores(model: nn.Module) -> dict[str, float]:
 
 def score_task(model: nn.Module, name: str) -> dict[str, float]:
     """Of held-out words the share that is answered right, and the share of units that is wrong."""
-    _, tokenizer = lab.load_base(SETTINGS["model"])
     examples = load_task(name, "test").select(range(SETTINGS["task_words"]))
-    grades = grade(name, write_answers(model, tokenizer, name, examples["question"]), examples)
+    grades = grade(name, write_answers(model, tokenizer(), name, examples["question"]), examples)
     return {key: round(grades[key], 4) for key in ("exact", "error_rate")}
 
 
@@ -80,9 +90,12 @@ def score_all(record: Record) -> None:
 
 def score_samples() -> dict[str, float]:
     """nano alone on the samples: the mark that the page's bars carry."""
-    model, tokenizer = lab.load_base(SETTINGS["model"])
+    model, _ = lab.load_base(SETTINGS["model"])
     samples = json.loads((FOLDER / "samples.json").read_text())
-    return {d: round(lab.bits_per_byte(model, tokenizer, [text]), 4) for d, text in samples.items()}
+    return {
+        domain: round(lab.bits_per_byte(model, tokenizer(), [text]), 4)
+        for domain, text in samples.items()
+    }
 
 
 def write_samples() -> None:
