@@ -66,11 +66,13 @@ def train_adapter(domain: str, rate: float, nested: bool) -> tuple[AdapterState,
 def train_router() -> tuple[AdapterState, list[float]]:
     """The routers over the four adapters as they were written; the adapters stay frozen."""
     model = mixture()
-    data = datasets.concatenate_datasets([rows(domain) for domain in DOMAINS]).shuffle(
-        seed=SETTINGS["seed"]
-    )
-    rate, steps = SETTINGS["router_rate"], SETTINGS["router_steps"]
-    losses = fit(model, data.with_format("torch"), rate, steps, SETTINGS["batch"])
+    seed, steps, batch = (SETTINGS[key] for key in ("seed", "router_steps", "batch"))
+    # As many rows of each text: the shortest one must not be forgotten.
+    parts = [
+        rows(d).shuffle(seed=seed).select(range(steps * batch // len(DOMAINS))) for d in DOMAINS
+    ]
+    data = datasets.concatenate_datasets(parts).shuffle(seed=seed).with_format("torch")
+    losses = fit(model, data, SETTINGS["router_rate"], steps, batch)
     state = {k: t for k, t in adapter_state(model).items() if k.endswith(".router")}
     return state, losses
 

@@ -60,7 +60,6 @@ function prepareScoring(engine, bench) {
       const now = await engine.score(engine.model(settings), text, signal);
       shown.replaceChildren(...costlyText(engine.tokenizer, now));
       result.textContent = `${now.perByte.toFixed(3)} bits a byte with “${describe(settings)}”, ${alone.perByte.toFixed(3)} with nano alone (${now.bytes} bytes, ${now.ids.length} tokens).`;
-      announce(result.textContent);
     }, shown);
   });
 }
