@@ -26,8 +26,8 @@ from lora_course.states import concatenate, use_adapter
 from tests import chromium
 from tools import pages
 from tools.playpage import adapters, pack
-from tools.playpage.record import DOMAINS, FOLDER
-from tools.playpage.record import SETTINGS as TRAINED
+from tools.playpage.record import DOMAINS, FOLDER, RECORD
+from tools.playpage.tables import recorded_tasks
 from tools.run_chapters import ROOT
 
 pytestmark = pytest.mark.browser
@@ -290,7 +290,7 @@ def test_the_same_seed_writes_the_same_text_and_stays_in_the_nucleus(
     assert ask(engine, draws, logits, [0.0, 0.52, 0.53, 0.84, 0.85, 0.999]) == [0, 0, 1, 1, 2, 2]
 
 
-@pytest.mark.parametrize("task", TRAINED["tasks"])
+@pytest.mark.parametrize("task", recorded_tasks(json.loads(RECORD.read_text())))
 def test_answers_to_a_task_are_those_of_the_lab(engine: chromium.Browser, task: str) -> None:
     questions = load_task(task, "test")["question"][:10]
     model = reference({"adapter": task})

@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import yaml
 
 from benchmarks import report
-from tools.playpage.tables import tables as playpage_tables
+from tools.playpage import tables as playpage
 from tools.run_chapters import Result
 
 MARKER = re.compile(r"^<!-- generated: ([a-z ]+) -->$", re.MULTILINE)
@@ -250,5 +250,6 @@ PARTS: dict[str, Callable[[Path, list[Result]], str]] = {
     "ledger": ledger,
     "api": api_list,
     "benchmarks": benchmarks,
-    "play": playpage_tables,
+    "play": playpage.tables,
+    "play tasks": playpage.tasks,
 }

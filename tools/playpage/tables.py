@@ -51,17 +51,6 @@ def tables(root: Path, results: list) -> str:
             ],
         ),
         "",
-        f"Tasks, {settings['task_steps']} steps of {settings['task_batch']} words, on {settings['task_words']} words without a relative in training, "
-        "all at their likeliest:",
-        "",
-        table(
-            ["task", "right", "errors", "right without the adapter"],
-            [
-                [f"`{t}`", *(f"{100 * runs[f'task/{t}'][k]:.0f}%" for k in ("exact", "error_rate")), f"{100 * runs[f'task/{t}/base']['exact']:.0f}%"]
-                for t in settings["tasks"]
-            ],
-        ),
-        "",
         "Two adapters, half and half:",
         "",
         table(
@@ -69,7 +58,31 @@ def tables(root: Path, results: list) -> str:
             [[how, *(f"{runs[f'merge/{how}/{d}']:.3f}" for d in settings["merged"])] for how in ("updates", "factors")],
         ),
     ]  # fmt: skip
+    if recorded_tasks(record):
+        lines += [
+            "",
+            f"Tasks, {settings['task_steps']} steps of {settings['task_batch']} words, on {settings['task_words']} words without a relative in training:",
+            "",
+            table(
+                ["task", "right", "errors", "right without the adapter"],
+                [
+                    [f"`{t}`", *(f"{100 * runs[f'task/{t}'][k]:.0f}%" for k in ("exact", "error_rate")), f"{100 * runs[f'task/{t}/base']['exact']:.0f}%"]
+                    for t in recorded_tasks(record)
+                ],
+            ),
+        ]  # fmt: skip
     return "\n".join(lines)
+
+
+def tasks(root: Path, results: list) -> str:
+    """The step that asks a task's adapter, once one is recorded; until then nothing."""
+    folder = root / "book" / "_data" / "play"
+    record = json.loads((folder / "record.json").read_text())
+    return (folder / "task.md").read_text() if recorded_tasks(record) else ""
+
+
+def recorded_tasks(record: dict) -> list[str]:
+    return [task for task in record["settings"]["tasks"] if f"task/{task}/base" in record["runs"]]
 
 
 def chart(lines: dict[str, list[float]], ranks: list[int], alone: float) -> str:

@@ -67,10 +67,12 @@ function prepareScoring(engine, bench) {
 /** Asks a task's adapter, and nano without it, for one word. */
 function prepareTasks(engine) {
   const form = byId("play-task");
+  if (!form) return; // no task's adapter is recorded yet
   const result = byId("play-task-result");
   const jobs = new Jobs();
   const choice = form.elements.task;
   for (const task of PLAY.record.settings.tasks) {
+    if (!PLAY.record.runs[`task/${task}/base`]) continue;
     choice.append(new Option(TASKS[task].label, task));
   }
   const show = () => {
