@@ -22,6 +22,7 @@ from pathlib import Path
 
 from tools import pages, published, run_chapters
 from tools.crosslinks import with_uses
+from tools.playpage import pack
 from tools.run_chapters import ROOT, Result, say
 
 
@@ -42,6 +43,8 @@ def staged_files(root: Path, results: list[Result]) -> Iterator[tuple[str, bytes
                 text = with_uses(text, {stem: path.read_text() for stem, path in sources.items()})
             content = text.encode()
         yield name.as_posix(), content
+    for name, content in pack.packed(root):
+        yield f"book/_static/play/data/{name}", content
     for module in pages.api_modules(root):
         yield f"book/api/{pages.api_stem(module)}.md", pages.api_page(module).encode()
     for name in ("lab.css", "moving.js"):  # outputs carry them; the pages load them once instead

@@ -11,6 +11,7 @@ import yaml
 
 from benchmarks import report
 from tools.ledger import ledger
+from tools.playpage import tables as playpage
 from tools.run_chapters import Result, title
 
 MARKER = re.compile(r"^<!-- generated: ([a-z ]+) -->$", re.MULTILINE)
@@ -219,4 +220,6 @@ PARTS: dict[str, Callable[[Path, list[Result]], str]] = {
     "ledger": ledger,
     "api": api_list,
     "benchmarks": benchmarks,
+    "play": playpage.tables,
+    "play tasks": playpage.tasks,
 }
