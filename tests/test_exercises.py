@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import pickle
 import signal
 from pathlib import Path
 from types import FunctionType
@@ -10,7 +11,8 @@ from typing import Any
 import jupytext
 import pytest
 
-from lora_course.classroom.exercises import Result
+from lora_course.classroom.calls import Answer
+from lora_course.classroom.exercises import Draw, Result
 from tests.exercises import ANSWERS, Answers
 from tests.exercises.mutants import mutants
 from tools.run_chapters import ROOT
@@ -149,6 +151,14 @@ def test_the_chapters_stub_is_not_answered_yet(id: str, capsys: pytest.CaptureFi
             judged(ANSWERS[id], stub).status == "not attempted"
             or ANSWERS[id].check.exercise.changes
         )
+
+
+@every_exercise
+def test_what_goes_to_the_learner_and_back_can_be_sent_to_another_process(id: str) -> None:
+    exercise = ANSWERS[id].check.exercise
+    for this in exercise.cases(Draw(0)):
+        sent = pickle.loads(pickle.dumps(exercise.arguments(this)))
+        pickle.dumps(Answer(exercise.right).call(sent, exercise.draws))
 
 
 def _passes(answers: Answers, mutant: str, name: str, namespace: dict[str, Any]) -> bool:

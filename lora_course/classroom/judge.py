@@ -127,7 +127,7 @@ class Exercise:
             return False
         return self._difference(found, made) is None
 
-    def _arguments(self, this: Case) -> dict[str, Any]:
+    def arguments(self, this: Case) -> dict[str, Any]:
         """Copies of a case's arguments by name, without gaps; those of `gradients` require one."""
         bound = inspect.signature(self.right).bind(*this.positional, **this.keywords)
         last = list(bound.arguments)[-1]
@@ -141,7 +141,7 @@ class Exercise:
 
     def _outcome(self, call: Callable[[dict[str, Any]], Any], this: Case) -> dict[str, Any]:
         """What is compared of one call: the result or what `look` made of it, changed arguments, gradients."""
-        arguments = self._arguments(this)
+        arguments = self.arguments(this)
         result = call(arguments)
         outcome = {}
         if self.look:
