@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import pickle
 import signal
 from pathlib import Path
 from types import FunctionType
@@ -10,7 +11,8 @@ from typing import Any
 import jupytext
 import pytest
 
-from lora_course.classroom.exercises import Result
+from lora_course.classroom.calls import Answer
+from lora_course.classroom.exercises import Draw, Result
 from tests.exercises import ANSWERS, Answers
 from tests.exercises.mutants import mutants
 from tools.run_chapters import ROOT
@@ -78,14 +80,14 @@ def test_no_wrong_answer_passes_and_each_gets_a_sentence(id: str) -> None:
     assert len(answers.wrongs) >= 15, f"{id} has {len(answers.wrongs)} wrong answers"
     passed = []
     for label, answer in answers.wrongs + named:
-        for seed in SEEDS:
+        for seed in SEEDS[: 1 if label.startswith("named") else None]:
             result = judged(answers, answer, seed)
             if result.status == "right":
                 passed.append((label, seed))
             elif result.status == "wrong":
                 message = result.message
                 assert "\n" not in message and len(message) < 400, (label, message)
-                assert "Traceback" not in message and message[-1] in ".:)", (label, message)
+                assert "Traceback" not in message and message[-1] in ".?:)", (label, message)
     assert not passed
 
 
@@ -96,7 +98,7 @@ def test_no_right_answer_is_refused(id: str) -> None:
     refused = [
         (label, seed, result.message)
         for label, answer in [*answers.rights, ("the reference", answers.check.exercise.right)]
-        for seed in (*SEEDS, 2, 3)
+        for seed in (*SEEDS, 2)
         if (result := judged(answers, answer, seed)).status != "right"
     ]
     assert not refused
@@ -149,6 +151,14 @@ def test_the_chapters_stub_is_not_answered_yet(id: str, capsys: pytest.CaptureFi
             judged(ANSWERS[id], stub).status == "not attempted"
             or ANSWERS[id].check.exercise.changes
         )
+
+
+@every_exercise
+def test_what_goes_to_the_learner_and_back_can_be_sent_to_another_process(id: str) -> None:
+    exercise = ANSWERS[id].check.exercise
+    for this in exercise.cases(Draw(0)):
+        sent = pickle.loads(pickle.dumps(exercise.arguments(this)))
+        pickle.dumps(Answer(exercise.right).call(sent, exercise.draws))
 
 
 def _passes(answers: Answers, mutant: str, name: str, namespace: dict[str, Any]) -> bool:

@@ -180,16 +180,16 @@ def _restore(before: tuple[Any, ...]) -> str:
     """Puts everything back; what had to be, in words, or ""."""
     settings, states, namespaces, seed, draws = before
     changed = []
+    for name, value, read, put in settings:
+        if read() != value:
+            put(value)
+            changed.append(name)
     for owner, names in namespaces:
         get = vars(owner).get
         replaced = [name for name, value in names.items() if get(name, ...) is not value]
         for name in replaced:
             setattr(owner, name, names[name])
             changed.append(f"{getattr(owner, '__name__', owner)}.{name}")
-    for name, value, read, put in settings:
-        if read() != value:
-            put(value)
-            changed.append(name)
     seeded = torch.initial_seed() != seed
     now = random_states()
     for name, (value, put) in states.items():

@@ -26,7 +26,12 @@ class Difference:
 
 
 def difference(
-    found: Any, expected: Any, tolerance: float = 1e-4, whole: bool = False, what: str = "it"
+    found: Any,
+    expected: Any,
+    tolerance: float = 1e-4,
+    whole: bool = False,
+    what: str = "it",
+    floor: float = 0.0,
 ) -> Difference | None:
     """How `found` differs from `expected`, or None.
 
@@ -34,10 +39,10 @@ def difference(
     zero throughout must be zero. Whole numbers, truth values and strings are compared exactly.
 
     whole: a whole number must come as one (`int`, a numpy integer, a tensor of integers), not as a float of that value.
-    what: what `found` is called in the sentence.
+    what: what `found` is called in the sentence.    floor: an absolute difference of tensors that counts as none.
     """
     if isinstance(expected, (Tensor, np.ndarray)):
-        return _tensors(found, torch.as_tensor(expected), tolerance, what)
+        return _tensors(found, torch.as_tensor(expected), tolerance, what, floor)
     if isinstance(expected, (bool, np.bool_)):
         return _truth(found, bool(expected), what)
     if isinstance(expected, numbers.Number):
@@ -70,7 +75,7 @@ def difference(
         same = found is expected if expected is None else bool(found == expected)
         return None if same else Difference(f"{_start(what)} is {described(found)}.", True)
     for part in parts:
-        if problem := difference(part[0], part[1], tolerance, whole, part[2]):
+        if problem := difference(part[0], part[1], tolerance, whole, part[2], floor):
             return problem
     return None
 
@@ -103,7 +108,9 @@ def _plain(value: Any) -> Any:
     return value.detach().cpu().tolist() if isinstance(value, Tensor) else value
 
 
-def _tensors(found: Any, expected: Tensor, tolerance: float, what: str) -> Difference | None:
+def _tensors(
+    found: Any, expected: Tensor, tolerance: float, what: str, floor: float
+) -> Difference | None:
     expected = expected.detach()
     tensor = None if isinstance(found, (str, Mapping, nn.Module)) else as_tensor(found)
     if tensor is None or tensor.shape != expected.shape:
@@ -129,7 +136,7 @@ def _tensors(found: Any, expected: Tensor, tolerance: float, what: str) -> Diffe
     f, e = tensor.double(), expected.double()
     finite = e.isfinite()
     size = e[finite].square().mean().sqrt() if finite.any() else e.new_zeros(())
-    near = (f == e) | ((f - e).abs() <= allowed * (e.abs() + size)) & finite
+    near = (f == e) | ((f - e).abs() <= allowed * (e.abs() + size) + floor) & finite
     return None if bool(near.all()) else _wrong_values(f, e, what)
 
 

@@ -23,15 +23,16 @@ NAMES |= {b: a for a, b in NAMES.items() if b not in NAMES}
 def mutants(source: str) -> Iterator[tuple[str, str]]:
     """`(what was changed, the changed source)` for each change of `source`."""
     tree = ast.parse(source)
-    for number, node in enumerate(ast.walk(tree)):
+    nodes = list(ast.walk(tree))
+    for number, node in enumerate(nodes):
         for changed in _changes(node):
-            after = "nothing" if changed is None else ast.unparse(changed)
             mutant = copy.deepcopy(tree)
-            if _replace(mutant, number, changed):
-                yield (
-                    f"{ast.unparse(node)} → {after}",
-                    ast.unparse(ast.fix_missing_locations(mutant)),
-                )
+            around = _replace(mutant, number, changed)
+            if around is not None:
+                before = ast.unparse(nodes[around[0]])
+                after = "nothing" if changed is None else ast.unparse(around[1])
+                label = " ".join(f"{before} → {after}".split())
+                yield label, ast.unparse(ast.fix_missing_locations(mutant))
 
 
 def _changes(node: ast.AST) -> Iterator[ast.AST | None]:
@@ -44,7 +45,7 @@ def _changes(node: ast.AST) -> Iterator[ast.AST | None]:
     elif isinstance(node, ast.BinOp):
         if type(node.op) in OPERATORS:
             yield ast.BinOp(node.left, OPERATORS[type(node.op)](), node.right)
-        if not isinstance(node.op, ast.Add | ast.Mult):
+        if not isinstance(node.op, ast.Add | ast.Mult | ast.BitAnd | ast.BitOr):
             yield ast.BinOp(node.right, node.op, node.left)
         yield from (node.left, node.right)
     elif isinstance(node, ast.AugAssign):
@@ -102,18 +103,30 @@ def _calls(node: ast.Call) -> Iterator[ast.AST]:
         yield ast.Call(node.func, [node.args[1], node.args[0], *node.args[2:]], node.keywords)
 
 
-def _replace(tree: ast.AST, number: int, new: ast.AST | None) -> bool:
-    """Puts `new` in the place of the node of that number in `ast.walk`; False where it can't stand there."""
-    old = next(node for i, node in enumerate(ast.walk(tree)) if i == number)
-    for parent in ast.walk(tree):
-        for name, value in ast.iter_fields(parent):
-            if value is old and new is not None:
-                setattr(parent, name, copy.deepcopy(new))
-                return True
-            if isinstance(value, list) and any(item is old for item in value):
-                at = next(i for i, item in enumerate(value) if item is old)
-                value[at : at + 1] = [copy.deepcopy(new)] if new is not None else []
-                if not value and name == "body":
-                    value.append(ast.Pass())
-                return True
-    return False
+def _replace(tree: ast.AST, number: int, new: ast.AST | None) -> tuple[int, ast.AST] | None:
+    """Puts `new` in the place of the node of that number in `ast.walk`; None where it can't stand there.
+
+    Returns the number of the node that names the change, and the changed one: the smallest expression around it that is more
+    than a constant or a name, or the node itself where it is dropped.
+    """
+    nodes = list(ast.walk(tree))
+    old = nodes[number]
+    parents = {id(child): parent for parent in nodes for child in ast.iter_child_nodes(parent)}
+    around, small = old, (ast.Constant, ast.Name, ast.keyword, ast.operator)
+    small += (ast.UnaryOp,) if isinstance(getattr(old, "operand", None), ast.Constant) else ()
+    while new is not None and isinstance(around, small):
+        around = parents[id(around)]
+    parent = parents.get(id(old))
+    for name, value in ast.iter_fields(parent) if parent else ():
+        if value is old and new is not None:
+            setattr(parent, name, new := copy.deepcopy(new))
+            return nodes.index(around), new if around is old else around
+        if isinstance(value, list) and any(item is old for item in value):
+            at = next(i for i, item in enumerate(value) if item is old)
+            value[at : at + 1] = [new := copy.deepcopy(new)] if new is not None else []
+            if not value and name == "body":
+                value.append(ast.Pass())
+            return nodes.index(around), (
+                new if around is old else around
+            ) if new is not None else around
+    return None
