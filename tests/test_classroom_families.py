@@ -11,8 +11,8 @@ from lora_course import compare, distillation, hierarchical, qlora, quantized, s
 from lora_course.classroom.assign import CHAPTERS
 from lora_course.classroom.comparison import difference
 from lora_course.classroom.draws import Draw
-from lora_course.classroom.exercises import _gradients
 from lora_course.classroom.families import Family, families, find, of_chapter
+from lora_course.classroom.judge import _gradients
 
 SEEDS = [f"class {number}" for number in range(50)]
 each_family = pytest.mark.parametrize("family", families().values(), ids=list(families()))

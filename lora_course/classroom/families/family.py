@@ -16,8 +16,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lora_course.classroom.draws import Draw
-from lora_course.classroom.exercises import Exercise, case
+from lora_course.classroom.draws import Draw, case
+from lora_course.classroom.judge import Exercise
 
 Choices = dict[str, str]
 """For each convention the choice that was drawn: `{"power": "2", "rounding": "up"}`."""
