@@ -170,8 +170,7 @@ class Sandbox:
         self.looked, family, held, used = time.monotonic(), self._family(), 0, 0.0
         for process in family:
             with contextlib.suppress(psutil.NoSuchProcess):
-                memory = process.memory_info()
-                held += memory.rss - memory.shared
+                held += _held(process)
                 used += sum(process.cpu_times()[:4])
         if len(family) > self.limits.processes // 2:
             raise Ended(f"It started more than {self.limits.processes // 2} processes.")
@@ -199,3 +198,12 @@ class Sandbox:
 def _processes_of_user() -> int:
     uid = os.getuid()
     return sum(p.info["uids"] is not None and p.info["uids"].real == uid for p in psutil.process_iter(["uids"]))  # fmt: skip
+
+
+def _held(process: psutil.Process) -> int:
+    """Bytes of a process; what forks share counts once, where the system tells."""
+    try:
+        return process.memory_full_info().pss
+    except psutil.AccessDenied:
+        memory = process.memory_info()
+        return memory.rss - memory.shared

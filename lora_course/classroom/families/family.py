@@ -168,7 +168,6 @@ class Family:
             mistakes,
             gradients=self.gradients,
             changes=self.changes,
-            otherwise="Some results differ from what the rules ask for, and no single rule explains it.",
             tolerance=self.tolerance,
         )
 
