@@ -92,11 +92,11 @@ def test_practice_examples_accept_the_solution_and_say_what_a_stub_is(everything
             assert (
                 difference(eval(literal(expected), {"torch": torch}), expected, TOLERANCE) is None
             )
-        practice(family.function(choices[family.id]), shown)
+        practice(family.function(choices[family.id]), shown, family.changes)
         said = capsys.readouterr().out
         assert said.count("✓") == 2 and "✗" not in said, (family.id, said)
         stub = family.build(family.stub(choices[family.id], seed))
-        practice(stub, shown)
+        practice(stub, shown, family.changes)
         assert "✓ example 1\n✓ example 2" not in capsys.readouterr().out
 
 

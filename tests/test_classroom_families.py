@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 
+from lora_course import compare, distillation, hierarchical, qlora, quantized, sparse
 from lora_course.classroom.assign import CHAPTERS
 from lora_course.classroom.comparison import difference
 from lora_course.classroom.draws import Draw
@@ -75,7 +76,7 @@ def test_the_text_says_every_rule_that_is_drawn(family: Family) -> None:
 def test_another_rule_is_another_answer(family: Family) -> None:
     """On each seed's inputs: every other choice of one rule, the chapter's answer, and other classes' answers fail."""
     other_classes = [family.draw(seed) for seed in SEEDS]
-    book = {name: family.book[name] for name in family.conventions}
+    book = {name: family.of_book(name)[0] for name in family.conventions}
     known = all(book[name] in family.conventions[name] for name in book)
     passed = []
     for number, seed in enumerate(SEEDS):
@@ -137,3 +138,70 @@ def test_difficulty_stays(family: Family) -> None:
     nodes = [sum(1 for _ in ast.walk(ast.parse(family.solution(choice)))) for choice in drawn]
     assert max(nodes) <= 1.7 * min(nodes)
     assert 10 <= family.minutes <= 30 and 3 <= family.points <= 5
+
+
+def _merged(weight, A, B, lora_alpha):
+    return weight + lora_alpha / A.shape[0] * B @ A
+
+
+def _stored(rows, columns, bits, block):
+    return round(qlora.storage_bits(rows * columns, block) * rows * columns)
+
+
+def _read_back(weight, codebook, block):
+    return qlora.dequantize_nf4(qlora.quantize_nf4(weight, block, double_quant=False))
+
+
+def _kd(divergence):
+    def loss(student, teacher, labels, alpha, T):
+        config = distillation.DistillationConfig(alpha, T, divergence=divergence)
+        return distillation.distillation_loss(student, [teacher], labels, config).total
+
+    return loss
+
+
+def _mix(logits, weights, T):
+    config = distillation.DistillationConfig(temperature=T)
+    return distillation.mixture_log_probs(list(logits), weights, config)
+
+
+def _grid(granularity, clip):
+    return lambda x, bits: quantized.fake_quantize(x, bits, granularity, clip=clip)
+
+
+def _weights(ranks, r):
+    return [*hierarchical.matryoshka_weights(ranks).tolist(), *[0.0] * (r - max(ranks))]
+
+
+def _close(gates, gradient, lr, penalty):
+    return sparse.soft_threshold(gates - lr * gradient, lr * penalty)
+
+
+PACKAGE = {
+    "0.1-merge": [_merged],
+    "1.1-storage": [_stored],
+    "1.1-quantizer": [_read_back],
+    "3.2-loss": [_kd("forward"), _kd("reverse")],
+    "3.2-mixture": [_mix],
+    "4.1-threshold": [_close],
+    "4.2-weights": [_weights],
+    "4.3-grid": [_grid(g, c) for g in ("tensor", "channel", "group") for c in (1.0, 0.75)],
+    "5.1-front": [lambda points, margin: compare.pareto(points)],
+}
+
+
+@pytest.mark.parametrize("id", PACKAGE)
+def test_what_the_package_computes_is_no_answer(id: str) -> None:
+    """Under none of fifty seeds; and where the package makes the chapter's choices, it is the answer to those."""
+    family = find(id)
+    book = {name: family.of_book(name)[0] for name in family.conventions}
+    for number, seed in enumerate(SEEDS):
+        choice = family.draw(seed)
+        cases = family.cases(Draw(number), choice)
+        right = [outcome(family, family.function(choice), case) for case in cases]
+        for function in PACKAGE[id]:
+            assert differs(family, function, cases, right), (seed, choice)
+    if id in ("0.1-merge", "3.2-loss", "4.1-threshold", "4.2-weights"):
+        cases = family.cases(Draw(1), book)
+        right = [outcome(family, family.function(book), case) for case in cases]
+        assert not differs(family, PACKAGE[id][0], cases, right)

@@ -7,10 +7,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from lora_course.classroom import sandbox
+from lora_course.classroom import confinement
 from lora_course.classroom.assign import assign
+from lora_course.classroom.confinement import Limits
 from lora_course.classroom.grade import grade
-from lora_course.classroom.sandbox import Limits
 from tests.class_of_forty import STORAGE, submissions
 
 SEED = "what a class of forty is graded with"
@@ -19,7 +19,7 @@ LIMITS = Limits(seconds=4, memory=1 << 30, patience=20)
 
 def shut_in() -> str:
     try:
-        return sandbox.choose()
+        return confinement.choose()
     except RuntimeError as error:
         pytest.skip(str(error))
 
@@ -101,10 +101,10 @@ def test_what_is_graded_stays_and_one_problem_can_be_graded_again(graded) -> Non
 
 
 def test_grading_is_refused_with_a_sentence_where_nothing_shuts_code_in(monkeypatch) -> None:
-    monkeypatch.setattr(sandbox.shutil, "which", lambda name: None)
+    monkeypatch.setattr(confinement.shutil, "which", lambda name: None)
     with pytest.raises(RuntimeError, match="bwrap.*--trust"):
-        sandbox.choose()
-    assert sandbox.choose(trust=True) == "trust"
+        confinement.choose()
+    assert confinement.choose(trust=True) == "trust"
 
 
 def test_a_folder_without_assignment_and_unknown_problems_are_refused(tmp_path: Path) -> None:

@@ -5,9 +5,10 @@ Everything follows from the problems and the seed: written again, it is the same
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import metadata
 from pathlib import Path
 from typing import Any
@@ -175,11 +176,15 @@ def examples(family: Family, choice: Choices, seed: str) -> list[tuple[dict[str,
     made = []
     for case in family.cases(Draw(int(seed[:12], 16)), choice)[:2]:
         arguments = dict(zip(names, rounded(case), strict=False))
-        result = right(
-            *rounded(case)
-        )  # rounding copies, so the arguments that are shown stay as they are
-        made.append((arguments, result))
+        made.append((arguments, expected(family, right, arguments)))
     return made
+
+
+def expected(family: Family, right: Callable, arguments: dict[str, Any]) -> Any:
+    """What a call returns, or what becomes of the arguments that it changes. Those given here stay as they are."""
+    given = copy.deepcopy(arguments)
+    result = right(**given)
+    return {name: given[name] for name in family.changes} if family.changes else result
 
 
 def practice_cell(family: Family, choice: Choices, seed: str) -> str:
@@ -187,7 +192,8 @@ def practice_cell(family: Family, choice: Choices, seed: str) -> str:
         f"    ({literal(arguments)},\n     {literal(result)}),"
         for arguments, result in examples(family, choice, seed)
     ]
-    return "\n".join([f"practice({family.name}, [", *rows, "])"])
+    changes = f", changes={list(family.changes)}" if family.changes else ""
+    return "\n".join([f"practice({family.name}, [", *rows, f"]{changes})"])
 
 
 def opening(assignment: Assignment) -> list[dict[str, Any]]:

@@ -69,11 +69,11 @@ def run_assign(arguments: argparse.Namespace) -> None:
 
 
 def run_grade(arguments: argparse.Namespace) -> None:
-    from lora_course.classroom import sandbox
+    from lora_course.classroom import confinement
 
     if arguments.jobs < 1:
         raise ValueError(f"--jobs {arguments.jobs}: at least one at a time.")
-    kind = sandbox.choose(arguments.trust)
+    kind = confinement.choose(arguments.trust)
     from lora_course.classroom.grade import grade
 
     grade(

@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 
 from lora_course.classroom.assignment import Assignment
+from lora_course.classroom.confinement import Kind, Limits
 from lora_course.classroom.grading import Record, grade_submission
 from lora_course.classroom.report import write_feedback, write_report
 from lora_course.classroom.roster import Roster
-from lora_course.classroom.sandbox import Kind, Limits
 from lora_course.classroom.submissions import Entry, collect, digest, file_of
 
 Say = Callable[[str], None]

@@ -17,8 +17,8 @@ from io import BytesIO
 from pathlib import Path
 
 from lora_course.classroom.assignment import FILE, Assignment
+from lora_course.classroom.confinement import Limits
 from lora_course.classroom.grading import Record, grade_submission
-from lora_course.classroom.sandbox import Limits
 from lora_course.classroom.submissions import collect
 from lora_course.classroom.wheel import add, build
 

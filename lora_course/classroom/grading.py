@@ -9,9 +9,10 @@ from typing import Any
 
 from lora_course.classroom.assignment import Assignment
 from lora_course.classroom.calls import Mistake, Unanswered
+from lora_course.classroom.confinement import Kind, Limits
 from lora_course.classroom.families import Choices, Family
 from lora_course.classroom.remote import Remote
-from lora_course.classroom.sandbox import Ended, Kind, Limits, Sandbox
+from lora_course.classroom.sandbox import Ended, Sandbox
 from lora_course.classroom.submissions import Entry, Unreadable, digest, find_answer, read_cells
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from lora_course.classroom.assign import (
     code,
     examples,
+    expected,
     heading,
     markdown,
     opening,
@@ -80,7 +81,7 @@ def tests(family: Family, choice: Choices, seed: str, tag: str) -> list[dict[str
     names = list(inspect.signature(right).parameters)
     for case in family.cases(Draw(int(seed[12:24], 16)), choice)[2 : 2 + HIDDEN]:
         arguments = dict(zip(names, rounded(case), strict=False))
-        hidden.append(test(family, arguments, right(*rounded(case))))
+        hidden.append(test(family, arguments, expected(family, right, arguments)))
     settings = '""" # BEGIN TEST CONFIG\nhidden: {}\npoints: {}\n""" # END TEST CONFIG\n'
     return [
         code(f"{tag}-shown", settings.format("false", 0) + "\n".join(shown), role="check"),
@@ -88,6 +89,8 @@ def tests(family: Family, choice: Choices, seed: str, tag: str) -> list[dict[str
     ]  # fmt: skip
 
 
-def test(family: Family, arguments: dict[str, Any], expected: Any) -> str:
-    call = f"{family.name}({', '.join(f'{k}={literal(v)}' for k, v in arguments.items())})"
-    return f"assert difference({call}, {literal(expected)}, 2e-3) is None"
+def test(family: Family, arguments: dict[str, Any], result: Any) -> str:
+    call = f"given = {literal(arguments)}\nfound = {family.name}(**given)"
+    changed = f"{{name: given[name] for name in {list(family.changes)}}}"
+    found = changed if family.changes else "found"
+    return f"{call}\nassert difference({found}, {literal(result)}, 2e-3) is None"

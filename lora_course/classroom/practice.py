@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,11 +16,20 @@ TOLERANCE = 2e-3
 """Examples are printed with four digits."""
 
 
-def practice(function: Callable[..., Any], examples: Sequence[tuple[dict[str, Any], Any]]) -> None:
-    """Calls the function on each example's arguments and prints what is different."""
+def practice(
+    function: Callable[..., Any],
+    examples: Sequence[tuple[dict[str, Any], Any]],
+    changes: Sequence[str] = (),
+) -> None:
+    """Calls the function on each example's arguments and prints what is different.
+
+    changes: arguments that it changes in place; they are compared, and not the result.
+    """
     for number, (arguments, expected) in enumerate(examples, 1):
         try:
-            found = Answer(function).call(arguments)
+            given = copy.deepcopy(arguments)
+            found = Answer(function).call(given)
+            found = {name: given[name] for name in changes} if changes else found
             if found is None or found is ...:
                 raise Unanswered
             problem = difference(found, expected, TOLERANCE)

@@ -72,7 +72,7 @@ budget = Family(
             "half even": ("Round to the nearest whole number at the end, a half to the even one.", "round(exact)"),
         },
     },
-    book={"curve": "cube", "steps": "each", "count": "all", "rounding": "down"},
+    book={"curve": ("cube", "square", "fourth", "line"), "steps": "each", "count": "all", "rounding": ("down", "up")},
     cases=_budget_cases,
 )  # fmt: skip
 
@@ -170,7 +170,7 @@ allocation = Family(
             "last": ("Among equal scores those come first that are listed last: by layer, then within the layer.", "-1"),
         },
     },
-    book={"importance": "product", "reduce": "mean", "floor": "none", "ties": "first"},
+    book={"importance": "product", "reduce": "mean", "floor": ("none", "one"), "ties": "first"},
     cases=_allocation_cases,
 )  # fmt: skip
 

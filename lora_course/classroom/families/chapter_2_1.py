@@ -147,7 +147,7 @@ balance = Family(
             "one": (", less 1.", "1"),
         },
     },
-    book={"groups": "batch", "chosen": "one", "mean": "plain", "excess": "none"},
+    book={"groups": "batch", "chosen": ("one", "k"), "mean": "plain", "excess": "none"},
     cases=_balance_cases,
     gradients=("p",),
     bugs=(

@@ -72,7 +72,7 @@ schedule = Family(
             "floor": ("Return the product of the two, but never less than 0.3 outside a warm-up; inside one the product counts.", "warm * decay if warm < 1 else max(0.3, decay)"),
         },
     },
-    book={"first": "zero", "again": "same", "start": "warm", "decay": "line", "floor": "none"},
+    book={"first": "zero", "again": "same", "start": "warm", "decay": ("line", "cosine"), "floor": "none"},
     cases=_schedule_cases,
 )  # fmt: skip
 

@@ -70,7 +70,7 @@ loss = Family(
             ),
         },
     },
-    book={"direction": "forward", "factor": "T2", "weight": "soft", "mean": "tokens"},
+    book={"direction": ("forward", "reverse"), "factor": "T2", "weight": "soft", "mean": "tokens"},
     cases=_loss_cases,
     gradients=("student",),
     bugs=(
@@ -141,7 +141,7 @@ mixture = Family(
             ),
         },
     },
-    book={"weights": "given", "kind": "arithmetic", "temperature": "before"},
+    book={"weights": ("given", "share"), "kind": "arithmetic", "temperature": "before"},
     cases=_mixture_cases,
 )  # fmt: skip
 

@@ -73,7 +73,7 @@ grid = Family(
             "zero": ("A quotient is cut towards zero.", "scaled.trunc()"),
         },
     },
-    book={"scale": "tensor", "power": "exact", "codes": "symmetric", "rounding": "even"},
+    book={"scale": ("tensor", "row"), "power": ("exact", "three quarters"), "codes": "symmetric", "rounding": "even"},
     cases=_grid_cases,
 )  # fmt: skip
 

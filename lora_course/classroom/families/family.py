@@ -16,8 +16,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lora_course.classroom.draws import Draw
-from lora_course.classroom.exercises import Exercise, case
+from lora_course.classroom.draws import Draw, case
+from lora_course.classroom.judge import Exercise
 
 Choices = dict[str, str]
 """For each convention the choice that was drawn: `{"power": "2", "rounding": "up"}`."""
@@ -31,8 +31,8 @@ class Family:
     answer: source of the solution in which `$convention` becomes the code of the choice; its first function is the one
     that is graded, and its docstring is kept in the stub.
     conventions: `{convention: {choice: (sentence, code)}}`.
-    book: the choices that the chapter and the package make, where they make one of these. A drawn problem differs from
-    them in at least two conventions.
+    book: the choices that the chapter and the package make or can be told to make, where these are among the choices. A
+    drawn problem differs from them in at least two conventions.
     cases: arguments of the calls that a check makes, from a `Draw` and the choices; the first two are small, and show
     up with their results in the student's notebook.
     bugs: for a find-the-bug family `(right, wrong)` pieces of the answer; two of them are planted by the seed.
@@ -47,7 +47,7 @@ class Family:
     statement: str
     answer: str
     conventions: Mapping[str, Mapping[str, tuple[str, str]]]
-    book: Mapping[str, str]
+    book: Mapping[str, str | tuple[str, ...]]
     cases: Callable[[Draw, Choices], list[tuple]]
     bugs: tuple[tuple[str, str], ...] = ()
     gradients: tuple[str, ...] = ()
@@ -79,7 +79,12 @@ class Family:
 
     def distance(self, choice: Choices) -> int:
         """In how many conventions a choice differs from the chapter's."""
-        return sum(self.book.get(name) != value for name, value in choice.items())
+        return sum(value not in self.of_book(name) for name, value in choice.items())
+
+    def of_book(self, name: str) -> tuple[str, ...]:
+        """The chapter's choices of a convention, the usual one first."""
+        found = self.book[name]
+        return (found,) if isinstance(found, str) else found
 
     def draw(self, seed: str) -> Choices:
         return random.Random(f"{seed}/{self.id}").choice(self.variants())
@@ -151,7 +156,7 @@ class Family:
             for name, others in self.neighbours(choice).items()
             for i, other in enumerate(others)
         } if explain else {}  # fmt: skip
-        book = {name: self.book.get(name) for name in choice}
+        book = {name: self.of_book(name)[0] for name in choice}
         if explain and all(value in self.conventions[name] for name, value in book.items()):
             text = "This is the chapter's answer. The problem states other rules: compare them one by one."
             mistakes[text] = self.function(book)
@@ -163,7 +168,6 @@ class Family:
             mistakes,
             gradients=self.gradients,
             changes=self.changes,
-            otherwise="Some results differ from what the rules ask for, and no single rule explains it.",
             tolerance=self.tolerance,
         )
 
