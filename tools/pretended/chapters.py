@@ -83,7 +83,7 @@ def run_here(stem: str, gpus: int, bf16: bool) -> list[str]:
     import transformers  # noqa: F401  (imports settle before the device changes torch)
 
     from lora_course import lab, qlora  # noqa: F401
-    from tools.pretended.device import GIB, pretend
+    from tools.pretended.machine import GIB, pretend
 
     qlora.optimizer_name = lambda device, bits=32: "adamw_torch"  # paged memory is CUDA's own
     with TemporaryDirectory() as folder:
