@@ -1,5 +1,7 @@
 # make book       install, execute the chapters, build the book into _build/html
 # make test       every test, the chapters under nbmake included
+# make unit       tests of the package alone, without chapters and book (three minutes)
+# make lint       ruff and mypy
 # make test-gpu   what is marked `gpu`, and the chapters' `gpu` cells (needs an NVIDIA GPU)
 # make bench      time and memory against PEFT, into benchmarks/results.json (about 20 minutes on two idle cores)
 # make pretended  chapters on a pretended GPU, on the CPU (hours; `make pretended-quick`: two of them)
@@ -18,7 +20,7 @@ PYTHON ?= python3
 PY     := $(VENV)/bin/python
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: book test test-gpu bench pretended pretended-quick image wheel-alone sphinx9 record pdf notebooks facts wheel install clean distclean
+.PHONY: book test unit lint test-gpu bench pretended pretended-quick image wheel-alone sphinx9 record pdf notebooks facts wheel install clean distclean
 .DEFAULT_GOAL := book
 
 book: $(VENV)/.installed
@@ -26,6 +28,14 @@ book: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	@$(PY) -m pytest
+
+unit: $(VENV)/.installed
+	@$(PY) -m pytest -m "not slow and not browser" --ignore=tests/test_chapters.py --ignore=tests/test_book.py
+
+lint: $(VENV)/.installed
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(PY) -m mypy lora_course
 
 test-gpu: $(VENV)/.installed
 	@LORA_COURSE_PROFILE=t4 $(PY) -m pytest -m gpu

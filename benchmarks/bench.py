@@ -49,11 +49,12 @@ from lora_course import (
     quantized,
     sparse,
 )
+from lora_course.arguments import compute_dtype
+from lora_course.experiments.record import commit
 from lora_course.export import export_peft
 from lora_course.injection import adapter_layers, inject, merge, unload
-from lora_course.lab.study import source_hash
+from lora_course.serving import load_adapters, row_adapters
 from lora_course.states import factor_state
-from lora_course.training import compute_dtype
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results.json"
@@ -291,12 +292,12 @@ def serving(name: str, model: nn.Module, size: str, r: int, count: int) -> Arm:
         for i in range(count)
     }
     if name == "tasks":
-        ours = fused.load_adapters(twin(model), states)
+        ours = load_adapters(twin(model), states)
         arm = Arm(ours, ids, training=False)
         plain = arm.run
 
         def run() -> None:
-            with fused.rows(ours, names):
+            with row_adapters(ours, names):
                 plain()
 
         arm.run = run
@@ -460,16 +461,11 @@ def provenance() -> dict[str, Any]:
         for line in _cpuinfo()
         if line.startswith(("model name", "CPU part"))
     ]
-    ours = sorted(
-        path
-        for path in (ROOT / "lora_course").glob("*.py")
-        if path.stem not in ("compare", "cli", "__init__")
-    )
     return {
         "machine": f"{platform.system()} {platform.machine()}", "processor": names[0] if names else platform.processor() or "unknown",
         "cores": os.cpu_count(), "threads": torch.get_num_threads(), "native_bf16": NATIVE_BF16,
         "versions": {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}},
-        "source_sha256": source_hash([Path(__file__), *ours]),
+        "commit": commit(),
     }  # fmt: skip
 
 

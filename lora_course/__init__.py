@@ -13,6 +13,7 @@ import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lora_course.arguments import training_arguments
     from lora_course.checkpoint import load_adapter, restore_adapter, save_adapter
     from lora_course.export import export_peft, load_peft
     from lora_course.injection import (
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
         truncate,
         use_adapter,
     )
-    from lora_course.training import AdapterTrainer, training_arguments
+    from lora_course.training import AdapterTrainer
 
 _HOMES = {
     "checkpoint": ("load_adapter", "restore_adapter", "save_adapter"),
@@ -56,7 +57,8 @@ _HOMES = {
         "truncate",
         "use_adapter",
     ),
-    "training": ("AdapterTrainer", "training_arguments"),
+    "arguments": ("training_arguments",),
+    "training": ("AdapterTrainer",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -8,23 +8,36 @@ Neither pickle nor an import by name. PEFT's format is in `export`.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import importlib
 import json
-import warnings
+import os
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
 from peft import AdaLoraConfig, LoraConfig
 from safetensors.torch import load_file, save
-from torch import Tensor, nn
+from torch import nn
 
-from lora_course.files import make_folder, replace_file
-from lora_course.injection import adapter_layers, inject, injection_of, unload
-from lora_course.lora import LAYERS, LoRALinear
-from lora_course.states import adapter_state, use_adapter
+from lora_course.descriptions import (
+    base_fingerprint,
+    describe_adapter,
+    differences,
+    warn_of_another_base,
+)
+from lora_course.files import make_folder, replace_file, writing
+from lora_course.injection import adapter_layers, inject, unload
+from lora_course.linears import is_sharded
+from lora_course.lora import LAYERS, AdapterState, LoRALinear
+from lora_course.states import adapter_state, check_finite, use_adapter
 
 FORMAT_VERSION = 1
+DESCRIPTION, TENSORS = "adapter.json", "adapter.safetensors"
+KEPT = "adapter.previous.safetensors"
+"""The tensors that a description belongs to while a save is under way, or after one that was killed."""
 CONFIGS = {"LoraConfig": LoraConfig, "AdaLoraConfig": AdaLoraConfig}
 HOMES = {
     "AdaLoRALinear": "adalora",
@@ -43,9 +56,9 @@ HOMES = {
 
 
 def save_adapter(
-    model: nn.Module, folder: str | Path, extra: dict[str, object] | None = None
+    model: nn.Module, folder: str | Path, extra: Mapping[str, Any] | None = None
 ) -> Path:
-    """Write the adapter of `model` to `folder`; each file is complete before it replaces an older one.
+    """Write the adapter of `model` to `folder`, whole or not at all: until the last step, what was there is loaded.
 
     Args:
         model: an injected model, merged or not: the factors are saved either way, the base never.
@@ -54,32 +67,67 @@ def save_adapter(
 
     Returns:
         `folder` as a path.
+
+    Raises:
+        ValueError: NaN or infinite numbers, or an argument that JSON has no form for. Nothing has been written then.
+
+    Under FSDP2 every process calls this, since each holds a part of the tensors; the first one writes.
     """
-    info, layers = injection_of(model), adapter_layers(model)
-    tensors = save(
-        {name: tensor.cpu().contiguous() for name, tensor in adapter_state(model).items()}
-    )
+    layers = adapter_layers(model)
+    state = adapter_state(model)
+    check_finite(state)
+    tensors = save({name: tensor.cpu().contiguous() for name, tensor in state.items()})
     description = {
         "format_version": FORMAT_VERSION,
-        "layer": info.layer.__name__,
-        "config_class": type(info.config).__name__,
-        "config": {
-            name: _jsonable(value) for name, value in _fields(info.config, info.layer).items()
-        },
-        "arguments": info.arguments,
+        **describe_adapter(model),
         "shapes": {name: [layer.out_features, layer.in_features] for name, layer in layers.items()},
         "base": {
             "name": getattr(model, "name_or_path", ""),
             "fingerprint": base_fingerprint(layers),
         },
-        "extra": extra or {},
+        "extra": dict(extra or {}),
         "tensors_sha256": hashlib.sha256(tensors).hexdigest(),
     }
-    text = json.dumps(description, indent=1)
-    folder = make_folder(folder)
-    replace_file(folder / "adapter.safetensors", tensors)
-    replace_file(folder / "adapter.json", text.encode())
+    try:
+        text = json.dumps(description, indent=1)
+    except TypeError as error:
+        raise ValueError(
+            f"This adapter's description has a value that JSON can't hold ({error}): give layer arguments and `extra` as "
+            "numbers, strings, lists and dictionaries."
+        ) from None
+    folder = Path(folder)
+    if not is_sharded(model) or torch.distributed.get_rank() == 0:
+        with writing(make_folder(folder)):
+            _replace(folder, tensors, text.encode())
     return folder
+
+
+def _replace(folder: Path, tensors: bytes, description: bytes) -> None:
+    """Replace both files. In between the old description stands beside the new tensors; the old ones are kept until then."""
+    file, kept = folder / TENSORS, folder / KEPT
+    if not kept.exists() or not _described(folder, kept):
+        kept.unlink(missing_ok=True)
+        if file.exists():
+            _link(file, kept)
+    replace_file(file, tensors)
+    replace_file(folder / DESCRIPTION, description)
+    kept.unlink(missing_ok=True)
+
+
+def _link(file: Path, name: Path) -> None:
+    try:
+        os.link(file, name)
+    except OSError:  # a file system without links
+        shutil.copyfile(file, name)
+
+
+def _described(folder: Path, tensors: Path) -> bool:
+    """Whether `tensors` is the file that the folder's description was written with."""
+    try:
+        description = json.loads((folder / DESCRIPTION).read_text())
+        return hashlib.sha256(tensors.read_bytes()).hexdigest() == description["tensors_sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
@@ -92,7 +140,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     Warns:
         UserWarning: the base's weights are not those the adapter was trained on (4-bit to bf16 is a legitimate case).
     """
-    description = _describe(folder)
+    description = read_description(folder)
     config = CONFIGS[description["config_class"]](**description["config"])
     inject(model, config, _layer(description["layer"]), **description["arguments"])
     try:
@@ -103,9 +151,17 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
 
 
 def restore_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
-    """Put what `save_adapter` wrote into a `model` that is injected already. Raises and warns as `load_adapter`."""
-    description = _describe(folder)
-    layers = adapter_layers(model)
+    """Put what `save_adapter` wrote into a `model` that is injected already, with the same layer and configuration.
+
+    Raises and warns as `load_adapter`; ValueError also where the model was injected in another way than the adapter.
+    """
+    description = read_description(folder)
+    layers, asked = adapter_layers(model), describe_adapter(model)
+    if found := differences({key: description[key] for key in asked}, asked):
+        raise ValueError(
+            f"The adapter in {folder} is another than the model was injected for: {'; '.join(found)}. "
+            "Inject as it was, or load_adapter it into a plain base."
+        )
     shapes = {name: [layer.out_features, layer.in_features] for name, layer in layers.items()}
     if shapes != description["shapes"]:
         differing = sorted(
@@ -119,75 +175,70 @@ def restore_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
             f"([out, in]) in the adapter and {shapes.get(first, 'absent')} in the model; {len(differing)} modules differ. "
             f"It was made on {description['base']['name']!r}: load that base."
         )
-    found, expected = base_fingerprint(layers), description["base"]["fingerprint"]
-    if found and expected and found != expected:
-        warnings.warn(
-            f"The base's weights are not those that the adapter in {folder} was trained on "
-            f"({description['base']['name']!r}). That is expected when a 4-bit base is replaced by its 16-bit original.",
-            stacklevel=2,
-        )
-    return use_adapter(model, load_file(Path(folder) / "adapter.safetensors"))
+    tensors = read_tensors(Path(folder))
+    warn_of_another_base(layers, description["base"], folder)
+    return use_adapter(model, tensors)
 
 
 def read_extra(folder: str | Path) -> dict[str, object]:
     """The `extra` that `save_adapter` was given."""
-    return _describe(folder)["extra"]
+    return read_description(folder)["extra"]
 
 
-def _describe(folder: str | Path) -> dict:
+def read_description(folder: str | Path) -> dict[str, Any]:
+    """What `adapter.json` says, checked: format, layer, and that its tensors are there. Raises as `load_adapter`."""
     folder = Path(folder)
-    path, tensors = folder / "adapter.json", folder / "adapter.safetensors"
-    for file in (path, tensors):
+    path = folder / DESCRIPTION
+    for file in (path, folder / TENSORS):
         if not file.is_file():
-            hint = (
-                " It holds a PEFT adapter: use load_peft."
-                if (folder / "adapter_config.json").is_file()
-                else ""
-            )
+            hint = ""
+            if (folder / "adapter_config.json").is_file():
+                hint = " It holds a PEFT adapter: use load_peft."
             raise FileNotFoundError(
                 f"{file} does not exist: a folder written by save_adapter is expected.{hint}"
             )
-    description = json.loads(path.read_text())
-    if description["format_version"] != FORMAT_VERSION:
+    try:
+        description = json.loads(path.read_text())
+        version, layer = description["format_version"], description["layer"]
+        if not isinstance(description["shapes"], dict) or not isinstance(
+            description["config"], dict
+        ):
+            raise TypeError("shapes and config are no objects")
+        description["tensors_sha256"], description["base"]["fingerprint"]
+        description["arguments"], description["config_class"], description["extra"]
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{path} has format version {description['format_version']}, this package reads {FORMAT_VERSION}: update lora-course."
+            f"{path} is no description of an adapter ({type(error).__name__}: {error}): it was cut short or edited. "
+            "Take another copy of the folder."
+        ) from None
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format version {version}, this package reads {FORMAT_VERSION}: update lora-course."
         )
-    if description["layer"] not in LAYERS and description["layer"] not in HOMES:
+    if layer not in LAYERS and layer not in HOMES:
         raise ValueError(
-            f"{path} needs the layer {description['layer']!r}, which is none of this package's {sorted(HOMES)}: "
+            f"{path} needs the layer {layer!r}, which is none of this package's {sorted(HOMES)}: "
             "import the module that registers it first."
         )
-    if hashlib.sha256(tensors.read_bytes()).hexdigest() != description["tensors_sha256"]:
+    if description["config_class"] not in CONFIGS:
         raise ValueError(
-            f"{tensors} is not the file that {path.name} describes: a save was cut short, or a file was exchanged."
+            f"{path} has a configuration of class {description['config_class']!r}; {sorted(CONFIGS)} are known."
         )
     return description
+
+
+def read_tensors(folder: Path) -> AdapterState:
+    """The tensors that the folder's description belongs to. Raises ValueError where there are none."""
+    for name in (TENSORS, KEPT):
+        if (folder / name).is_file() and _described(folder, folder / name):
+            return load_file(folder / name)
+    raise ValueError(
+        f"{folder / TENSORS} is not the file that {DESCRIPTION} describes: a file was exchanged or cut short. "
+        "Take another copy of the folder."
+    )
 
 
 def _layer(name: str) -> type[LoRALinear]:
     if name not in LAYERS:
         importlib.import_module(f"lora_course.{HOMES[name]}")
     return LAYERS[name]
-
-
-def _fields(config: LoraConfig, layer: type[LoRALinear]) -> dict[str, object]:
-    derived = {"peft_type", "peft_version", "auto_mapping"}
-    names = {
-        field.name for field in dataclasses.fields(config) if field.init
-    } & layer.supported_fields - derived
-    return {name: getattr(config, name) for name in sorted(names)}
-
-
-def _jsonable(value: object) -> object:
-    return sorted(value) if isinstance(value, set) else getattr(value, "value", value)
-
-
-def base_fingerprint(layers: dict[str, LoRALinear]) -> str | None:
-    """A hash of a sample of the base weights under the adapter: equal for equal values in fp32, bf16 or fp16."""
-    if any(layer.merged or layer.base_layer.weight.is_meta for layer in layers.values()):
-        return None
-    digest = hashlib.sha256()
-    for layer in layers.values():
-        weight: Tensor = layer.base_layer.weight.detach().flatten()
-        digest.update(weight[:: max(1, weight.numel() // 64)].float().cpu().numpy().tobytes())
-    return digest.hexdigest()

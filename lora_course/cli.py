@@ -1,4 +1,4 @@
-"""The command `lora-course`: the comparison, what runs here, and adapters from the course's format to PEFT's and back."""
+"""The command `lora-course`: the recorded studies, what runs here, and adapters from the course's format to PEFT's and back."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import importlib
 import importlib.metadata
 import platform
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,27 +30,43 @@ def parser() -> argparse.ArgumentParser:
         title="commands", dest="command", required=True, metavar="COMMAND"
     )
 
-    compare = commands.add_parser(
-        "compare", help="all methods side by side on one task; goes on where it was stopped",
-        description="Trains each method with the same base, text, steps and search for the learning rate, keeps every run in a file, and "
-        "prints the table. What the file holds is not computed again; a changed method's own runs are.",
+    study = commands.add_parser(
+        "study", help="the recorded studies: list them, run what is missing, verify what is there"
+    ).add_subparsers(title="commands", dest="what", required=True, metavar="COMMAND")
+    listing = study.add_parser("list", help="all studies: runs, when they were made and verified")
+    listing.set_defaults(run=run_study_list)
+
+    running = study.add_parser(
+        "run", help="compute what a record lacks; stopped, the same command goes on",
+        description="Computes the runs that the record of a study lacks and writes each when it is done. What is there is not computed again.",
     )  # fmt: skip
-    compare.add_argument(
-        "--methods",
-        nargs="+",
-        metavar="NAME",
-        help="by default all, such as lora dora qlora; a wrong name lists them",
+    running.add_argument(
+        "name", metavar="NAME", help="such as 5_1_comparison; a wrong name lists them"
     )
-    compare.add_argument(
-        "--domains", nargs="+", metavar="NAME", help="by default shakespeare python"
+    running.add_argument(
+        "--arms", nargs="+", default=[], metavar="ARM", help="by default all; patterns such as 'lora' or 'dora/python'"
+    )  # fmt: skip
+    running.add_argument(
+        "--seeds", nargs="+", type=int, default=[], metavar="N", help="seeds beside those of the study"
+    )  # fmt: skip
+    running.add_argument(
+        "--out", type=Path, metavar="FILE", help="the record; by default the course's own"
     )
-    compare.add_argument(
-        "--out",
-        type=Path,
-        metavar="FILE",
-        help="the record; by default the one that comes with the course",
-    )
-    compare.set_defaults(run=run_compare)
+    running.add_argument("--overwrite", action="store_true", help="start the record anew")
+    running.set_defaults(run=run_study)
+
+    verifying = study.add_parser(
+        "verify", help="run the witness of each record again and compare",
+        description="Runs one cheap run a record again, compares it within the study's tolerance, and notes the outcome in the record.",
+    )  # fmt: skip
+    verifying.add_argument("names", nargs="*", metavar="NAME", help="by default all studies")
+    verifying.add_argument(
+        "--no-note", action="store_true", help="leave the records as they are: only say what was found"
+    )  # fmt: skip
+    verifying.add_argument(
+        "--ci", action="store_true", help="only those whose chapter runs no run of the record again"
+    )  # fmt: skip
+    verifying.set_defaults(run=run_study_verify)
 
     info = commands.add_parser(
         "info", help="versions, device and the profile that chapters would choose here"
@@ -87,30 +104,60 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def run_compare(arguments: argparse.Namespace) -> None:
-    from lora_course import compare
+def run_study_list(arguments: argparse.Namespace) -> None:
+    from lora_course import experiments
 
-    methods, domains = (
-        arguments.methods or list(compare.METHODS),
-        arguments.domains or list(compare.DOMAINS),
-    )
+    for name in experiments.NAMES:
+        print(experiments.get(name).summary())
+
+
+def run_study(arguments: argparse.Namespace) -> None:
+    from lora_course import experiments
+
+    study = experiments.get(arguments.name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        record = compare.compare(
-            methods, domains, arguments.out or compare.RECORD, lambda line: print(line, flush=True)
+        study.run(
+            arguments.out, arms=arguments.arms, seeds=arguments.seeds, overwrite=arguments.overwrite,
+            progress=lambda line: print(line, flush=True),
+        )  # fmt: skip
+    print(study.summary(arguments.out))
+
+
+def run_study_verify(arguments: argparse.Namespace) -> None:
+    from lora_course import experiments
+
+    studies = [experiments.get(name) for name in arguments.names or experiments.NAMES]
+    if arguments.ci:
+        studies = [study for study in studies if not study.witness.chapter]
+    failed = []
+    for study in studies:
+        start = time.perf_counter()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = study.verify(note=not arguments.no_note)
+        said = ", ".join(
+            f"{field} {most:.2g} apart ({found['within'][field]:g} allowed)"
+            for field, most in found["largest"].items()
         )
-    for domain in domains:
+        verdict = "holds" if found["holds"] else "DOES NOT HOLD"
         print(
-            f"\n{domain}, {len(record['settings']['seeds'])} seeds: mean and 95% interval; forgetting on {record['settings']['own_domain']}"
+            f"{study.name:18} {verdict}: {', '.join(found['keys'])}: {said}; {time.perf_counter() - start:.0f} s",
+            flush=True,
         )
-        print(compare.table(record, domain, methods).to_string())
+        failed += [] if found["holds"] else [study.name]
+    if failed:
+        raise ValueError(
+            f"{', '.join(failed)}: today's code gives other numbers than the record. Find out why, or run the study anew with "
+            "`lora-course study run NAME --overwrite`"
+        )
 
 
 def run_info(arguments: argparse.Namespace) -> None:
     import torch
 
     from lora_course import lab
-    from lora_course.training import compute_dtype
+    from lora_course.arguments import compute_dtype
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch sees"
     rows = {
@@ -169,7 +216,8 @@ def run_convert(arguments: argparse.Namespace) -> None:
 def main(given: Sequence[str] | None = None) -> int:
     """Runs a command. What the user can mend is one sentence on the error stream, and exit status 2."""
     top = parser()
-    arguments, arguments.more = top.parse_known_args(given)
+    arguments, more = top.parse_known_args(given)
+    arguments.more = more
     if arguments.more and arguments.run is not run_checkout:
         top.error(f"unrecognized arguments: {' '.join(arguments.more)}")
     try:

@@ -1,53 +1,103 @@
 """PEFT's adapter folder, both ways: `adapter_model.safetensors` and `adapter_config.json`, vanilla LoRA.
 
-Whatever a layer did, its `factors()` are written.
+Whatever a layer did, its `factors()` are written. PEFT reads any such folder right. Servers read less of it:
+
+    | reads                       | default form                                   | `uniform=True` |
+    |---|---|---|
+    | PEFT                        | right                                          | right          |
+    | vLLM                        | one r and α for all: right only if all are equal | right        |
+    | llama.cpp (converted)       | one α over each tensor's own rank: likewise    | right          |
+    | TGI, LoRAX                  | one r and α; a layer type in every block       | right          |
+
+The rules are those of the tools' own source, applied to exports in `tests/test_export.py`. For Ollama: `merge`, `unload`,
+`save_pretrained`, and convert the whole model.
 """
 
 from __future__ import annotations
 
+import json
+import re
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftConfig
-from safetensors.torch import load_file, save
-from torch import nn
+from peft import LoraConfig
+from safetensors.torch import save
+from torch import Tensor, nn
 
-from lora_course.files import make_folder, replace_file
-from lora_course.injection import adapter_layers, inject, injection_of, unload
+from lora_course.files import make_folder, replace_file, writing
+from lora_course.folders import read_peft
+from lora_course.injection import adapter_layers, inject, injection_of, unload, unwrapped
+from lora_course.linears import is_4bit, is_sharded
 from lora_course.lora import AdapterState
-from lora_course.states import factor_state, split_state, use_adapter
+from lora_course.states import check_finite, factor_state, split_state, use_adapter
+
+CARD = """---
+base_model: {base}
+library_name: peft
+tags: [lora]
+---
+
+A LoRA adapter, made as `{layer}` with {settings}.
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained({base!r})
+model = PeftModel.from_pretrained(base, "this folder")
+```
+"""
 
 
-def export_peft(model: nn.Module, folder: str | Path) -> Path:
+def export_peft(
+    model: nn.Module,
+    folder: str | Path,
+    uniform: bool = False,
+    base_model_name_or_path: str | None = None,
+) -> Path:
     """Write the adapter as a vanilla LoRA adapter that `PeftModel.from_pretrained` loads with equal logits.
 
-    Ranks and scales that differ between modules go into `rank_pattern` and `alpha_pattern`; modules of rank 0 are
-    left out, since PEFT refuses them.
+    Args:
+        model: injected; a base in bf16 that computes without autocast adds the update in bf16, where PEFT adds it in
+            fp32: then "equal" means equal to bf16's rounding.
+        folder: made if it is missing; other files in it are left alone. A model card (README.md) is added if none is there.
+        uniform: one rank (the largest), one scale, and every block's module of each layer type, with zeros where there
+            was nothing: what servers read right, see this module's table. By default ranks and scales that differ go into
+            `rank_pattern` and `alpha_pattern`, and modules of rank 0 are left out, since PEFT refuses them.
+        base_model_name_or_path: what the folder says the base is; the name it was loaded under by default.
 
     Raises:
         TypeError or NotImplementedError: the layer's update is not a low-rank matrix; from its `factors()`.
-        ValueError: no module of rank ≥ 1 is left.
+        ValueError: no module of rank ≥ 1 is left, or NaN or infinite numbers.
     """
     info = injection_of(model)
-    modules = {
-        name: t for name, t in split_state(factor_state(model)).items() if t["A"].shape[0] > 0
-    }
+    state = factor_state(model)
+    check_finite(state)
+    modules = {name: t for name, t in split_state(state).items() if t["A"].shape[0] > 0}
     if not modules:
         raise ValueError("Every module of this adapter has rank 0: there is nothing to export.")
+    if uniform:
+        modules = _uniform(modules, _same_type(model, modules))
     ranks = {name: t["A"].shape[0] for name, t in modules.items()}
-    alphas = {name: float(t["scaling"]) * ranks[name] for name, t in modules.items()}
-    r, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    alphas = {
+        name: _whole_if_close(float(t["scaling"]) * ranks[name]) for name, t in modules.items()
+    }
+    # The largest rank, not the commonest: servers check it against their limit, and allocate by it.
+    r, alpha = max(ranks.values()), Counter(alphas.values()).most_common(1)[0][0]
+    name = base_model_name_or_path or getattr(unwrapped(model), "name_or_path", None)
     config = LoraConfig(
         r=r,
-        lora_alpha=alpha,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT says int and takes any number
         lora_dropout=info.config.lora_dropout,
-        target_modules=sorted(modules),
-        rank_pattern={name: rank for name, rank in ranks.items() if rank != r},
-        alpha_pattern={name: value for name, value in alphas.items() if value != alpha},
+        target_modules=_targets(model, modules),
+        rank_pattern={_exact(name, modules): rank for name, rank in ranks.items() if rank != r},
+        alpha_pattern={
+            _exact(name, modules): value for name, value in alphas.items() if value != alpha
+        },
         task_type=info.config.task_type,
-        base_model_name_or_path=getattr(model, "name_or_path", None)
-        or info.config.base_model_name_or_path,
+        base_model_name_or_path=name or info.config.base_model_name_or_path,
         inference_mode=True,
     )
     tensors = {
@@ -55,9 +105,16 @@ def export_peft(model: nn.Module, folder: str | Path) -> Path:
         for name, t in modules.items()
         for key in ("A", "B")
     }
-    folder = make_folder(folder)
-    replace_file(folder / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
-    config.save_pretrained(folder)
+    folder = Path(folder)
+    if is_sharded(model) and torch.distributed.get_rank():
+        return folder
+    with writing(make_folder(folder)):
+        text = json.dumps(_fields(config), indent=2, sort_keys=True)
+        replace_file(folder / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
+        replace_file(folder / "adapter_config.json", text.encode())
+        if not (folder / "README.md").exists():
+            card = _card(config, info.layer.__name__, uniform)
+            replace_file(folder / "README.md", card.encode())
     return folder
 
 
@@ -68,37 +125,86 @@ def load_peft(model: nn.Module, folder: str | Path) -> nn.Module:
         FileNotFoundError: no `adapter_model.safetensors` there.    ValueError: another method than LoRA, a field or
         tensor that `LoRALinear` has no place for. The model is then as it was.
     """
-    folder = Path(folder)
-    path = folder / "adapter_model.safetensors"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} does not exist: a folder written by PEFT's save_pretrained (safetensors) is expected."
-        )
-    config = PeftConfig.from_pretrained(str(folder))
-    if type(config) is not LoraConfig:
-        raise ValueError(
-            f"{folder} holds a {config.peft_type} adapter; load_peft takes plain LoRA."
-        )
+    config, state = read_peft(Path(folder))
     config.inference_mode = False
-    if (
-        config.init_lora_weights is False
-    ):  # says how the factors started; they are about to be replaced
+    if config.init_lora_weights is False:  # says how the factors started; they are replaced below
         config.init_lora_weights = True
-    state: AdapterState = {}
-    for key, tensor in load_file(path).items():
-        module, _, name = (
-            key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")
-        )
-        if name not in ("lora_A", "lora_B") or not key.endswith(".weight"):
-            raise ValueError(
-                f"{path} holds {key!r}, which is no factor of a linear layer: load this adapter with PEFT."
-            )
-        state[f"{module}.{name.removeprefix('lora_')}"] = tensor
     inject(model, config)
     try:
-        for name, layer in adapter_layers(model).items():
-            state[f"{name}.scaling"] = torch.tensor(layer.scaling, dtype=torch.float64)
         return use_adapter(model, state)
     except Exception:
         unload(model)
         raise
+
+
+def _uniform(
+    modules: dict[str, AdapterState], shapes: dict[str, tuple[int, int]]
+) -> dict[str, AdapterState]:
+    """The same updates at one rank and one scale, with zeros for what is only in `shapes` ((out, in) by name)."""
+    r = max(tensors["A"].shape[0] for tensors in modules.values())
+    scales = {float(tensors["scaling"]) for tensors in modules.values()}
+    common = scales.pop() if len(scales) == 1 else None
+    if common is None or not float(_whole_if_close(common * r)).is_integer():
+        common = 1.0  # then α = r, a whole number, and each module's own scale goes into its B
+    found = {}
+    for name, (out, width) in shapes.items():
+        A, B = torch.zeros(r, width), torch.zeros(out, r)
+        if name in modules:
+            rank = modules[name]["A"].shape[0]
+            A[:rank] = modules[name]["A"].cpu()
+            B[:, :rank] = modules[name]["B"].cpu() * (float(modules[name]["scaling"]) / common)
+        found[name] = {"A": A, "B": B, "scaling": torch.tensor(common, dtype=torch.float64)}
+    return found
+
+
+def _same_type(model: nn.Module, modules: dict[str, AdapterState]) -> dict[str, tuple[int, int]]:
+    """(out, in) of all linear layers that are called as one of `modules` is, adapted or not, in the model's order."""
+    layers = adapter_layers(model)
+    endings = {name.rpartition(".")[2] for name in modules}
+    return {
+        name: (module.out_features, module.in_features)
+        for name, module in unwrapped(model).named_modules()
+        if name.rpartition(".")[2] in endings
+        and (name in layers or isinstance(module, nn.Linear) or is_4bit(module))
+    }
+
+
+def _targets(model: nn.Module, modules: dict[str, dict[str, Tensor]]) -> list[str] | str:
+    """The exported modules by their last names where these mean the same, else by full names; as an expression where
+    one's name is the end of another module's, which PEFT would take too."""
+    names = [name for name, _ in unwrapped(model).named_modules()]
+    names = [name.removesuffix(".base_layer") for name in names]
+
+    def taken(targets: set[str]) -> set[str]:
+        return {n for n in names if any(n == t or n.endswith(f".{t}") for t in targets)}
+
+    for targets in ({name.rpartition(".")[2] for name in modules}, set(modules)):
+        if taken(targets) == modules.keys():
+            return sorted(targets)
+    return "|".join(re.escape(name) for name in sorted(modules))
+
+
+def _exact(name: str, modules: Iterable[str]) -> str:
+    """`name` as a key of a pattern: anchored where it is the end of another module's name."""
+    return f"^{name}" if any(other.endswith(f".{name}") for other in modules) else name
+
+
+def _whole_if_close(value: float) -> int | float:
+    """An integer where `value` is one to float64's rounding: some readers of α take no other number."""
+    return round(value) if abs(value - round(value)) < 1e-9 * max(1.0, value) else value
+
+
+def _fields(config: LoraConfig) -> dict[str, object]:
+    found = config.to_dict()
+    return {
+        k: sorted(v) if isinstance(v, set) else getattr(v, "value", v) for k, v in found.items()
+    }
+
+
+def _card(config: LoraConfig, layer: str, uniform: bool) -> str:
+    settings = f"r = {config.r}, α = {config.lora_alpha}"
+    if uniform:
+        settings += ", one rank and one scale in every module"
+    elif config.rank_pattern or config.alpha_pattern:
+        settings += ", ranks or scales that differ between modules (rank_pattern, alpha_pattern)"
+    return CARD.format(base=config.base_model_name_or_path or "", layer=layer, settings=settings)

@@ -1,20 +1,50 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, by one writer at a time."""
 
 from __future__ import annotations
 
+import hashlib
 import os
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from filelock import FileLock
 
 
 def make_folder(folder: str | Path) -> Path:
-    """The folder as a path, made if it is not there."""
+    """The folder as a path, made if it is not there. Raises ValueError where a file of that name is in the way."""
     folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file, a folder is expected: give another name.")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: a stopped process leaves the old one."""
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_bytes(content)
-    os.replace(unfinished, path)
+    """Write a file whole or not at all: a failed or killed write leaves the old one.
+
+    The content goes to a name of its own first, so that writers at the same moment do not mix theirs.
+    """
+    unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}.unfinished")
+    try:
+        with unfinished.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut may leave the new name with nothing in it
+        os.replace(unfinished, path)
+    except BaseException:
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Within the block no other process of this machine writes to `folder`; what killed writers left there is gone."""
+    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:32]
+    with FileLock(Path(tempfile.gettempdir()) / f"lora-course-{name}.lock"):
+        for left in folder.glob("*.unfinished"):
+            left.unlink(missing_ok=True)
+        yield

@@ -25,12 +25,14 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from lora_course.injection import check_same_model, layers_of
+from lora_course.callbacks import ModelCallback
+from lora_course.injection import layers_of
 from lora_course.lora import AdapterState, LoRALinear, register
 from lora_course.states import factor_state
 
@@ -59,18 +61,19 @@ class NestedLoRALinear(LoRALinear):
     # One adapter is cut at one rank in all its layers.
     supported_fields = LoRALinear.supported_fields - {"rank_pattern"}
 
+    P: Tensor
+
     def __init__(
         self,
         base_layer: nn.Linear,
         r: int,
         lora_alpha: float,
-        lora_dropout: float = 0.0,
-        use_rslora: bool = False,
-        init_lora_weights: bool | str = True,
+        *,
         ranks: Sequence[int] | None = None,
         weighting: str = "equal",
+        **fields: Any,
     ) -> None:
-        super().__init__(base_layer, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights)
+        super().__init__(base_layer, r, lora_alpha, **fields)
         ranks = (
             [2**k for k in range(r.bit_length()) if 2**k < r] + [r]
             if ranks is None
@@ -165,10 +168,10 @@ def cut(model: nn.Module, b: int, *, weighted: bool = True) -> AdapterState:
         return factor_state(model)
 
 
-class RankSampler(TrainerCallback):
+class RankSampler(ModelCallback):
     """Random truncation: before each step the adapter is cut at a rank drawn from the layers' `ranks`, all equally likely.
 
-    In a loop: `sampler.begin(t); …backward(); optimizer.step(); sampler.end()`, t from 1 on. With a Trainer:
+    In a loop: `sampler.begin_step(t); …backward(); optimizer.step(); sampler.end_step()`, t from 1 on. With a Trainer:
     `callbacks=[sampler]`, which does the same. The rank of a step depends on seed and step alone, so that a resumed run goes
     on as it was; micro-batches of one step share it. Between steps, and so in evaluation, the adapter is whole.
 
@@ -186,24 +189,29 @@ class RankSampler(TrainerCallback):
     def __init__(
         self, model: nn.Module, seed: int = 0, *, only_last: bool = False, hold: bool = True
     ) -> None:
-        self.model, self.layers, self.seed, self.only_last, self.hold = (
-            model,
-            list(layers_of(model, NestedLoRALinear).values()),
-            seed,
-            only_last,
-            hold,
-        )
-        self.ranks, self.held = self.layers[0].ranks, []
+        super().__init__(model)
+        self.layers = list(layers_of(model, NestedLoRALinear).values())
+        self.seed, self.only_last, self.hold = seed, only_last, hold
+        self.ranks = self.layers[0].ranks
+        self.held: list[tuple[Tensor, Tensor]] = []
         if self.layers[0].weighting != "equal":
             raise ValueError(
                 "These layers have Matryoshka weighting, which trains all cuts in each step: leave the sampler out, or inject with weighting='equal'."
             )
 
+    def settings(self) -> dict[str, Any]:
+        """Seed, and what is trained of a cut."""
+        return {"seed": self.seed, "only_last": self.only_last, "hold": self.hold}
+
+    def stopped(self) -> None:
+        """The adapter is whole again."""
+        self.end_step()
+
     def rank(self, t: int) -> int:
         """The rank of step t."""
         return random.Random(f"{self.seed}/{t}").choice(self.ranks)
 
-    def begin(self, t: int) -> int:
+    def begin_step(self, t: int) -> int:
         """Cuts the adapter for step t (the first is 1), to be called before its forward pass; returns the rank."""
         b = self.rank(t)
         _set(self.layers, b, True, self.only_last)
@@ -222,35 +230,24 @@ class RankSampler(TrainerCallback):
         return b
 
     @torch.no_grad()
-    def end(self) -> None:
+    def end_step(self) -> None:
         """After the optimiser's step: puts back what was to be held, and makes the adapter whole again."""
         for part, value in self.held:
             part.copy_(value)
         self.held = []
         _set(self.layers, self.layers[0].r, True, False)
 
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module,
-        **_: object,
-    ) -> None:
-        """Raises ValueError for another model than the sampler's."""
-        check_same_model(self, model, self.model)
-
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
-        """`begin`, once a step."""
-        self.begin(state.global_step + 1)
+        """`begin_step`, once a step."""
+        self.begin_step(state.global_step + 1)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
-        """`end`, before the step is evaluated or saved."""
-        self.end()
+        """`end_step`, before the step is evaluated or saved."""
+        self.end_step()
 
 
 def _set(layers: list[NestedLoRALinear], b: int, weighted: bool, only_last: bool) -> None:

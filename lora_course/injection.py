@@ -7,17 +7,21 @@ One base carries one adapter at a time; a second adapter is a second state (`sta
 
 from __future__ import annotations
 
-import copy
 import dataclasses
+import warnings
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 from peft import LoraConfig
 from torch import nn
+from torch._dynamo import OptimizedModule
+from torch.nn.parallel import DistributedDataParallel
 
 from lora_course.lora import LoRALinear
-from lora_course.targets import check_fields, find_patterns, find_targets
+from lora_course.targets import check_fields, find_patterns, find_targets, plain_numbers
 
 Layer = TypeVar("Layer", bound=LoRALinear)
 
@@ -28,7 +32,7 @@ class Injection:
 
     config: LoraConfig
     layer: type[LoRALinear]
-    arguments: dict[str, object]
+    arguments: dict[str, Any]
     trainable: list[str]
     """Names of the base's parameters that were trainable before; `unload` gives them back."""
 
@@ -60,12 +64,13 @@ def inject(
         raise ValueError(
             "This model carries a PEFT adapter already. Merge or unload it there first: model = model.unload()."
         )
-    check_fields(config, layer)
+    config = check_fields(config, layer)
     r = layer.initial_rank(config)
-    config = copy.deepcopy(config)
     targets = find_targets(model, config)
     patterns = find_patterns(config, targets)
+    arguments = {name: plain_numbers(value) for name, value in arguments.items()}
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    owners = _owners(model)
     try:
         wrapped = {
             name: layer(
@@ -84,12 +89,16 @@ def inject(
         raise
     model.requires_grad_(False)
     for name, module in wrapped.items():
+        others = [owner for owner in owners[id(module.base_layer.weight)] if owner != name]
+        module.weight_shared_with = others[0] if others else None
         model.set_submodule(name, module)
         for parameter in (
             p for n, p in module.named_parameters() if not n.startswith("base_layer.")
         ):
             parameter.requires_grad_(not config.inference_mode)
-    model.lora_course = Injection(config, layer, arguments, trainable)
+    model.lora_course = Injection(config, layer, arguments, trainable)  # type: ignore[assignment]  # no module, no tensor
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained = AdapterSaver(model)  # type: ignore[assignment]  # as above
     try:
         layer.after_inject(model, wrapped)
     except Exception:
@@ -98,9 +107,51 @@ def inject(
     return model
 
 
+class AdapterSaver:
+    """`save_pretrained` of an injected model: writes the adapter, where the model's own would write a base full of holes.
+
+    A weak reference to the model, so that a deleted model is freed at once; it goes along with copies and pickles.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.reference = weakref.ref(model)
+
+    @property
+    def model(self) -> nn.Module:
+        found = self.reference()
+        assert found is not None, "a model's own attribute goes with it"
+        return found
+
+    def __call__(self, save_directory: str | Path, *, push_to_hub: bool = False, **_: Any) -> None:
+        """As `save_adapter`. Raises ValueError for `push_to_hub`, RuntimeError where the adapter is merged."""
+        from lora_course.checkpoint import save_adapter  # which stands on this module
+
+        model = self.model
+        if push_to_hub:
+            raise ValueError(
+                "push_to_hub would upload the course's own format: call export_peft(model, folder) and upload that folder."
+            )
+        if any(layer.merged for layer in adapter_layers(model).values()):
+            raise RuntimeError(
+                "The adapter is merged: call unload(model), which keeps the merged weights, and save_pretrained then."
+            )
+        warnings.warn(
+            f"save_pretrained of an injected model writes its adapter alone, as save_adapter does: load_adapter(base, "
+            f"{str(save_directory)!r}) reads it. To resume a training use AdapterTrainer; for other tools, export_peft.",
+            stacklevel=2,
+        )
+        save_adapter(model, save_directory)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AdapterSaver:
+        return AdapterSaver(memo.get(id(self.model), self.model))
+
+    def __reduce__(self) -> tuple[type[AdapterSaver], tuple[nn.Module]]:
+        return AdapterSaver, (self.model,)
+
+
 def injection_of(model: nn.Module) -> Injection:
     """What `inject` did to `model`. Raises ValueError if it carries no adapter."""
-    found = getattr(model, "lora_course", None)
+    found = getattr(unwrapped(model), "lora_course", None)
     if not isinstance(found, Injection):
         raise ValueError("This model carries no adapter: call inject(model, config) first.")
     return found
@@ -110,8 +161,17 @@ def adapter_layers(model: nn.Module) -> dict[str, LoRALinear]:
     """The adapter's layers by module name, in the model's order."""
     injection_of(model)
     return {
-        name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)
+        name.replace("_orig_mod.", ""): module
+        for name, module in unwrapped(model).named_modules()
+        if isinstance(module, LoRALinear)
     }
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside what `torch.compile` and `DistributedDataParallel` put around one."""
+    while isinstance(model, OptimizedModule | DistributedDataParallel):
+        model = model._orig_mod if isinstance(model, OptimizedModule) else model.module
+    return model
 
 
 def layers_of(model: nn.Module, kind: type[Layer]) -> dict[str, Layer]:
@@ -122,7 +182,9 @@ def layers_of(model: nn.Module, kind: type[Layer]) -> dict[str, Layer]:
             f"This model was injected with {found.__name__}: "
             f"inject(model, config, layer={kind.__name__}) is expected."
         )
-    return adapter_layers(model)
+    return {
+        name: module for name, module in adapter_layers(model).items() if isinstance(module, kind)
+    }
 
 
 def check_same_model(owner: object, model: nn.Module, own: nn.Module) -> None:
@@ -183,13 +245,24 @@ def unload(model: nn.Module) -> nn.Module:
 
     `merge` and `unload` is the way to serve. What was trainable before `inject` is trainable again.
     """
-    info, layers = injection_of(model), adapter_layers(model)
-    info.layer.before_unload(model, layers)
-    for name, layer in layers.items():
-        model.set_submodule(name, layer.base_layer)
+    model, info = unwrapped(model), injection_of(model)
+    info.layer.before_unload(model, adapter_layers(model))
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LoRALinear):
+            model.set_submodule(name, module.base_layer)
     _make_trainable(model, info.trainable)
     del model.lora_course
+    vars(model).pop("save_pretrained", None)
     return model
+
+
+def _owners(model: nn.Module) -> dict[int, list[str]]:
+    """Which modules hold each parameter, by its id: more than one name, and the modules share it."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(name)
+    return owners
 
 
 def _make_trainable(model: nn.Module, names: Sequence[str]) -> None:

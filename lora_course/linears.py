@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+MERGEABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""Types in which a weight is what it says, so that an update can be added to it."""
 
 
 def is_4bit(linear: nn.Module) -> bool:
     """Whether `linear` is a bitsandbytes `Linear4bit` (its weight is packed, two codes a byte)."""
     return type(linear).__name__ in {"Linear4bit", "LinearNF4", "LinearFP4"}
+
+
+def dequantized(linear: Any) -> Tensor:
+    """The weight `[out, in]` that a `Linear4bit` computes with."""
+    from bitsandbytes.functional import dequantize_4bit  # a second to import, for 4-bit bases alone
+
+    return dequantize_4bit(linear.weight.data, linear.weight.quant_state)
 
 
 def check_linear(module: nn.Module, name: str) -> None:
@@ -35,13 +48,13 @@ def check_linear(module: nn.Module, name: str) -> None:
         )
 
 
-def execution_device(linear: nn.Module) -> torch.device | str | int:
+def execution_device(linear: Any) -> torch.device | str | int:
     # A layer that accelerate keeps on the CPU or on disk runs on the device its hook names.
     hook = getattr(linear, "_hf_hook", None)
     return getattr(hook, "execution_device", None) or linear.weight.device
 
 
-def keep_unpacked(linear: nn.Module) -> None:
+def keep_unpacked(linear: Any) -> None:
     """Keep bitsandbytes from repacking a 4-bit weight in an eval-mode forward on a CPU with AVX512-BF16.
 
     After the repacking, dequantising the weight, and so merging and the gradient below it, give garbage.
@@ -56,17 +69,56 @@ def keep_unpacked(linear: nn.Module) -> None:
 
 
 def check_mergeable(linear: nn.Module, name: str) -> None:
-    """Raise, with the layer's `name`, unless ΔW can be added to the weight of `linear`.
+    """Raise, with the layer's `name`, unless its forward pass computes with `linear.weight + ΔW` once ΔW is added.
 
     Raises:
-        TypeError: the weight is 4-bit.    RuntimeError: it is offloaded.
+        TypeError: the weight is quantised or scaled (4-bit, 8-bit, FP8, a tensor subclass), computed from other
+        parameters (weight or spectral normalisation), or the class has a forward pass of its own.
+        RuntimeError: it is offloaded.
     """
+    kind = type(linear)
     if is_4bit(linear):
         raise TypeError(
             f"The base of {name!r} is 4-bit: adding ΔW would round the sum to 16 values a block. Call "
             "lora_course.qlora.dequantize_model(model) and merge then, or merge_requantized(model) to accept the loss."
         )
-    if linear.weight.is_meta:
+    weight = linear.weight
+    if weight.is_meta:
         raise RuntimeError(
             f"The weight of {name!r} is offloaded to disk: load the base without offloading to merge."
+        )
+    if linear._parameters.get("weight") is None:
+        raise TypeError(
+            f"The weight of {name!r} is computed from other parameters (weight or spectral normalisation): a sum would "
+            "be lost at the next forward pass. Remove the parametrisation first, or serve unmerged."
+        )
+    plain = kind.forward is nn.Linear.forward and type(weight.data) is torch.Tensor
+    if not plain or weight.dtype not in MERGEABLE:
+        raise TypeError(
+            f"The base of {name!r} is a {kind.__name__} with a {type(weight.data).__name__} of {weight.dtype}, whose forward "
+            "pass may scale the weight: ΔW added to it would be scaled too. Load the base in bf16 to merge, or serve unmerged."
+        )
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """`tensor` without its gradient's history, gathered if FSDP2 has sharded it (`DTensor`)."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 has spread the parameters of `model` over several processes."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+@torch.no_grad()
+def check_sum_finite(weight: Tensor, delta: Tensor, name: str) -> None:
+    """Raise ValueError, with the layer's `name`, if `delta` has a NaN or `weight + delta` could leave the weight's range."""
+    if not delta.numel():
+        return
+    largest = float(weight.abs().max().double() + delta.abs().max().double())
+    if not largest <= torch.finfo(weight.dtype).max:  # so that NaN is refused too
+        raise ValueError(
+            f"The update of {name!r} is not finite in {weight.dtype}: its training diverged, or its scale is too large. "
+            "Load an earlier checkpoint."
         )

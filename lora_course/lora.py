@@ -15,13 +15,16 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lora_course.linears import (
     check_linear,
     check_mergeable,
+    check_sum_finite,
     execution_device,
     is_4bit,
     keep_unpacked,
+    whole,
 )
 
 AdapterState = dict[str, Tensor]
@@ -104,13 +107,13 @@ class LoRALinear(nn.Module):
     ) -> None:
         super().__init__()
         check_linear(base_layer, "base_layer")
-        if not isinstance(r, int) or r < 1:
+        if not isinstance(r, int) or isinstance(r, bool) or r < 1:
             raise ValueError(
                 f"r={r!r}: the rank must be a whole number of 1 or more; leave a layer out with exclude_modules."
             )
-        if not lora_alpha > 0:
+        if not 0 < lora_alpha < math.inf:
             raise ValueError(
-                f"lora_alpha={lora_alpha!r}: the scale must be positive; lora_alpha = r gives scaling 1."
+                f"lora_alpha={lora_alpha!r}: a positive, finite scale is expected; lora_alpha = r gives scaling 1."
             )
         if not 0 <= lora_dropout < 1:
             raise ValueError(f"lora_dropout={lora_dropout!r}: a probability in [0, 1) is expected.")
@@ -135,6 +138,7 @@ class LoRALinear(nn.Module):
             nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
         self.merged = False
         self.enabled = True
+        self.weight_shared_with: str | None = None  # set by `inject`
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` `[..., in]` → `[..., out]`, in the base's type; the update is computed in autocast's type, if it is on."""
@@ -187,7 +191,8 @@ class LoRALinear(nn.Module):
         The sum is rounded once, to the base's type: about 1e-7 relative in fp32, 4e-3 in bf16.
 
         Raises:
-            RuntimeError: already merged, or the weight is offloaded.    TypeError: the base is 4-bit.
+            RuntimeError: already merged, or offloaded.    TypeError: not in the weight that the base computes with.
+            ValueError: ΔW holds NaN or leaves the range of the weight's type. The weight is then as it was.
         """
         self.check_merge("this layer")
         self._add_to_base(self.delta_weight())
@@ -210,6 +215,12 @@ class LoRALinear(nn.Module):
                 f"{name!r} is merged already: a second merge would add ΔW twice. Call unmerge first."
             )
         check_mergeable(self.base_layer, name)
+        if self.weight_shared_with:
+            raise RuntimeError(
+                f"{name!r} shares its weight with {self.weight_shared_with!r}: a merge would change both. Serve unmerged, "
+                "or give one of them a weight of its own (a copy) before inject."
+            )
+        check_sum_finite(self.base_layer.weight, self.delta_weight(), name)
 
     def _add_to_base(self, delta: Tensor) -> None:
         weight = self.base_layer.weight
@@ -224,6 +235,10 @@ class LoRALinear(nn.Module):
         }
         return own | {"scaling": torch.tensor(self.scaling, dtype=torch.float64)}
 
+    def copy_of_tensors(self) -> AdapterState:
+        """`tensors()`, copied; gathered where FSDP has sharded them (then every process has to call this)."""
+        return {name: whole(tensor).clone() for name, tensor in self.tensors().items()}
+
     @torch.no_grad()
     def load_tensors(self, tensors: AdapterState) -> None:
         """Take over what `tensors()` of such a layer gave. Where a shape differs, the parameter is a new one."""
@@ -234,6 +249,8 @@ class LoRALinear(nn.Module):
             path, _, leaf = name.rpartition(".")
             owner = self.get_submodule(path)
             old: Tensor = getattr(owner, leaf)
+            if isinstance(old, DTensor):
+                new = distribute_tensor(new.to(old.device), old.device_mesh, old.placements)
             if new.shape == old.shape:
                 old.copy_(new)
                 continue
@@ -252,6 +269,10 @@ class LoRALinear(nn.Module):
                 "it was made with another kind of layer. Inject that layer, or use factor_state() of its model."
             )
         A, B = tensors["A"], tensors["B"]
+        if tensors["scaling"].numel() != 1:
+            raise ValueError(
+                f"The adapter's scaling for {name!r} is {list(tensors['scaling'].shape)}; one number is expected."
+            )
         if (
             A.shape[1:] != (self.in_features,)
             or B.shape[:1] != (self.out_features,)

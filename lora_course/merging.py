@@ -18,7 +18,7 @@ Sources: task arithmetic, arXiv 2212.04089; TIES, arXiv 2306.01708; DARE, arXiv 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -51,14 +51,15 @@ def average_factors(
     """
     weights = _check(states, weights, default=1 / max(1, len(states)))
     merged: AdapterState = {}
-    for key, first in states[0].items():
-        tensors = [state.get(key) for state in states]
-        if any(tensor is None or tensor.shape != first.shape for tensor in tensors):
-            shapes = [None if tensor is None else list(tensor.shape) for tensor in tensors]
+    for key in dict.fromkeys(key for state in states for key in state):
+        tensors = [state[key] for state in states if key in state]
+        first = tensors[0]
+        shapes = [list(state[key].shape) if key in state else None for state in states]
+        if any(shape != list(first.shape) for shape in shapes):
             raise ValueError(
                 f"{key!r} has the shapes {shapes}: factors can only be averaged at one rank. Use concatenate, which needs none."
             )
-        mean = sum(weight * tensor for weight, tensor in zip(weights, tensors, strict=True))
+        mean = _sum(weight * tensor for weight, tensor in zip(weights, tensors, strict=True))
         merged[key] = first.clone() if key.endswith(".scaling") else mean
     return merged
 
@@ -83,6 +84,7 @@ def ties(
 ) -> Merged:
     """TIES: trim each update, elect a sign for each entry, average the entries that have it.
 
+        (sign 0 = +1, as in PEFT)
         τₖ = the `density` · numel largest entries of ΔWₖ, else 0        γ = sign Σₖ τₖ
         ΔW = Σ_{k: sign τₖ = γ} wₖ τₖ / #{k: sign τₖ = γ}
 
@@ -102,13 +104,13 @@ def ties(
 
     def merge(deltas: list[Tensor], weights: list[float]) -> Tensor:
         trimmed = [_largest(delta, density) for delta in deltas]
-        elected = torch.where(sum(trimmed) >= 0, 1.0, -1.0)
+        elected = torch.where(_sum(trimmed) >= 0, 1.0, -1.0)
         agreeing = [tensor.sign() == elected for tensor in trimmed]
-        total = sum(
+        total = _sum(
             w * tensor * agrees
             for w, tensor, agrees in zip(weights, trimmed, agreeing, strict=True)
         )
-        return total / sum(agrees.to(total.dtype) for agrees in agreeing).clamp(min=1)
+        return total / _sum(agrees.to(total.dtype) for agrees in agreeing).clamp(min=1)
 
     return _merge(states, weights, merge, r)
 
@@ -139,7 +141,7 @@ def dare(
             torch.bernoulli(torch.full(d.shape, density), generator=generator).to(d) * d
             for d in deltas
         ]
-        return sum(weight / density * delta for weight, delta in zip(weights, kept, strict=True))
+        return _sum(w / density * delta for w, delta in zip(weights, kept, strict=True))
 
     return _merge(states, weights, merge, r)
 
@@ -174,6 +176,10 @@ def _merge(
         squares = S.double().square()
         lost, whole = lost + squares[len(root) :].sum().item(), whole + squares.sum().item()
     return Merged(merged, math.sqrt(lost / whole) if whole else 0.0)
+
+
+def _sum(parts: Iterable[Tensor]) -> Tensor:
+    return sum(parts, torch.zeros(()))
 
 
 def _largest(delta: Tensor, density: float) -> Tensor:

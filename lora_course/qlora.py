@@ -5,184 +5,25 @@
 `W_nf4` are 4-bit codes, `c₂` one constant for each block of 64 weights, itself an 8-bit code, and `c₁` what decodes it.
 Only A and B are trained; the gradient passes *through* the dequantised weight, which is rebuilt in every pass.
 
-The first half of this file is the number format in plain torch. It is there to be read: its codes and constants equal
-those of bitsandbytes' CPU backend bit for bit. The second half loads, protects and merges models of `Linear4bit` layers.
+The number format is in `lora_course.nf4`, in plain torch. Here models of bitsandbytes' `Linear4bit` layers are loaded,
+protected and merged.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
+from typing import Any
 
-import bitsandbytes as bnb
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
 from peft import prepare_model_for_kbit_training
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
+from lora_course.arguments import compute_dtype as fastest_dtype
 from lora_course.injection import adapter_layers, unload
-from lora_course.linears import is_4bit
-from lora_course.training import compute_dtype as fastest_dtype
-
-OFFSET = 0.9677083
-"""The outermost quantile: 1 − ½ (1/32 + 1/30), so that the end codes stand for the middle of their share of the tail."""
-NESTED_BLOCK = 256
-"""How many block constants share one constant in double quantisation."""
-TINY = 1e-38
-"""Stands in for the constant of a block of zeros, by which nothing could be divided."""
-
-
-# ---------------------------------------------------------------------------------------------- the number format
-
-
-def nf4_codebook() -> Tensor:
-    """The 16 values of NF4, `[16]` fp32, ascending: quantiles of N(0, 1) divided by the largest.
-
-    Eight positive and seven negative quantiles at equally spaced probabilities from `OFFSET` to ½, and an exact zero.
-    Each code then stands for about the same share of normally distributed weights.
-
-    Equal to bitsandbytes' literal table in every bit, which takes its rounding: probabilities in fp32, quantiles in
-    float64 rounded to fp32, division in fp32. In float64 throughout, 10 of the 16 differ, by 1.1e-7 at most.
-    """
-
-    def quantiles(count: int) -> Tensor:
-        probabilities = torch.linspace(OFFSET, 0.5, count + 1)[:-1]
-        return torch.special.ndtri(probabilities.double()).float()
-
-    codes = torch.cat([-quantiles(7), torch.zeros(1), quantiles(8)]).sort().values
-    return codes / codes.max()
-
-
-def dynamic_codebook() -> Tensor:
-    """The 256 values of the signed dynamic 8-bit type, `[256]` fp32, ascending (arXiv 1511.04561).
-
-    Each decade from 10⁻⁷–10⁻⁶ up to 0.1–1 is cut into 1, 2, 4, … 64 equal parts, of which the middles are taken: the
-    larger the value, the more exact. With both signs, 0 and 1 that makes 2 · 127 + 2. There is no −1.
-    """
-    positive: list[float] = []
-    for decade in range(7):
-        edges = torch.linspace(0.1, 1, 2**decade + 1)
-        positive += (10.0 ** (decade - 6) * (edges[:-1] + edges[1:]) / 2).tolist()
-    return torch.tensor(sorted([-value for value in positive] + [0.0, 1.0] + positive))
-
-
-@dataclasses.dataclass(frozen=True)
-class NF4Weight:
-    """A weight of n numbers in NF4; made by `quantize_nf4`.
-
-    Attributes:
-        codes: `[⌈n/2⌉, 1]` uint8, two codes a byte, the first in the high half.
-        absmax: one constant a block, `[⌈n/block_size⌉]`: fp32, or uint8 codes if doubly quantised.
-        nested_absmax: `[⌈blocks/256⌉]` fp32, and `offset`, an fp32 scalar, decode `absmax`; both None without.
-        shape, dtype: of the weight that was quantised.
-    """
-
-    codes: Tensor
-    absmax: Tensor
-    nested_absmax: Tensor | None
-    offset: Tensor | None
-    shape: torch.Size
-    dtype: torch.dtype
-    block_size: int
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of everything that is kept a weight; the two codebooks are shared by all weights and not counted."""
-        return sum(
-            t.nbytes
-            for t in (self.codes, self.absmax, self.nested_absmax, self.offset)
-            if t is not None
-        )
-
-
-def quantize_nf4(weight: Tensor, block_size: int = 64, double_quant: bool = True) -> NF4Weight:
-    """Quantise blocks of `block_size` consecutive weights: divide by their largest magnitude, take the nearest code.
-
-    On a tie the lower code is taken. Without double quantisation no weight is off by more than 0.1519 of its block's
-    constant: half the widest gap, between −1 and −0.696.
-
-    Raises:
-        TypeError: not fp32, fp16 or bf16.    ValueError: an empty weight, an infinite or missing number in it.
-    """
-    if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise TypeError(f"weight is {weight.dtype}: float32, float16 or bfloat16 is expected.")
-    if weight.numel() == 0 or not torch.isfinite(weight).all():
-        raise ValueError(
-            f"weight {list(weight.shape)} is empty or holds inf or nan: its blocks would have no finite constant."
-        )
-    if block_size < 1:
-        raise ValueError(
-            f"block_size={block_size}: a whole number of 1 or more is expected; bitsandbytes uses 64."
-        )
-    values, codebook = weight.detach().cpu().flatten().float(), nf4_codebook()
-    whole = values.numel() // block_size * block_size
-    blocks, rest = values[:whole].view(-1, block_size), values[whole:]
-    absmax = blocks.abs().amax(1)
-    scaled = (blocks * (1 / absmax.clamp(min=TINY))[:, None]).flatten()
-    if len(rest):
-        # bitsandbytes multiplies whole blocks by the reciprocal and divides the last one: not the same in the last bit.
-        last = rest.abs().max().clamp(min=TINY)
-        absmax, scaled = torch.cat([absmax, last[None]]), torch.cat([scaled, rest / last])
-    codes = torch.bucketize(scaled.clamp(-1, 1), (codebook[:-1] + codebook[1:]) / 2).to(torch.uint8)
-    if len(codes) % 2:
-        codes = torch.cat(
-            [codes, torch.tensor([7], dtype=torch.uint8)]
-        )  # the code of zero fills the last byte
-    packed = (codes[::2] << 4 | codes[1::2])[:, None]
-    nested = _quantize_constants(absmax) if double_quant else (absmax, None, None)
-    return NF4Weight(packed, *nested, weight.shape, weight.dtype, block_size)
-
-
-def _quantize_constants(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Double quantisation: 8-bit codes `[blocks]`, their constants `[⌈blocks/256⌉]`, and the mean subtracted first.
-
-    The constants are all positive; less their mean they use both halves of the signed type.
-    bitsandbytes' CPU kernel reads the code out of a table of 65,536 entries, so a value is rounded to that grid before
-    the nearest code is taken: of the codes below 1.5e-5 it never uses any, and 0 becomes 2.1e-5. Its GPU kernels search.
-    """
-    codebook = dynamic_codebook()
-    grid = -1 + 2 * torch.arange(65536) / 65535
-    table = torch.bucketize(grid, (codebook[:-1] + codebook[1:]) / 2).to(torch.uint8)
-    offset = absmax.mean()
-    centred = absmax - offset
-    blocks = nn.functional.pad(centred, (0, -len(centred) % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
-    nested = blocks.abs().amax(1)
-    scaled = (
-        (blocks * (1 / nested)[:, None]).nan_to_num(-1.0).clamp(-1, 1)
-    )  # 0 · 1/0: such a block gets code 0
-    codes = table[((scaled + 1) * 0.5 * 65535 + 0.5).long()]
-    return codes.flatten()[: len(absmax)], nested, offset
-
-
-def dequantize_nf4(q: NF4Weight) -> Tensor:
-    """The weight that the layer computes with, in the shape and dtype of the one that was quantised."""
-    absmax = q.absmax
-    if q.nested_absmax is not None:
-        constants = q.nested_absmax.repeat_interleave(NESTED_BLOCK)[: len(absmax)]
-        absmax = dynamic_codebook()[absmax.long()] * constants + q.offset
-    n = q.shape.numel()
-    codes = torch.stack([q.codes >> 4, q.codes & 15], dim=-1).flatten()[:n]
-    return (
-        (nf4_codebook()[codes.long()] * absmax.repeat_interleave(q.block_size)[:n])
-        .to(q.dtype)
-        .view(q.shape)
-    )
-
-
-def storage_bits(n: int, block_size: int = 64, double_quant: bool = True) -> float:
-    """Bits a weight that `n` weights take in NF4, everything counted but the codebooks.
-
-    With n a multiple of the block: 4 + 32/64 = 4.5, or, doubly quantised, 4 + 8/64 + 32 (⌈⌈n/64⌉/256⌉ + 1)/n → 4.127.
-    """
-    if n < 1 or block_size < 1:
-        raise ValueError(f"n={n}, block_size={block_size}: both must be 1 or more.")
-    blocks = -(-n // block_size)
-    constants = 8 * blocks + 32 * (-(-blocks // NESTED_BLOCK) + 1) if double_quant else 32 * blocks
-    return (8 * -(-n // 2) + constants) / n
-
-
-# ---------------------------------------------------------------------------------------------- 4-bit models
+from lora_course.linears import dequantized, is_4bit
+from lora_course.targets import input_embedding
 
 
 def load_4bit(
@@ -262,9 +103,7 @@ def quantize_model(
         ValueError: an unknown `quant_type`, or a model without a linear layer to quantise.
     """
     _check_quant_type(quant_type)
-    embedding = (
-        model.get_input_embeddings().weight if hasattr(model, "get_input_embeddings") else None
-    )
+    embedding = getattr(input_embedding(model), "weight", None)
     linears = {
         name: module
         for name, module in model.named_modules()
@@ -285,14 +124,15 @@ def quantize_model(
             compute_dtype or linear.weight.dtype,
             device="meta",
         )
-        new.bias = linear.bias.requires_grad_(False) if bias else None
+        if bias:
+            new.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
         _set_weight(new, linear.weight.detach(), quant_type, double_quant)
         model.set_submodule(name, new.train(linear.training))
     return protect(model)
 
 
 def stored_bytes(model: nn.Module) -> int:
-    """Bytes of all 4-bit weights of a model (or of one layer) with their constants: Σ n · `storage_bits(n)` / 8.
+    """Bytes of all 4-bit weights of a model (or of one layer) with their constants: Σ n · `nf4.storage_bits(n)` / 8.
 
     bitsandbytes keeps another 1,088 bytes a layer that are not counted: a copy of each codebook.
     `model.get_memory_footprint()` counts the codes but none of the constants.
@@ -342,9 +182,6 @@ def optimizer_name(device: str | torch.device, bits: int = 32) -> str:
     return f"paged_adamw_{bits}bit" if torch.device(device).type == "cuda" else "adamw_torch"
 
 
-# ---------------------------------------------------------------------------------------------- three ways to merge
-
-
 @torch.no_grad()
 def dequantize_model(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Replace each 4-bit layer by an `nn.Linear` of the weight it computed with, in place; an adapter on top stays.
@@ -362,14 +199,12 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn
         linear = nn.Linear(
             layer.in_features, layer.out_features, layer.bias is not None, device="meta"
         )
-        linear.weight = nn.Parameter(_dequantized(layer).to(dtype), requires_grad=False)
+        linear.weight = nn.Parameter(dequantized(layer).to(dtype), requires_grad=False)
         if layer.bias is not None:
             linear.bias = nn.Parameter(layer.bias.to(dtype), requires_grad=False)
         model.set_submodule(name, linear.train(layer.training))
-    if getattr(model, "hf_quantizer", None) is not None:
-        model.hf_quantizer.remove_quantization_config(
-            model
-        )  # or saving it would say that it is 4-bit
+    if quantizer := getattr(model, "hf_quantizer", None):
+        quantizer.remove_quantization_config(model)  # or saving it would say that it is 4-bit
     return model
 
 
@@ -390,8 +225,9 @@ def merge_requantized(model: nn.Module) -> nn.Module:
                 f"{name!r} has a {type(layer.base_layer).__name__} for a base, not a Linear4bit: call merge(model)."
             )
     for layer in layers.values():
-        base, state = layer.base_layer, layer.base_layer.weight.quant_state
-        merged = _dequantized(base).float() + layer.delta_weight()
+        base: Any = layer.base_layer
+        state = base.weight.quant_state
+        merged = dequantized(base).float() + layer.delta_weight()
         _set_weight(base, merged.to(state.dtype), state.quant_type, state.nested)
     return unload(model)
 
@@ -407,7 +243,7 @@ def merge_into(original: nn.Module, model: nn.Module) -> nn.Module:
         ValueError: no adapter, or `original` lacks a layer or has it in another shape.
     """
     layers = adapter_layers(model)
-    linears = dict(original.named_modules())
+    linears: dict[str, Any] = dict(original.named_modules())
     for name, layer in layers.items():
         shape = getattr(getattr(linears.get(name), "weight", None), "shape", None)
         if shape != (layer.out_features, layer.in_features):
@@ -421,19 +257,16 @@ def merge_into(original: nn.Module, model: nn.Module) -> nn.Module:
     return original
 
 
-def _layers_4bit(model: nn.Module) -> dict[str, Linear4bit]:
+def _layers_4bit(model: nn.Module) -> dict[str, Any]:
+    # Any: bitsandbytes gives its weights attributes that their types don't have
     return {
         name: module for name, module in model.named_modules() if isinstance(module, Linear4bit)
     }
 
 
-def _dequantized(layer: Linear4bit) -> Tensor:
-    return bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-
-
 def _set_weight(layer: Linear4bit, weight: Tensor, quant_type: str, double_quant: bool) -> None:
     # Params4bit quantises when it is sent to a device, even if it is there already.
-    new = Params4bit(
+    new: Any = Params4bit(
         weight,
         requires_grad=False,
         quant_type=quant_type,

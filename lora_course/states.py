@@ -13,15 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from lora_course.injection import adapter_layers
+from lora_course.linears import whole
 from lora_course.lora import AdapterState
 
 
 def adapter_state(model: nn.Module) -> AdapterState:
     """A copy of everything the adapter holds; the base is not in it."""
     return {
-        f"{name}.{key}": tensor.clone()
+        f"{name}.{key}": tensor
         for name, layer in adapter_layers(model).items()
-        for key, tensor in layer.tensors().items()
+        for key, tensor in layer.copy_of_tensors().items()
     }
 
 
@@ -31,8 +32,8 @@ def factor_state(model: nn.Module) -> AdapterState:
     for name, layer in adapter_layers(model).items():
         A, B, scaling = layer.factors()
         state |= {
-            f"{name}.A": A.detach().clone(),
-            f"{name}.B": B.detach().clone(),
+            f"{name}.A": whole(A).clone(),
+            f"{name}.B": whole(B).clone(),
             f"{name}.scaling": torch.tensor(scaling, dtype=torch.float64),
         }
     return state
@@ -48,10 +49,11 @@ def split_state(state: AdapterState) -> dict[str, AdapterState]:
 
 
 def use_adapter(model: nn.Module, state: AdapterState) -> nn.Module:
-    """Put `state` into the injected `model`; checked as a whole before anything changes.
+    """Put `state` into the injected `model`: all of it, or, where something does not fit, nothing.
 
     Raises:
-        ValueError: other modules or shapes than the model's.    RuntimeError: the model is merged.
+        ValueError: other modules or shapes than the model's; NaN or infinite numbers.
+        RuntimeError: the model is merged.
     """
     layers, modules = adapter_layers(model), split_state(state)
     if layers.keys() != modules.keys():
@@ -69,9 +71,25 @@ def use_adapter(model: nn.Module, state: AdapterState) -> nn.Module:
                 f"{name!r} is merged: its ΔW would stay in the base. Call unmerge(model) first."
             )
         layer.check_tensors(name, modules[name])
-    for name, layer in layers.items():
-        layer.load_tensors(modules[name])
+    check_finite(state)
+    before = {name: layer.copy_of_tensors() for name, layer in layers.items()}
+    try:
+        for name, layer in layers.items():
+            layer.load_tensors(modules[name])
+    except Exception:
+        for name, layer in layers.items():
+            layer.load_tensors(before[name])
+        raise
     return model
+
+
+def check_finite(state: AdapterState) -> None:
+    """Raise ValueError, naming the tensor, where an adapter holds NaN or infinite numbers."""
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(
+                f"{name!r} holds numbers that are NaN or infinite: its training diverged. Take an earlier state or checkpoint."
+            )
 
 
 def concatenate(

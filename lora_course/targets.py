@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterable, Sequence
+from typing import Any
 
+import numpy
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
@@ -13,8 +16,18 @@ from torch import nn
 from lora_course.linears import check_linear
 from lora_course.lora import LoRALinear
 
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+"""Under which names configurations state how many experts a block has."""
+NEW_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+"""Task types whose models get a head with random weights, which has to be trained and saved beside the adapter."""
 
-def check_fields(config: LoraConfig, layer: type[LoRALinear]) -> None:
+
+def check_fields(config: LoraConfig, layer: type[LoRALinear]) -> LoraConfig:
+    """A copy of `config` with numbers of numpy as Python's.
+
+    Raises:
+        TypeError: no `LoraConfig`.    ValueError: a field that `layer` does not obey.
+    """
     if not isinstance(config, LoraConfig):
         raise TypeError(
             f"config is a {type(config).__name__}; peft.LoraConfig(r=…, lora_alpha=…, target_modules=…) is expected."
@@ -32,13 +45,41 @@ def check_fields(config: LoraConfig, layer: type[LoRALinear]) -> None:
         raise ValueError(
             f"{layer.__name__} does not support {', '.join(ignored)}: leave it at its default, or use PEFT itself."
         )
+    if getattr(config.task_type, "value", config.task_type) in NEW_HEADS:
+        raise ValueError(
+            f"task_type={config.task_type!s}: the model's new head would stay at its random weights, since only adapters are "
+            "trained and saved here. Use PEFT, which trains and saves it, or train the head first and leave task_type out."
+        )
+    config = copy.deepcopy(config)
+    for field in dataclasses.fields(config):
+        setattr(config, field.name, plain_numbers(getattr(config, field.name)))
+    return config
 
 
-def find_targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Linear]:
+def plain_numbers(value: Any) -> Any:
+    """`value` with numbers of numpy as Python's, in dictionaries too: JSON knows no others."""
+    if isinstance(value, dict):
+        return {key: plain_numbers(item) for key, item in value.items()}
+    return value.item() if isinstance(value, numpy.generic) else value
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The layer that gives a language model's logits; None where there is no telling."""
+    found = getattr(model, "get_output_embeddings", None)
+    return found() if found else None
+
+
+def input_embedding(model: nn.Module) -> nn.Module | None:
+    """The table of a language model's tokens; None where there is no telling."""
+    found = getattr(model, "get_input_embeddings", None)
+    return found() if found else None
+
+
+def find_targets(model: nn.Module, config: Any) -> dict[str, Any]:
     """Target layers by name; resolves "all-linear" in `config`, as PEFT does."""
     modules = {name: module for name, module in model.named_modules() if name}
     linears = {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = output_head(model)
     if config.target_modules is None:
         raise ValueError(
             f"target_modules is not set: give 'all-linear' or some of {_endings(linears)}."
@@ -67,7 +108,7 @@ def find_targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Linear]:
         raise ValueError(
             f"exclude_modules={unknown!r} matches no module; the linear layers are {_endings(linears)}."
         )
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    embedding = input_embedding(model)
     for name, module in targets.items():
         check_linear(module, name)
         if embedding is not None and module.weight is getattr(embedding, "weight", None):
@@ -77,12 +118,12 @@ def find_targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Linear]:
     return targets
 
 
-def find_patterns(config: LoraConfig, targets: Iterable[str]) -> dict[str, dict[str, float]]:
+def find_patterns(config: LoraConfig, targets: Iterable[str]) -> dict[str, dict[str, Any]]:
     """`rank_pattern` and `alpha_pattern` by target name. Raises ValueError for a key that matches no target."""
     found = {}
     for field in ("rank_pattern", "alpha_pattern"):
         pattern = getattr(config, field) or {}
-        keys = {name: get_pattern_key(pattern, name) for name in targets}
+        keys = {name: get_pattern_key(list(pattern), name) for name in targets}
         found[field] = {name: pattern[key] for name, key in keys.items() if key in pattern}
         if unused := set(pattern) - set(keys.values()):
             raise ValueError(
@@ -97,25 +138,32 @@ def _unmatched(keys: Iterable[str], names: Iterable[str]) -> list[str]:
     )
 
 
+def _fused_experts(model: nn.Module) -> list[str]:
+    """Names of parameters that hold the weights of several experts, `[experts, …, …]`, and are no linear layers."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    counts = {getattr(text, name, None) for name in EXPERT_COUNTS} - {None}
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.ndim == 3 and parameter.shape[0] in counts
+    ]
+
+
 def _refuse_fused_experts(model: nn.Module) -> None:
-    for name, parameter in model.named_parameters():
-        owner = model.get_submodule(name.rpartition(".")[0])
-        if parameter.ndim == 3 and not isinstance(owner, nn.modules.conv._ConvNd):
-            raise TypeError(
-                f"{name!r} {list(parameter.shape)} is a fused weight of several experts, not a linear layer, and 'all-linear' "
-                "would pass over it without a word: list the linear layers to adapt in target_modules."
-            )
+    if found := _fused_experts(model):
+        raise TypeError(
+            f"{found[0]!r} {list(model.get_parameter(found[0]).shape)} is a fused weight of several experts, not a linear "
+            "layer, and 'all-linear' would pass over it without a word: list the linear layers to adapt in "
+            "target_modules, or adapt fused experts with PEFT (LoraConfig's target_parameters)."
+        )
 
 
 def _fused(model: nn.Module, unknown: Sequence[str]) -> str:
-    found = [
-        n for n, p in model.named_parameters() if p.ndim == 3 and n.rpartition(".")[2] in unknown
-    ]
-    return (
-        f" {found[0]!r} is a fused weight of several experts, which is not supported."
-        if found
-        else ""
-    )
+    found = [name for name in _fused_experts(model) if name.rpartition(".")[2] in unknown]
+    if not found:
+        return ""
+    return f" {found[0]!r} is a fused weight of several experts: PEFT adapts it with target_parameters, this package does not."
 
 
 def _endings(names: Iterable[str]) -> str:

@@ -1,23 +1,18 @@
-"""Training of injected models: the precision that pays on a device, sane arguments, and a Trainer for adapters."""
+"""`transformers.Trainer` for adapters: small checkpoints, an auxiliary loss, and runs that go on after a kill."""
+
+from __future__ import annotations
 
 import json
-import os
-import shutil
-import sys
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import (
+    EarlyStoppingCallback,
     PrinterCallback,
     Trainer,
-    TrainerCallback,
-    TrainerControl,
     TrainerState,
     TrainingArguments,
     set_seed,
@@ -25,82 +20,27 @@ from transformers import (
 )
 from transformers.trainer_utils import TrainOutput
 
+from lora_course.arguments import one_device
+from lora_course.callbacks import ModelCallback
 from lora_course.checkpoint import restore_adapter, save_adapter
-from lora_course.injection import adapter_layers
+from lora_course.files import replace_file
+from lora_course.injection import adapter_layers, trainable_parameters
+from lora_course.progress import Progress
+from lora_course.runs import (
+    COMPLETE,
+    delete_checkpoint,
+    describe_run,
+    folder_to_resume,
+    read_mark,
+    written,
+)
 
-COMPLETE = "complete.json"  # written into a checkpoint's folder when all else is in it
 TRAINER_STATE = "trainer_state.json"
 PREPARED = (
     "forward",
     "_original_forward",
     "_is_accelerate_prepared",
 )  # what accelerate sets on a model it wraps
-
-
-def compute_dtype(device: str | torch.device | None = None) -> torch.dtype:
-    """The dtype in which matrix products are fastest on a device without losing training: bf16 where the hardware has it
-    (GPUs from Ampere on; CPUs with AVX512-BF16 or AMX), fp16 on older GPUs, fp32 on other CPUs, which only emulate bf16.
-
-    device: the GPU where there is one, else the CPU, by default.
-    """
-    kind = _device_type(device)
-    if kind == "cuda":
-        native = torch.cuda.is_available() and torch.cuda.is_bf16_supported(
-            including_emulation=False
-        )
-        return torch.bfloat16 if native else torch.float16
-    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if kind == "cpu" and fast else torch.float32
-
-
-def training_arguments(
-    output_dir: str | Path, device: str | torch.device | None = None, **overrides: Any
-) -> TrainingArguments:
-    """`TrainingArguments` that suit an adapter: seeded data and dropout, the loss logged at every step, nothing reported to
-    a service, autocast in `compute_dtype(device)`, AdamW at 2e-4 (arXiv 2305.14314) after 5% of warm-up, small
-    checkpoints every 100 steps and at the end, of which two are kept.
-
-    device: where to train, which is where the model lies; by default the GPU where there is one. overrides: any field of `TrainingArguments`.
-    """
-    kind, dtype = _device_type(device), compute_dtype(device)
-    defaults: dict[str, Any] = {
-        "seed": 0,
-        "report_to": "none",
-        "logging_steps": 1,
-        "logging_nan_inf_filter": False,  # or a loss of NaN is logged as the mean of those before it
-        "learning_rate": 2e-4,
-        "warmup_steps": 0.05,
-        "save_strategy": "steps",
-        "save_steps": 100,
-        "save_total_limit": 2,
-        "bf16": dtype == torch.bfloat16,
-        "fp16": dtype == torch.float16,
-        "use_cpu": kind == "cpu",
-        "dataloader_pin_memory": kind == "cuda",
-    }
-    return TrainingArguments(output_dir=str(output_dir), **{**defaults, **overrides})
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where a model's computation begins: the device of its first parameter, or the one that accelerate's hook names."""
-    hook = getattr(model, "_hf_hook", None)
-    device = getattr(hook, "execution_device", None)
-    return torch.device(next(model.parameters()).device if device is None else device)
-
-
-def one_device(model: nn.Module, args: TrainingArguments) -> None:
-    """Holds `args` to the one device that the model lies on; for a Trainer in a process of its own.
-
-    With several GPUs in one process Trainer would use DataParallel, which copies the model at every step.
-    Raises ValueError where the model lies elsewhere, as Trainer would move it and leave it there.
-    """
-    there = device_of(model).type
-    if there not in ("meta", args.device.type):
-        raise ValueError(
-            f"the model is on {there} and the arguments train on {args.device.type}: "
-            f"make them with training_arguments(..., device={there!r}), or move the model first"
-        )
-    args._n_gpu = 1
 
 
 class AdapterTrainer(Trainer):
@@ -112,14 +52,19 @@ class AdapterTrainer(Trainer):
     A checkpoint holds the adapter, optimiser, scheduler, random states and the trainer's state, never the base.
     `train(resume_from_checkpoint=True)` goes on from the last complete one to the weights that an uninterrupted run
     reaches, and starts afresh where there is none, so that one command serves for the first run and for each repetition.
+    What a checkpoint was made by is written into it (`runs.describe_run`): a run of another adapter, method, schedule or
+    rows is refused. A run that was finished is not trained further, and gives the weights that it gave the first time.
 
     After `train` the model is given back as it came: without autocast around its `forward`, its cache switched on again.
 
-    model, args, train_dataset, …: as for `Trainer`; args are best made by `training_arguments`.
+    model, args, train_dataset, …: as for `Trainer`; args are best made by `training_arguments`. With `disable_tqdm=True` it
+    is silent: `history` has the losses; `callbacks=[PrinterCallback()]` prints them.
     auxiliary_loss: called with the model at each micro-batch after its forward pass; returns a scalar tensor.
-    Raises ValueError for a model without adapters, or with merged ones, and for one that lies on another kind of device
-    than the arguments train on: no model is moved without a word.
+    Raises ValueError for a model without adapters, with merged ones, with nothing to train, and for one that lies on
+    another kind of device than the arguments train on: no model is moved without a word.
     """
+
+    model: Any  # Trainer's own type is for models that may be missing
 
     def __init__(
         self,
@@ -134,21 +79,25 @@ class AdapterTrainer(Trainer):
             raise ValueError(
                 f"{merged[0]!r} is merged, so its factors would get no gradient: call unmerge(model) before training"
             )
+        if not trainable_parameters(model):
+            raise ValueError(
+                "No parameter of this model requires a gradient (inference_mode=True?): inject with inference_mode=False to train."
+            )
         if args.parallel_mode.value == "not_distributed":
             one_device(model, args)
-        use_cache = model.config.use_cache
+        use_cache = self._use_cache(model)
         # Trainer refuses a 4-bit base unless it takes its adapters for PEFT's; saving a model looks at the mark too.
-        model._hf_peft_config_loaded = True
+        model._hf_peft_config_loaded = True  # type: ignore[assignment]  # no module, no tensor
         try:
             super().__init__(model, args, **arguments)
         finally:
             del model._hf_peft_config_loaded
-        model.config.use_cache = use_cache
+        self._set_use_cache(use_cache)
         self.auxiliary_loss = auxiliary_loss
-        self.remove_callback(
-            PrinterCallback if args.disable_tqdm else trainer.DEFAULT_PROGRESS_CALLBACK
-        )
-        if not args.disable_tqdm:
+        if args.disable_tqdm:
+            self.remove_callback(PrinterCallback)  # or it prints each logged step instead
+        else:
+            self.remove_callback(trainer.DEFAULT_PROGRESS_CALLBACK)
             self.add_callback(Progress())
 
     @property
@@ -160,51 +109,83 @@ class AdapterTrainer(Trainer):
             if "loss" in entry
         ]
 
-    def train(
-        self, resume_from_checkpoint: str | Path | bool | None = None, **arguments: Any
-    ) -> TrainOutput:
-        """Trains, from the seed in the arguments on. resume_from_checkpoint: True (the last complete checkpoint in
-        `output_dir`, if there is one), or a checkpoint's folder. A run that was finished is not trained further.
+    def method_settings(self) -> dict[str, Any]:
+        """What a subclass adds to the description of a run, as JSON holds it; nothing here."""
+        return {}
 
-        Raises FileNotFoundError for a folder that holds no complete checkpoint.
+    def train(  # type: ignore[override]  # a Path will do, and trials are not supported
+        self,
+        resume_from_checkpoint: str | Path | bool | None = None,
+        overwrite: bool = False,
+        **arguments: Any,
+    ) -> TrainOutput:
+        """Trains, from the seed in the arguments on.
+
+        Args:
+            resume_from_checkpoint: True (the last complete checkpoint in `output_dir`, if there is one), or a
+                checkpoint's folder.
+            overwrite: delete the checkpoints of another run in `output_dir`, and start anew.
+
+        Raises:
+            FileNotFoundError: a folder that holds no complete checkpoint.    ValueError: one of another run.
         """
         set_seed(self.args.seed)
-        folder = None
-        if resume_from_checkpoint is True:
-            folder = last_checkpoint(self.args.output_dir)
-        elif resume_from_checkpoint:
-            folder = Path(resume_from_checkpoint)
-            if not (folder / COMPLETE).is_file():
-                raise FileNotFoundError(
-                    f"{folder} holds no complete checkpoint of AdapterTrainer ({COMPLETE} is missing)"
-                )
-        if folder is not None and (finished := self._finished(folder)):
+        self.described = describe_run(self, self.method_settings())
+        folder = folder_to_resume(
+            self.args.output_dir, resume_from_checkpoint, self.described, overwrite
+        )
+        if folder is not None and (finished := self._take_over(folder)):
             return finished
         before = {name: vars(self.model)[name] for name in PREPARED if name in vars(self.model)}
-        use_cache = self.model.config.use_cache
-        self.model.config.use_cache = self.args.use_cache
+        use_cache = self._use_cache(self.model)
+        self._set_use_cache(self.args.use_cache)
         try:
-            return super().train(
+            output = super().train(
                 resume_from_checkpoint=str(folder) if folder else None, **arguments
             )
         finally:
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, ModelCallback):
+                    callback.stopped()
             for name in PREPARED:
                 vars(self.model).pop(name, None)
             vars(self.model).update(before)
-            self.model.config.use_cache = use_cache
+            self._set_use_cache(use_cache)
+        last = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save and (last / COMPLETE).is_file():
+            self._mark_complete(last, finished=self._is_finished())
+        return output
 
-    def _finished(self, folder: Path) -> TrainOutput | None:
-        """Takes over a checkpoint that is at its last step; from there Trainer would train one step too many."""
+    def _is_finished(self) -> bool:
+        """At its last step, or stopped early. What stopped it otherwise (a limit of time) lets it go on."""
+        stoppers = [
+            c for c in self.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)
+        ]
+        return self.state.global_step >= self.state.max_steps or any(
+            stopper.early_stopping_patience_counter >= stopper.early_stopping_patience
+            for stopper in stoppers
+        )
+
+    def _take_over(self, folder: Path) -> TrainOutput | None:
+        """Takes over a checkpoint that ended its run; from there Trainer would train one step too many."""
         state = TrainerState.load_from_json(str(folder / TRAINER_STATE))
-        if (
-            state.global_step
-            < self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
-        ):
+        steps = self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
+        if state.global_step < steps and not read_mark(folder).get("finished"):
             return None
         self._load_from_checkpoint(str(folder))
         self.state = state
+        if self.args.load_best_model_at_end and state.best_model_checkpoint:
+            self._load_best_model()
         losses = [entry["loss"] for entry in self.history]
         return TrainOutput(state.global_step, sum(losses) / max(1, len(losses)), {})
+
+    @staticmethod
+    def _use_cache(model: nn.Module) -> bool | None:
+        return getattr(getattr(model, "config", None), "use_cache", None)
+
+    def _set_use_cache(self, use_cache: bool | None) -> None:
+        if self._use_cache(self.model) is not None:
+            self.model.config.use_cache = use_cache
 
     def compute_loss(
         self,
@@ -230,11 +211,12 @@ class AdapterTrainer(Trainer):
         self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None
     ) -> None:
         if self.args.should_save:
-            save_adapter(self.model, output_dir or self.args.output_dir)
+            save_adapter(self.model, output_dir or str(self.args.output_dir))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-        (folder / COMPLETE).unlink(missing_ok=True)
+        if self.args.should_save:
+            (folder / COMPLETE).unlink(missing_ok=True)
         limit = self.args.save_total_limit
         self.args.save_total_limit = None  # older checkpoints go only when this one is complete
         try:
@@ -245,18 +227,21 @@ class AdapterTrainer(Trainer):
             self._mark_complete(folder)
             self._rotate(folder.parent, limit)
 
-    def _mark_complete(self, folder: Path) -> None:
-        unfinished = folder / f"{COMPLETE}.unfinished"
-        unfinished.write_text(json.dumps({"step": self.state.global_step, "written": time.time()}))
-        os.replace(unfinished, folder / COMPLETE)
+    def _mark_complete(self, folder: Path, finished: bool = False) -> None:
+        mark = {
+            "step": self.state.global_step,
+            "written": time.time(),
+            "finished": finished,
+            "run": self.described,
+        }
+        replace_file(folder / COMPLETE, json.dumps(mark).encode())
 
     def _rotate(self, folder: Path, limit: int | None) -> None:
         """Deletes the oldest complete checkpoints until `limit` are left; the best one stays. None or 0: keeps all."""
-        checkpoints = sorted(folder.glob(f"checkpoint-*/{COMPLETE}"), key=_written)
+        checkpoints = sorted(folder.glob(f"checkpoint-*/{COMPLETE}"), key=written)
         for mark in checkpoints[:-limit] if limit else []:
             if str(mark.parent) != self.state.best_model_checkpoint:
-                mark.unlink()  # first, as a kill may cut the deletion short
-                shutil.rmtree(mark.parent)
+                delete_checkpoint(mark)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
@@ -264,64 +249,7 @@ class AdapterTrainer(Trainer):
         restore_adapter(self.model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        restore_adapter(self.model, self.state.best_model_checkpoint)
-
-
-class Progress(TrainerCallback):
-    """A bar on the error stream with the loss behind it, in terminals and notebooks alike."""
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        shown = state.is_world_process_zero
-        self.bar = tqdm(
-            total=state.max_steps,
-            initial=state.global_step,
-            unit="step",
-            file=sys.stderr,
-            mininterval=0.5,
-            disable=not shown,
-        )
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float],
-        **_: Any,
-    ) -> None:
-        if "loss" in logs:
-            self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        self.bar.update()
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        self.bar.close()
-
-
-def last_checkpoint(output_dir: str | Path) -> Path | None:
-    """The complete checkpoint in `output_dir` that was written last; None if there is none.
-
-    The last by time, not by step: an earlier, longer run may have left its own. One that was cut short, by a kill while it
-    was written, is passed over with a warning.
-    """
-    folders = sorted(path for path in Path(output_dir).glob("checkpoint-*") if path.is_dir())
-    for path in folders:
-        if not (path / COMPLETE).is_file():
-            warnings.warn(f"{path} was not written to its end: it is ignored", stacklevel=3)
-    marks = [path / COMPLETE for path in folders if (path / COMPLETE).is_file()]
-    return max(marks, key=_written).parent if marks else None
-
-
-def _written(mark: Path) -> float:
-    return json.loads(mark.read_text())["written"]
-
-
-def _device_type(device: str | torch.device | None) -> str:
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type
+        best = Path(str(self.state.best_model_checkpoint))
+        if not best.is_dir():  # the run's folder was moved
+            best = Path(str(self.args.output_dir)) / best.name
+        restore_adapter(self.model, best)

@@ -1,10 +1,13 @@
 """What every test shares: which markers run where. A skipped test says what it lacks."""
 
+import gc
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
 
 import pytest
+import torch
 
 from tests import chromium
 
@@ -25,3 +28,32 @@ def has_gpu() -> bool:
     return bool(program) and subprocess.run(
         [program, "-L"], capture_output=True, check=False
     ).stdout.startswith(b"GPU")
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """On tensors this small two threads wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def quick(one_thread: None) -> Iterator[None]:
+    """One thread; and what was imported is kept out of the garbage collections that end each training, 0.7 s each."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="module")
+def uncompiled(one_thread: None) -> Iterator[None]:
+    """One thread, and no compiling: bitsandbytes has a compiled fallback for odd widths, seconds for each shape, and
+    computes the same without."""
+    import torch._dynamo  # seconds, which only these tests need to spend
+
+    disabled = torch._dynamo.config.disable
+    torch._dynamo.config.disable = True
+    yield
+    torch._dynamo.config.disable = disabled

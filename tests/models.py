@@ -87,3 +87,13 @@ def linear4bit(quant_type: str = "nf4") -> nn.Module:
         128, 192, bias=True, compute_dtype=torch.float32, quant_type=quant_type
     )
     return layer.to("cpu").requires_grad_(False)
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal in type, shape and every bit: 0.0 and -0.0 differ, as `torch.equal` would not tell."""
+    view = {4: torch.int32, 2: torch.int16, 1: torch.uint8}[a.element_size()]
+    return (
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and torch.equal(a.contiguous().view(view), b.contiguous().view(view))
+    )

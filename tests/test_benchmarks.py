@@ -131,7 +131,7 @@ def record() -> dict:
         "threads": 2,
         "native_bf16": True,
         "versions": {"torch": "2"},
-        "source_sha256": "x",
+        "commit": "x",
     }
     return {"provenance": source, "quick": False, "groups": made}
 

@@ -12,7 +12,7 @@ import torch
 from peft import AdaLoraConfig, LoraConfig, PeftModel
 from torch import nn
 
-from lora_course import cli, compare, lab
+from lora_course import cli, experiments, lab
 from lora_course.adalora import AdaLoRALinear
 from lora_course.checkpoint import load_adapter, save_adapter
 from lora_course.injection import adapter_layers, inject
@@ -39,7 +39,7 @@ def test_the_command_is_installed_under_its_name_and_help_needs_no_torch() -> No
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False
     )
     assert run.returncode == 0, run.stderr
-    assert all(f"\n    {name} " in run.stdout for name in ("compare", "info", "convert"))
+    assert all(f"\n    {name} " in run.stdout for name in ("study", "info", "convert"))
 
 
 def test_version_is_pyprojects(capsys: pytest.CaptureFixture[str]) -> None:
@@ -94,50 +94,35 @@ def test_convert_to_peft_and_back_is_the_same_function(
     ]
 
 
-def test_compare_prints_progress_and_the_table(
+def test_a_study_is_run_listed_and_verified(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked = []
+    value = [2.0]
 
-    def fake(methods: list[str], domains: list[str], out: Path, progress) -> dict:
-        asked.append((methods, domains, out))
-        progress("one line")
-        return {"settings": {"seeds": [0, 1], "own_domain": "glosses"}}
+    def body(runs: experiments.Runs) -> None:
+        for arm in runs.arms(["lora", "dora"]):
+            for seed in runs.seeds:
+                runs(f"{arm}/0.004/{seed}/test", lambda: {"bits_per_byte": value[0]})
 
-    monkeypatch.setattr(compare, "compare", fake)
-    monkeypatch.setattr(
-        compare,
-        "table",
-        lambda record, domain, methods: compare.pandas.DataFrame(
-            {"bits a byte": ["2.0"]}, index=[domain]
-        ),
-    )
-    assert (
-        cli.main(
-            [
-                "compare",
-                "--methods",
-                "lora",
-                "dora",
-                "--domains",
-                "bible",
-                "--out",
-                str(tmp_path / "r.json"),
-            ]
-        )
-        == 0
-    )
-    assert cli.main(["compare"]) == 0
-    assert asked == [
-        (["lora", "dora"], ["bible"], tmp_path / "r.json"),
-        (list(compare.METHODS), list(compare.DOMAINS), compare.RECORD),
-    ]
-    printed = capsys.readouterr().out
-    assert (
-        printed.startswith("one line\n")
-        and "bible, 2 seeds" in printed
-        and printed.count("bits a byte") == 3
-    )
+    witness = experiments.Witness(("dora/0.004/0/test",), {"bits_per_byte": 0.01}, "a reason")
+    tiny = experiments.Study("tiny", "a small one", {"seeds": [0]}, body, witness)
+    monkeypatch.setattr(experiments, "NAMES", {"tiny": "tiny"})
+    monkeypatch.setattr(experiments, "get", lambda name: tiny)
+    monkeypatch.setattr(experiments.study, "STUDIES", tmp_path)
+    out = str(tmp_path / "mine.json")
+    assert cli.main(["study", "run", "tiny", "--arms", "lora", "--out", out]) == 0
+    assert cli.main(["study", "run", "tiny", "--seeds", "1"]) == 0
+    assert json.loads((tmp_path / "tiny.json").read_text())["settings"]["seeds"] == [0, 1]
+    assert list(json.loads(Path(out).read_text())["runs"]) == ["lora/0.004/0/test"]
+    capsys.readouterr()
+    assert cli.main(["study", "verify", "--no-note"]) == 0
+    assert capsys.readouterr().out.startswith("tiny               holds: dora/0.004/0/test: bits")
+    assert cli.main(["study", "list"]) == 0
+    assert "4 runs" in (listed := capsys.readouterr().out) and "not verified" in listed
+    value[0] = 2.1
+    assert cli.main(["study", "verify", "tiny"]) == 2
+    found = capsys.readouterr()
+    assert "DOES NOT HOLD" in found.out and "gives other numbers than the record" in found.err
 
 
 def wrong(folder: Path) -> dict[str, tuple[list[str], str]]:
@@ -156,17 +141,14 @@ def wrong(folder: Path) -> dict[str, tuple[list[str], str]]:
     (folder / "full" / "file").write_text("")
     (folder / "other.json").write_text(json.dumps([1]))
     return {
-        "method": (
-            ["compare", "--methods", "loar"],
-            "method 'loar' is unknown; there are lora, rslora, dora",
-        ),
-        "domain": (
-            ["compare", "--domains", "glosses"],
-            "domain 'glosses' is unknown; there are bible",
+        "study": (["study", "run", "adalroa"], "study 'adalroa' is unknown; there are 0_1_lora"),
+        "arm": (
+            ["study", "run", "5_1_comparison", "--arms", "loar", "--out", str(folder / "new")],
+            "arm 'loar' is unknown; there are lora/shakespeare, rslora/shakespeare",
         ),
         "record": (
-            ["compare", "--out", str(folder / "other.json")],
-            f"{folder / 'other.json'} holds no comparison",
+            ["study", "run", "lora", "--out", str(folder / "other.json")],
+            f"{folder / 'other.json'} is no record of a study",
         ),
         "no adapter": (
             ["convert", str(folder / "empty"), str(folder / "new")],
@@ -197,8 +179,11 @@ def test_bad_input_is_one_sentence_and_leaves_nothing_behind(
 def test_ctrl_c_says_how_to_go_on(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def stop(*_: object) -> None:
+    def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(compare, "compare", stop)
-    assert cli.main(["compare"]) == 130 and "goes on from here" in capsys.readouterr().err
+    monkeypatch.setattr(experiments.Study, "run", stop)
+    assert (
+        cli.main(["study", "run", "1_2_adalora"]) == 130
+        and "goes on from here" in capsys.readouterr().err
+    )

@@ -10,6 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import TrainerCallback
 
+from lora_course.arguments import training_arguments
 from lora_course.checkpoint import load_adapter, save_adapter
 from lora_course.export import export_peft
 from lora_course.hierarchical import NestedLoRALinear, RankSampler, at_rank, cut, matryoshka_weights
@@ -18,8 +19,9 @@ from lora_course.linears import is_4bit
 from lora_course.lora import LoRALinear
 from lora_course.qlora import quantize_model
 from lora_course.states import adapter_state, concatenate, factor_state, split_state, use_adapter
-from lora_course.training import AdapterTrainer, training_arguments
+from lora_course.training import AdapterTrainer
 from tests.models import batch, config, qwen, randomize, relative
+from tests.tolerances import EXACT, ROUNDED, TRAINED
 
 RANKS = (1, 2, 5)
 
@@ -60,12 +62,12 @@ def test_layer_computes_its_equation_at_every_cut(weighting: str) -> None:
         expected = base(x) + sum(
             12 / 5 * P[i] * (x @ layer.A[i])[..., None] * layer.B[:, i] for i in range(b)
         )
-        torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(layer(x), expected, **ROUNDED)
         A, B, scaling = layer.factors()
         assert A.shape == (b, 7) and B.shape == (4, b) and scaling == 12 / 5
         before = layer(x)
         layer.merge()
-        torch.testing.assert_close(layer(x), before, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(layer(x), before, **ROUNDED)
         layer.unmerge()
     layer.weighted, layer.rank = False, 2
     torch.testing.assert_close(layer.delta_weight(), 12 / 5 * layer.B[:, :2] @ layer.A[:2])
@@ -93,7 +95,7 @@ def test_equal_weights_at_full_rank_are_pefts_lora() -> None:
         peft.lora_A["default"].weight.data.copy_(layer.A)
         peft.lora_B["default"].weight.data.copy_(layer.B)
     mine, other = ours(**batch()), theirs(**batch())
-    torch.testing.assert_close(mine.logits, other.logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(mine.logits, other.logits, **ROUNDED)
     mine.loss.backward(), other.loss.backward()
     for name, layer in adapter_layers(ours).items():
         assert (
@@ -110,7 +112,7 @@ def test_matryoshka_weights_are_the_mean_of_the_cuts_and_algorithm_1_up_to_its_s
     model = nested(weighting="matryoshka")
     for layer in adapter_layers(model).values():
         mean = sum(layer.scaling * layer.B[:, :b] @ layer.A[:b] for b in RANKS) / len(RANKS)
-        torch.testing.assert_close(layer.delta_weight(), mean, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(layer.delta_weight(), mean, **ROUNDED)
     # The published algorithm counts down from the largest rank, with a scale for each cut; here all scales are one.
     for ranks in ((1, 2, 5), (3,), (2, 3, 4, 9)):
         counted, found = [0] * ranks[-1], 0
@@ -241,7 +243,7 @@ def test_merging_at_a_cut_and_taking_it_back() -> None:
     with at_rank(model, 2):
         expected = model(**batch()).logits
         merge(model)
-    torch.testing.assert_close(model(**batch()).logits, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model(**batch()).logits, expected, **ROUNDED)
     with pytest.raises(RuntimeError, match="unmerge"), at_rank(model, 3):
         pass
     unmerge(model)
@@ -253,9 +255,7 @@ def test_merging_at_a_cut_and_taking_it_back() -> None:
         merge(again)
         unload(again)
     with at_rank(nested(), 1) as reference:
-        torch.testing.assert_close(
-            again(**batch()).logits, reference(**batch()).logits, atol=1e-5, rtol=1e-5
-        )
+        torch.testing.assert_close(again(**batch()).logits, reference(**batch()).logits, **ROUNDED)
 
 
 # ------------------------------------------------------------------------------------------------- files
@@ -274,7 +274,7 @@ def test_peft_loads_every_cut_with_equal_logits_and_its_size_follows_the_rank(
         assert theirs.peft_config["default"].r == b and theirs.peft_config[
             "default"
         ].lora_alpha == pytest.approx(2.4 * b)
-        torch.testing.assert_close(theirs(**batch()).logits, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(theirs(**batch()).logits, expected, **ROUNDED)
         sizes[b] = (folder / "adapter_model.safetensors").stat().st_size
     steps = {sizes[b + 1] - sizes[b] for b in range(1, 5)}
     row = 4 * sum(
@@ -326,10 +326,10 @@ def test_ranks_are_drawn_by_seed_and_step_alone_and_about_equally() -> None:
     ]
     # 200 of each are expected, with a deviation of 11.5
     assert set(drawn) == set(RANKS) and all(150 < drawn.count(b) < 250 for b in RANKS)
-    assert first.begin(3) == drawn[2] and all(
+    assert first.begin_step(3) == drawn[2] and all(
         layer.rank == drawn[2] for layer in adapter_layers(model).values()
     )
-    first.end()
+    first.end_step()
     assert all(layer.rank == 5 for layer in adapter_layers(model).values())
 
 
@@ -358,15 +358,15 @@ def test_the_callback_does_what_the_loop_does(
     assert len({sampler.rank(t) for t in range(1, 10)}) > 1
     assert seen == ([sampler.rank(t) for t in range(1, 10)] if accumulation == 2 else [])
     for t in range(1, 10):
-        b = sampler.begin(t)
-        sampler.end()
+        b = sampler.begin_step(t)
+        sampler.end_step()
         with at_rank(reference, b, only_last=only_last):
             for micro in batches[(t - 1) * accumulation : t * accumulation]:
                 (reference(**micro).loss / accumulation).backward()
         optimizer.step()
         optimizer.zero_grad()
     for name, tensor in adapter_state(model).items():
-        torch.testing.assert_close(tensor, adapter_state(reference)[name], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(tensor, adapter_state(reference)[name], **TRAINED)
 
 
 @pytest.mark.parametrize("only_last", [False, True])
@@ -382,12 +382,12 @@ def test_rows_that_a_step_does_not_train_are_held_against_momentum_and_decay(
         )
         sampler = RankSampler(model, 0, only_last=only_last, hold=hold)
         for t in range(1, 13):
-            A, B, b = layer.A.detach().clone(), layer.B.detach().clone(), sampler.begin(t)
+            A, B, b = layer.A.detach().clone(), layer.B.detach().clone(), sampler.begin_step(t)
             kept = max((c for c in RANKS if c < b), default=0) if only_last else 0
             model(**rows(t)).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            sampler.end()
+            sampler.end_step()
             changed = {
                 i
                 for i in range(5)
@@ -412,7 +412,7 @@ def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_weights(tmp_path: 
     )
     expected, found = adapter_state(straight), adapter_state(resumed)
     for name in expected:
-        torch.testing.assert_close(found[name], expected[name], atol=0, rtol=0)
+        torch.testing.assert_close(found[name], expected[name], **EXACT)
 
 
 def test_training_by_truncation_orders_what_slicing_a_plain_adapter_does_not() -> None:
@@ -434,11 +434,11 @@ def test_training_by_truncation_orders_what_slicing_a_plain_adapter_does_not() -
         sampler, optimizer = RankSampler(model), torch.optim.Adam(model.parameters(), lr=0.02)
         for t in range(1, 501):
             if sampled:
-                sampler.begin(t)
+                sampler.begin_step(t)
             (model(x) - x @ target.T).square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
-            sampler.end()
+            sampler.end_step()
         for b in (1, 2, 3):
             with at_rank(model, b):
                 best = torch.tensor([4.0, 2.0, 1.0, 0.5])[b:].norm()
@@ -530,3 +530,24 @@ def test_what_has_no_such_cut_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="needs rank 5"):
         use_adapter(model, adapter_state(inject(qwen(), config(r=4), layer=NestedLoRALinear)))
     assert isinstance(next(iter(adapter_layers(model).values())), LoRALinear)
+
+
+def test_a_training_that_was_stopped_by_hand_leaves_the_adapter_whole(tmp_path: Path) -> None:
+    class Stop(TrainerCallback):
+        def on_substep_end(self, args, state, control, **_) -> None:
+            raise KeyboardInterrupt
+
+    torch.manual_seed(0)
+    model = inject(qwen(), config(r=8), NestedLoRALinear, ranks=(1, 2, 4, 8))
+    data = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}] * 4
+    args = training_arguments(
+        tmp_path, device="cpu", bf16=False, max_steps=1, gradient_accumulation_steps=2, save_strategy="no",
+        per_device_train_batch_size=1,
+    )  # fmt: skip
+    sampler = RankSampler(
+        model, seed=next(s for s in range(9) if RankSampler(model, s).rank(1) < 8)
+    )
+    trainer = AdapterTrainer(model, args, train_dataset=data, callbacks=[sampler, Stop()])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert {layer.rank for layer in adapter_layers(model).values()} == {8}

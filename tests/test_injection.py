@@ -1,7 +1,11 @@
 """`lora_course.injection`: adapters go in, are switched off, merged and taken out, and the base stays what it was."""
 
 import copy
+import math
+import weakref
+from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -9,9 +13,21 @@ from torch import nn
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    Qwen2ForCausalLM,
+    Trainer,
+    TrainingArguments,
 )
 
-from lora_course.injection import adapter_layers, disabled, inject, merge, unload, unmerge
+from lora_course.checkpoint import load_adapter, save_adapter
+from lora_course.injection import (
+    adapter_layers,
+    disabled,
+    inject,
+    injection_of,
+    merge,
+    unload,
+    unmerge,
+)
 from lora_course.lora import LoRALinear
 from lora_course.states import adapter_state
 from tests.models import SHAPE, batch, config, pair, qwen, randomize
@@ -144,3 +160,102 @@ def test_merged_equals_unmerged_and_unmerge_restores(dtype: torch.dtype, toleran
         )
     with pytest.raises(RuntimeError, match="merged"):
         unmerge(model)
+
+
+class Tied(nn.Module):
+    """Two linear layers that share a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.other = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
+        self.other.weight = self.one.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.other(torch.tanh(self.one(x)))
+
+
+@pytest.mark.parametrize("targets", [["one"], ["other"], ["one", "other"]])
+def test_a_weight_that_two_modules_share_is_adapted_and_not_merged(targets: list[str]) -> None:
+    model = randomize(inject(Tied(), LoraConfig(r=2, lora_alpha=6, target_modules=targets)))
+    x = torch.randn(3, 8)
+    before = model(x)
+    with pytest.raises(RuntimeError, match="shares its weight with"):
+        merge(model)
+    torch.testing.assert_close(model(x), before, atol=0, rtol=0)
+
+
+def test_numbers_of_numpy_are_taken_and_can_be_saved(tmp_path: Path) -> None:
+    given = config(
+        r=numpy.int64(3), lora_alpha=numpy.float32(6), rank_pattern={"q_proj": numpy.int32(2)}
+    )
+    model = inject(qwen(), given)
+    assert {layer.r for layer in adapter_layers(model).values()} == {2, 3}
+    load_adapter(qwen(), save_adapter(model, tmp_path))
+    assert type(injection_of(model).config.lora_alpha) is float
+
+
+@pytest.mark.parametrize(
+    "fields", [{"r": True}, {"lora_alpha": math.inf}, {"lora_alpha": math.nan}]
+)
+def test_what_is_no_rank_and_no_scale_is_refused(fields: dict) -> None:
+    model = qwen()
+    with pytest.raises(ValueError, match=next(iter(fields))):
+        inject(model, config(**fields))
+    assert not any(isinstance(module, LoRALinear) for module in model.modules())
+
+
+def test_a_task_whose_head_starts_at_random_is_refused() -> None:
+    with pytest.raises(ValueError, match="SEQ_CLS.*head"):
+        inject(qwen(), config(task_type="SEQ_CLS"))
+
+
+def test_a_compiled_model_is_saved_under_the_names_of_the_plain_one(tmp_path: Path) -> None:
+    model = randomize(inject(qwen(), config()))
+    expected = adapter_state(model)
+    compiled = torch.compile(model, backend="eager")
+    model.model.layers[0].mlp = torch.compile(model.model.layers[0].mlp, backend="eager")
+    assert adapter_state(compiled).keys() == expected.keys()
+    again = load_adapter(qwen(), save_adapter(compiled, tmp_path))
+    torch.testing.assert_close(again(**batch()).logits, model(**batch()).logits)
+    plain = unload(compiled)
+    assert not any(isinstance(module, LoRALinear) for module in plain.modules())
+
+
+def test_save_pretrained_writes_the_adapter_and_says_so(tmp_path: Path) -> None:
+    model = randomize(inject(qwen(), config()))
+    copied = randomize(copy.deepcopy(model), seed=8)
+    for saved, name in ((model, "a"), (copied, "b")):
+        with pytest.warns(UserWarning, match="adapter alone.*load_adapter"):
+            saved.save_pretrained(tmp_path / name)
+        again = load_adapter(qwen(), tmp_path / name)
+        torch.testing.assert_close(again(**batch()).logits, saved(**batch()).logits)
+    with pytest.raises(ValueError, match="export_peft"):
+        model.save_pretrained(tmp_path / "c", push_to_hub=True)
+    merge(model)
+    with pytest.raises(RuntimeError, match="unload"):
+        model.save_pretrained(tmp_path / "c")
+    assert not (tmp_path / "c").exists()
+    plain = unload(model)
+    plain.save_pretrained(tmp_path / "whole")
+    reloaded = Qwen2ForCausalLM.from_pretrained(tmp_path / "whole").eval()
+    torch.testing.assert_close(reloaded(**batch()).logits, plain(**batch()).logits)
+
+
+def test_a_plain_trainers_checkpoint_is_an_adapter_that_loads(tmp_path: Path) -> None:
+    model = randomize(inject(qwen(), config()))
+    data = [{"input_ids": [1, 2, 3, 4], "labels": [1, 2, 3, 4]}] * 2
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=1, save_steps=1, use_cpu=True, report_to="none", disable_tqdm=True
+    )
+    with pytest.warns(UserWarning, match="AdapterTrainer"):
+        Trainer(model, arguments, train_dataset=data).train()
+    again = load_adapter(qwen(), tmp_path / "checkpoint-1").eval()
+    torch.testing.assert_close(again(**batch()).logits, model.eval()(**batch()).logits)
+
+
+def test_a_deleted_model_is_freed_at_once() -> None:
+    model = inject(qwen(), config())
+    alive = weakref.ref(model)
+    del model
+    assert alive() is None

@@ -1,5 +1,7 @@
 """`lora_course.linears`: a 4-bit base under an adapter."""
 
+import math
+
 import bitsandbytes as bnb
 import pytest
 import torch
@@ -42,3 +44,71 @@ def test_4bit_base_is_kept_from_the_cpu_kernel_that_repacks() -> None:
     packed.weight.quant_state.packing_format_for_cpu = True
     with pytest.raises(RuntimeError, match="repacked"):
         LoRALinear(packed, r=2, lora_alpha=2)
+
+
+class ScaledFP8(nn.Linear):
+    """As FP8 linears are: the forward pass multiplies a low-precision weight by a scale."""
+
+    def __init__(self) -> None:
+        super().__init__(16, 12)
+        self.weight = nn.Parameter(
+            (self.weight.data * 50).to(torch.float8_e4m3fn), requires_grad=False
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight.to(x.dtype) / 50, self.bias)
+
+
+class Doubled(nn.Linear):
+    """A weight in fp32, and a forward pass that does not compute with it as it is."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, 2 * self.weight, self.bias)
+
+
+NOT_WHAT_RUNS = {
+    "fp8": ScaledFP8,
+    "own forward": lambda: Doubled(16, 12),
+    "weight_norm": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(16, 12)),
+    "spectral_norm": lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(16, 12)),
+    "old weight_norm": lambda: nn.utils.weight_norm(nn.Linear(16, 12)),
+    "old spectral_norm": lambda: nn.utils.spectral_norm(nn.Linear(16, 12)),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_WHAT_RUNS)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_weight_that_is_not_what_runs_is_adapted_and_not_merged(kind: str) -> None:
+    torch.manual_seed(0)
+    base = NOT_WHAT_RUNS[kind]().eval()
+    x = torch.randn(3, 16)
+    expected = base(x)
+    layer = LoRALinear(base, r=2, lora_alpha=6).eval()
+    torch.testing.assert_close(layer(x), expected, atol=0, rtol=0)
+    nn.init.normal_(layer.B, std=0.1)
+    served = layer(x)
+    torch.testing.assert_close(
+        served, expected + 3 * x @ layer.A.T @ layer.B.T, atol=1e-6, rtol=1e-6
+    )
+    with pytest.raises(TypeError, match="'the layer'"):
+        layer.check_merge("the layer")
+    with pytest.raises(TypeError):
+        layer.merge()
+    torch.testing.assert_close(layer(x), served, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size"), [(torch.float32, math.nan), (torch.float32, math.inf), (torch.float16, 1e5)]
+)
+def test_an_update_that_is_not_finite_in_the_weights_type_is_not_merged(
+    dtype: torch.dtype, size: float
+) -> None:
+    layer = LoRALinear(nn.Linear(16, 12).to(dtype), r=2, lora_alpha=6)
+    nn.init.ones_(layer.A)
+    nn.init.zeros_(layer.B)
+    with torch.no_grad():
+        layer.B[1, 0] = size
+    before = layer.base_layer.weight.clone()
+    with pytest.raises(ValueError, match="not finite"):
+        layer.merge()
+    assert torch.equal(layer.base_layer.weight, before) and not layer.merged

@@ -15,9 +15,17 @@ from lora_course.checkpoint import load_adapter, save_adapter
 from lora_course.export import export_peft
 from lora_course.injection import adapter_layers, inject, merge
 from lora_course.lora import AdapterState
-from lora_course.merging import average_factors, cross_term_error, dare, relative_error, ties
-from lora_course.states import adapter_state, concatenate, split_state, truncate, use_adapter
+from lora_course.merging import average_factors, cross_term_error, dare, ties
+from lora_course.states import (
+    adapter_state,
+    concatenate,
+    relative_error,
+    split_state,
+    truncate,
+    use_adapter,
+)
 from tests.models import batch, config, qwen, randomize
+from tests.tolerances import EXACT, ROUNDED
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]  # square, out < in, and out < in with another width
 
@@ -79,7 +87,7 @@ def test_averaged_factors_hold_each_pair_of_adapters() -> None:
     }.items():
         found = merged[module]["B"] @ merged[module]["A"]
         expected = 0.25 * a["B"] @ a["A"] + 4 * b["B"] @ b["A"] + a["B"] @ b["A"] + b["B"] @ a["A"]
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(found, expected, **ROUNDED)
     assert cross_term_error([states[0], states[0]]) == pytest.approx(0, abs=1e-6)  # nothing to mix
 
 
@@ -132,9 +140,7 @@ def test_one_adapter_of_weight_one_comes_out_as_it_was(merge) -> None:
     expected = use_adapter(model, state)(**batch()).logits
     merged = merge([state])
     assert_same(deltas(merged), deltas(state))
-    torch.testing.assert_close(
-        use_adapter(model, merged)(**batch()).logits, expected, atol=1e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(use_adapter(model, merged)(**batch()).logits, expected, **ROUNDED)
 
 
 # ------------------------------------------------------------------------------------------ TIES
@@ -173,6 +179,14 @@ def test_ties_at_density_one_with_agreeing_signs_is_the_mean() -> None:
     merged = ties(agreeing, None, 1.0)
     assert_same(deltas(merged.state), weighted(agreeing, [1 / 3] * 3), 1e-4)
     assert relative_error(ties(states, None, 1.0).state, concatenate(states, [1 / 3] * 3)) > 0.3
+
+
+def test_factors_of_adapters_with_other_modules_are_not_averaged_in_any_order() -> None:
+    states = make()
+    partial = {key: value for key, value in states[1].items() if "v_proj" in key}
+    for given in ([states[0], partial], [partial, states[0]]):
+        with pytest.raises(ValueError, match="one rank"):
+            average_factors(given)
 
 
 def test_the_cut_loses_what_it_says() -> None:
@@ -350,9 +364,9 @@ def test_a_merge_of_adapters_with_a_rank_pattern_can_be_saved_loaded_and_exporte
     model = use_adapter(inject(qwen(), config(target_modules=TARGETS)), ties(states, 4, 0.5).state)
     expected = model(**batch()).logits
     loaded = PeftModel.from_pretrained(qwen(), export_peft(model, tmp_path / "peft"))
-    torch.testing.assert_close(loaded(**batch()).logits, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(loaded(**batch()).logits, expected, **ROUNDED)
     again = load_adapter(qwen(), save_adapter(model, tmp_path / "own"))
-    torch.testing.assert_close(again(**batch()).logits, expected, atol=0, rtol=0)
+    torch.testing.assert_close(again(**batch()).logits, expected, **EXACT)
 
 
 # ------------------------------------------------------------------------------------------ states and refusals
@@ -369,7 +383,7 @@ def test_a_module_that_one_state_lacks_is_merged_from_the_others_and_nothing_giv
         alone = deltas(states[0])
         for module in alone:
             if "v_proj" not in module:
-                torch.testing.assert_close(found[module], alone[module], atol=1e-5, rtol=1e-5)
+                torch.testing.assert_close(found[module], alone[module], **ROUNDED)
     for state, copied in zip([states[0], partial], before, strict=True):
         assert all(torch.equal(state[key], copied[key]) for key in copied)
 
@@ -410,4 +424,4 @@ def test_merged_states_serve_on_the_model() -> None:
     use_adapter(model, dare(states, 5, 0.5).state)
     assert {layer.r for layer in adapter_layers(model).values()} == {5}
     unmerged = model(**batch()).logits
-    torch.testing.assert_close(merge(model)(**batch()).logits, unmerged, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(merge(model)(**batch()).logits, unmerged, **ROUNDED)

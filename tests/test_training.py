@@ -2,13 +2,8 @@
 
 import copy
 import json
-import os
-import signal
-import subprocess
-import sys
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -18,33 +13,21 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from lora_course import training
+from lora_course.arguments import compute_dtype, training_arguments
 from lora_course.injection import adapter_layers, inject, merge
 from lora_course.qlora import load_4bit, quantize_model
+from lora_course.runs import COMPLETE, last_checkpoint
 from lora_course.states import adapter_state
-from lora_course.training import (
-    COMPLETE,
-    AdapterTrainer,
-    compute_dtype,
-    device_of,
-    last_checkpoint,
-    one_device,
-    training_arguments,
-)
+from lora_course.training import AdapterTrainer
+from tests.processes import run_until_shot, shot
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 NANO = Path(training.__file__).parent / "data" / "nano"
 LENGTH = 16
 MODEL = AutoModelForCausalLM.from_pretrained(NANO, dtype=torch.float32)
 MODEL.model.layers = MODEL.model.layers[:2]  # half of nano: the same in half the time
 MODEL.config.num_hidden_layers = 2
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """The batches are too small for a second thread, which on a busy machine only waits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def injected(dropout: float = 0.0, model: torch.nn.Module | None = None) -> torch.nn.Module:
@@ -304,7 +287,7 @@ class Kill(TrainerCallback):
 
     def on_substep_end(self, args, state, control, **_) -> None:
         if state.global_step == 7:
-            os.kill(os.getpid(), signal.SIGKILL)
+            shot()
 
 
 def run_to_the_end(folder: Path, kill: bool = False) -> dict[str, torch.Tensor]:
@@ -337,16 +320,7 @@ def test_after_a_kill_the_same_command_reaches_the_same_weights(tmp_path: Path) 
     killed.mkdir()
     expected = run_to_the_end(straight)
 
-    code = f"from tests.test_training import *; torch.set_num_threads(1); run_to_the_end(Path({str(killed)!r}), kill=True)"
-    root = Path(__file__).parents[1]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]),
-    }
-    process = subprocess.run(
-        [sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True
-    )
-    assert process.returncode == -signal.SIGKILL, process.stderr
+    run_until_shot("tests.test_training", f"run_to_the_end(Path({str(killed)!r}), kill=True)")
     assert last_checkpoint(killed).name == "checkpoint-6"
     assert_same(run_to_the_end(killed), expected)
     assert (killed / "history.json").read_text() == (straight / "history.json").read_text()
@@ -439,18 +413,6 @@ def test_the_best_adapter_is_kept_and_brought_back_at_the_end(tmp_path: Path) ->
 # --- what it shows ------------------------------------------------------------------------------------------------------
 
 
-def test_progress_goes_to_the_error_stream_with_the_loss(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    trainer = AdapterTrainer(
-        injected(), arguments(tmp_path, disable_tqdm=False), train_dataset=rows()
-    )
-    trainer.train()
-    shown = capsys.readouterr()
-    assert "6/6" in shown.err and "loss=" in shown.err
-    assert shown.out == ""
-
-
 def test_a_loss_that_is_not_finite_is_shown_as_such(tmp_path: Path) -> None:
     args = arguments(tmp_path, max_steps=3)
     trainer = AdapterTrainer(
@@ -488,14 +450,8 @@ def test_a_gpu_without_bf16_computes_in_fp16(monkeypatch, native, dtype) -> None
     assert compute_dtype() == compute_dtype("cuda:0") == dtype
 
 
-def test_a_model_is_not_moved_to_where_the_arguments_train(tmp_path: Path) -> None:
-    model = injected()
-    on_gpu = SimpleNamespace(device=torch.device("cuda"), _n_gpu=2)
-    with pytest.raises(ValueError, match=r"the model is on cpu .* cuda: .*device='cpu'"):
-        one_device(model, on_gpu)
-    on_cpu = SimpleNamespace(device=torch.device("cpu"), _n_gpu=0)
-    one_device(model, on_cpu)
-    assert on_cpu._n_gpu == 1
-    model._hf_hook = SimpleNamespace(execution_device="cuda:0")  # offloaded: it computes on the GPU
-    one_device(model, on_gpu)
-    assert on_gpu._n_gpu == 1 and device_of(model) == torch.device("cuda:0")
+def test_without_progress_nothing_is_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    AdapterTrainer(injected(), arguments(tmp_path, max_steps=2), train_dataset=rows()).train()
+    assert capsys.readouterr().out == ""  # transformers prints each logged step in place of its bar

@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import yaml
@@ -102,24 +103,35 @@ def coverage(root: Path, results: list[Result]) -> str:
     there = {result.stem for result in results}
     lines = ["| the notes | chapter | in code | tests |", "|---|---|---|---|"]
     for row in data(root, "coverage.yml"):
-        module, stem = row["module"], row["chapter"]
-        written = (root / "lora_course" / f"{module}.py").exists()
-        tested = root / "tests" / f"test_{module}.py"
+        stem = row["chapter"]
         chapter = (
             f"[{stem.replace('_', '.', 1).split('_')[0]} {row['title']}](../notebooks/{stem}.ipynb)"
             if stem in there
             else "to come"
         )
-        names = ", ".join(f"`{name}`" for name in row["names"])
-        code = (
-            f"[`lora_course.{module}`](api/{api_stem(module)}.md): {names}"
-            if written
-            else "to come"
-        )
+        code, tests = [], []
+        for module, names in answers(row).items():
+            if exists(root, module):
+                link = f"[`lora_course.{module}`](api/{api_stem(module)}.md)"
+                code.append(f"{link}: {', '.join(f'`{name}`' for name in names)}")
+            for tested in (f"tests/test_{module}.py", f"tests/{module}/"):
+                tests += [f"`{tested}`"] if (root / tested).exists() else []
         lines.append(
-            f"| {row['heading']} <br> {row['english']} | {chapter} | {code} | {f'`tests/{tested.name}`' if tested.exists() else 'to come'} |"
+            f"| {row['heading']} <br> {row['english']} | {chapter} "
+            f"| {'; '.join(code) or 'to come'} | {', '.join(tests) or 'to come'} |"
         )
     return "\n".join(lines)
+
+
+def answers(row: dict[str, Any]) -> dict[str, list[str]]:
+    """The names that answer a heading of the notes, by module."""
+    return {row["module"]: row["names"], **row.get("beside", {})}
+
+
+def exists(root: Path, module: str) -> bool:
+    """Whether the package has the module, as a file or as a folder."""
+    path = root / "lora_course" / module.replace(".", "/")
+    return path.with_suffix(".py").exists() or (path / "__init__.py").exists()
 
 
 def bibliography(root: Path, results: list[Result]) -> str:
@@ -206,15 +218,15 @@ def cell(text: str) -> str:
 
 
 def api_modules(root: Path) -> list[str]:
-    """The modules that get an API page: the ground floor, the variants that exist, merging, the comparison, and the lab."""
-    package = root / "lora_course"
-    first = ["lora", "checkpoint", "training"]
-    rest = [row["module"] for row in data(root, "coverage.yml")]
-    lab = sorted(f"lab.{path.stem}" for path in (package / "lab").glob("[a-z]*.py"))
+    """The modules that get an API page: the ground floor, the variants that exist, merging, the studies' core, and the lab."""
+    first = ["lora", "injection", "states", "checkpoint", "export", "training"]
+    rest = [module for row in data(root, "coverage.yml") for module in answers(row)]
+    lab = sorted(f"lab.{path.stem}" for path in (root / "lora_course" / "lab").glob("[a-z]*.py"))
+    core = [f"experiments.{name}" for name in ("study", "arms", "record", "comparison")]
     return [
         name
-        for name in dict.fromkeys([*first, *rest, "merging", "compare", *lab])
-        if (package / f"{name.replace('.', '/')}.py").exists()
+        for name in dict.fromkeys([*first, *rest, "merging", *core, *lab])
+        if exists(root, name)
     ]
 
 

@@ -5,7 +5,7 @@ import torch
 
 from lora_course.classroom.exercises import exercise, mistake
 from lora_course.lora import LoRALinear
-from lora_course.qlora import nf4_codebook
+from lora_course.nf4 import nf4_codebook
 
 
 @exercise("1.1-a", points=1)

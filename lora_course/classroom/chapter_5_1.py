@@ -4,7 +4,7 @@ import math
 import statistics
 
 from lora_course.classroom.exercises import exercise, mistake
-from lora_course.compare import pareto
+from lora_course.lab.evidence import pareto
 
 
 @exercise("5.1-a", points=1)

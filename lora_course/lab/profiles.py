@@ -10,8 +10,8 @@ from typing import Any
 import psutil
 import torch
 
+from lora_course.arguments import compute_dtype
 from lora_course.lab.estimate import MemoryEstimate, Shape, estimate_memory
-from lora_course.training import compute_dtype
 
 GIB = 2**30
 CUDA_CONTEXT = GIB // 2  # what CUDA itself takes on a GPU before the first tensor

@@ -1,26 +1,26 @@
-"""Studies: many short trainings whose results are kept, and the one training they are all made of."""
+"""Recorded studies as chapters read them, and the one training that all of them are made of."""
 
 from __future__ import annotations
 
-import ast
-import hashlib
-import importlib.metadata
 import json
-import platform
+import re
+import statistics
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pandas
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from lora_course.arguments import device_of, training_arguments
 from lora_course.lab.precision import check_fp16
-from lora_course.training import AdapterTrainer, device_of, training_arguments
+from lora_course.training import AdapterTrainer
 
 STUDIES = Path(__file__).resolve().parents[1] / "data" / "studies"
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
+RUN = re.compile(r"(?P<arm>.+)/(?P<rate>[\d.e+-]+)/(?P<seed>\d+)/(?P<split>validation|test)")
 
 
 def fit(
@@ -61,66 +61,138 @@ def fit(
     return [entry["loss"] for entry in trainer.history]
 
 
-class Study:
-    """Results by key in one JSON file, written after each run: a study that is killed goes on where it was.
-
-    path: the file. sources: the files whose text makes the results; their hash is stored with them, and results of
-    other sources are not mixed in. Raises ValueError where the file holds results of other sources or settings.
-    """
-
-    def __init__(self, path: Path, sources: list[Path], settings: dict[str, Any]) -> None:
-        self.path = path
-        self.record: dict[str, Any] = {
-            "script": sources[0].name,
-            "source_sha256": source_hash(sources),
-            "settings": settings,
-            "versions": {
-                "python": platform.python_version(),
-                **{p: importlib.metadata.version(p) for p in PACKAGES},
-            },
-            "runs": {},
-        }
-        if path.exists():
-            old = json.loads(path.read_text())
-            for key in ("source_sha256", "settings"):
-                if old[key] != self.record[key]:
-                    raise ValueError(
-                        f"{path} holds results of another {key}: move it away to start the study anew."
-                    )
-            self.record = old
-
-    def run(self, key: str, function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The recorded result of `key`; computed and written first if there is none yet."""
-        if key not in self.record["runs"]:
-            self.record["runs"][key] = function()
-            part = self.path.with_suffix(".part")
-            part.write_text(json.dumps(self.record, indent=1) + "\n")
-            part.replace(self.path)
-        return self.record["runs"][key]
-
-
 def load_study(name: str) -> dict[str, Any]:
-    """A committed study: `script`, `source_sha256`, `settings`, `versions` and `runs` (results by key)."""
-    return json.loads((STUDIES / f"{name}.json").read_text())
+    """A committed record: `study` (its name), `settings`, `runs` (values by key), `made` (date, commit, versions and machine of
+    which runs) and `verified` (when its witness last ran again, and how far apart it came out; None before).
+
+    Raises ValueError for an unknown name, listing what there is.
+    """
+    path = STUDIES / f"{name}.json"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in STUDIES.glob("*.json")))
+        raise ValueError(f"study {name!r} has no record; there are {known}")
+    return json.loads(path.read_text())
 
 
-def source_hash(sources: list[Path]) -> str:
-    """SHA-256 over files, in the order given: of data its bytes, of Python its syntax tree, so that an edited comment,
-    docstring or line break is no other source."""
-    digest = hashlib.sha256()
-    for path in sources:
-        digest.update(
-            _code(path.read_text()).encode() if path.suffix == ".py" else path.read_bytes()
-        )
-    return digest.hexdigest()
+def provenance(record: Mapping[str, Any]) -> str:
+    """One or two sentences: when, at which commit and with which torch the record was made, and when it last held."""
+    made = [entry for entry in record["made"] if entry["keys"]]
+    if not made:
+        return "Nothing is recorded yet."
+    versions = sorted({entry["versions"]["torch"] for entry in made})
+    said = f"Recorded {_when(made)} with torch {' and '.join(versions)}"
+    verified = record["verified"]
+    if not verified:
+        return f"{said}; not verified since."
+    apart = ", ".join(
+        f"{field.replace('_', ' ')} {value:.2g} (allowed: {verified['within'][field]:g})"
+        for field, value in verified["largest"].items()
+    )
+    keys = " and ".join(f"`{key}`" for key in verified["keys"])
+    held = "" if verified["holds"] else " IT DID NOT HOLD."
+    return f"{said}. Verified {_when([verified])} by running {keys} again; largest difference: {apart}.{held}"
 
 
-def _code(text: str) -> str:
-    tree = ast.parse(text)
-    for node in ast.walk(tree):
-        if (
-            isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-            and ast.get_docstring(node) is not None
-        ):
-            node.body = node.body[1:]
-    return ast.dump(tree)
+def _when(entries: Sequence[Mapping[str, Any]]) -> str:
+    dates = sorted({entry["date"] for entry in entries})
+    commits = list(dict.fromkeys(entry["commit"] for entry in entries if entry["commit"]))
+    span = f"on {dates[0]}" if len(dates) == 1 else f"from {dates[0]} to {dates[-1]}"
+    return f"{span} (commit {', '.join(commits)})" if commits else span
+
+
+def tried_rates(record: Mapping[str, Any], arm: str) -> list[float]:
+    """The learning rates that were tried for an arm on validation text, in order."""
+    return sorted({rate for rate, _, split in _runs_of(record, arm) if split == "validation"})
+
+
+def chosen_rate(record: Mapping[str, Any], arm: str) -> float:
+    """The learning rate of an arm's runs on test text. Raises KeyError if there are none."""
+    for rate, _, split in _runs_of(record, arm):
+        if split == "test":
+            return rate
+    raise KeyError(
+        f"{arm}: not in the record; `lora-course study run {record['study']} --arms {arm}` computes it"
+    )
+
+
+def series(record: Mapping[str, Any], arm: str, field: str = "bits_per_byte") -> list[float]:
+    """A field of an arm's runs on test text, one value a seed, in the order of the seeds."""
+    rate = chosen_rate(record, arm)
+    runs = (record["runs"][f"{arm}/{rate:g}/{s}/test"] for s in record["settings"]["seeds"])
+    return [run[field] for run in runs]
+
+
+def budget(record: Mapping[str, Any]) -> pandas.DataFrame:
+    """What a record says of its arms: a row for each, with what it trained, on how much, at which rates, with which seeds.
+
+    An arm is what runs under keys "arm/rate/seed/split". Steps, batch and length are the settings' own; where the settings
+    give an arm other steps (in `arm_steps`, or in the arm's entry of `trainings`), those; 0 for what trains nothing.
+    "agree": of the seeds that searched, how many would have chosen the rate by themselves.
+    """
+    settings, arms = record["settings"], dict.fromkeys(arm for arm, *_ in _all_runs(record))
+    size = settings.get("score_bytes", "")
+    tested = size.get("test", size.get("domain")) if isinstance(size, dict) else size
+    batch, length = (settings.get(name, "") for name in ("batch", "length"))
+    rows: dict[str, dict[str, Any]] = {}
+    for arm in arms:
+        of_arm, tried = _runs_of(record, arm), tried_rates(record, arm)
+        rates = list(dict.fromkeys(rate for rate, _, split in of_arm if split == "test"))
+        steps = _steps(settings, arm)
+        shared = {
+            "steps": steps,
+            "rows a step": batch,
+            "tokens a row": length,
+            "tokens read": f"{steps * batch * length:,}" if batch and length else "",
+            "rates tried": ", ".join(f"{rate:g}" for rate in tried),
+            "test bytes": f"{tested:,}" if tested else "",
+        }
+        # what runs on test text at several rates is as many arms, whose keys hold something else in a rate's place
+        for rate in rates or [None]:
+            name = f"{arm}/{rate:g}" if len(rates) > 1 else arm
+            prefix = f"{arm}/" if rate is None else f"{arm}/{rate:g}/"
+            runs = [run for key, run in record["runs"].items() if key.startswith(prefix)]
+            counted = sorted({run["parameters"] for run in runs if "parameters" in run})
+            ends = dict.fromkeys(counted[:1] + counted[-1:])
+            seeds = [seed for at, seed, split in of_arm if (at, split) == (rate, "test")]
+            chosen = rate if len(rates) == 1 else None
+            rows[name] = {"parameters": " to ".join(f"{n:,}" for n in ends)} | shared
+            rows[name]["rate"] = "" if chosen is None else f"{chosen:g}"
+            rows[name]["agree"] = _agreement(record, arm, tried, chosen)
+            rows[name]["seeds"] = ", ".join(map(str, seeds or settings["seeds"]))
+    order = ["parameters", "steps", "rows a step", "tokens a row", "tokens read", "rates tried", "rate", "agree", "seeds", "test bytes"]  # fmt: skip
+    return pandas.DataFrame.from_dict(rows, orient="index", columns=order)
+
+
+def _agreement(
+    record: Mapping[str, Any], arm: str, tried: Sequence[float], chosen: float | None
+) -> str:
+    """ "2 of 3": of the seeds that tried all rates, those whose own best is the chosen one."""
+    if chosen not in tried:
+        return ""
+    lost: dict[int, dict[float, float]] = {}
+    for rate, seed, split in _runs_of(record, arm):
+        value = record["runs"][f"{arm}/{rate:g}/{seed}/{split}"].get("bits_per_byte")
+        value = statistics.fmean(value.values()) if isinstance(value, dict) else value
+        if split == "validation" and value is not None:
+            lost.setdefault(seed, {})[rate] = value
+    asked = [by_rate for by_rate in lost.values() if len(by_rate) == len(tried)]
+    agree = sum(min(by_rate, key=by_rate.__getitem__) == chosen for by_rate in asked)
+    return f"{agree} of {len(asked)}" if asked else ""
+
+
+def _steps(settings: Mapping[str, Any], arm: str) -> int:
+    name = arm.split("/")[0]
+    own = settings.get("trainings", {}).get(name, {})
+    steps = own.get("steps", settings.get("steps", 0)) if isinstance(own, dict) else 0
+    return settings.get("arm_steps", {}).get(name, steps)
+
+
+def _all_runs(record: Mapping[str, Any]) -> Iterator[tuple[str, float, int, str]]:
+    """(arm, rate, seed, split) of the runs whose keys are written so; an arm's name may hold slashes."""
+    for key in record["runs"]:
+        if found := RUN.fullmatch(key):
+            yield found["arm"], float(found["rate"]), int(found["seed"]), found["split"]
+
+
+def _runs_of(record: Mapping[str, Any], arm: str) -> list[tuple[float, int, str]]:
+    return [(rate, seed, split) for name, rate, seed, split in _all_runs(record) if name == arm]

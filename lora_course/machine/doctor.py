@@ -53,8 +53,8 @@ def machine(versions: dict[str, str]) -> Iterator[tuple[str, str]]:
 def gpu() -> str:
     import torch
 
+    from lora_course.arguments import compute_dtype
     from lora_course.lab.profiles import usable_gpu
-    from lora_course.training import compute_dtype
 
     if not torch.cuda.is_available():
         return "none that torch sees; chapters run on the CPU"

@@ -87,7 +87,8 @@ def _pip(packages: list[str]) -> None:
 
 def _lacking(names: set[str]) -> list[Requirement]:
     """What installed distributions require and don't find; one requirement for each package."""
-    versions, found = installed(), {}
+    versions = installed()
+    found: dict[str, Requirement] = {}
     for name in sorted(names):
         for need in _requirements(name):
             if not _met(need, versions):

@@ -1,8 +1,4 @@
-"""`lora_course.lab.study`: a study goes on where it stopped, and does not mix results of other code; `fit` is paired by seed."""
-
-import json
-import re
-from pathlib import Path
+"""`lora_course.lab.study`: one training that is paired by seed, and what a record says of itself."""
 
 import pytest
 import torch
@@ -11,35 +7,15 @@ from transformers import TrainerCallback
 
 from lora_course.injection import inject
 from lora_course.lab import blocks, load_base, load_text
-from lora_course.lab.study import STUDIES, Study, fit, load_study, source_hash
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def test_a_study_runs_what_is_missing_only_and_refuses_other_sources_and_settings(
-    tmp_path: Path,
-) -> None:
-    source, ran = tmp_path / "script.py", []
-    source.write_text("1")
-
-    def result(value: int) -> dict[str, int]:
-        ran.append(value)
-        return {"value": value}
-
-    Study(tmp_path / "s.json", [source], {"steps": 3}).run("a", lambda: result(1))
-    again = Study(tmp_path / "s.json", [source], {"steps": 3})
-    assert again.run("a", lambda: result(9)) == {"value": 1}
-    assert again.run("b", lambda: result(2)) == {"value": 2}
-    assert ran == [1, 2]
-    assert json.loads((tmp_path / "s.json").read_text())["runs"] == {
-        "a": {"value": 1},
-        "b": {"value": 2},
-    }
-    with pytest.raises(ValueError, match="another settings"):
-        Study(tmp_path / "s.json", [source], {"steps": 4})
-    source.write_text("3")
-    with pytest.raises(ValueError, match="another source_sha256"):
-        Study(tmp_path / "s.json", [source], {"steps": 3})
+from lora_course.lab.study import (
+    budget,
+    chosen_rate,
+    fit,
+    load_study,
+    provenance,
+    series,
+    tried_rates,
+)
 
 
 def test_fit_repeats_itself_and_the_seed_orders_the_rows() -> None:
@@ -66,50 +42,80 @@ def test_fit_takes_what_a_method_adds_to_the_training() -> None:
     model, tokenizer = load_base("nano")
     rows = blocks(tokenizer, load_text("bible", "validation")[:6], 32)
     inject(model, LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"]))
-    losses = fit(
-        model,
-        rows,
-        1e-2,
-        0,
-        2,
-        2,
-        callbacks=[Counter()],
-        auxiliary_loss=lambda m: torch.tensor(100.0),
-        disable_tqdm=True,
-    )
+    added = {"callbacks": [Counter()], "auxiliary_loss": lambda m: torch.tensor(100.0)}
+    losses = fit(model, rows, 1e-2, 0, 2, 2, **added, disable_tqdm=True)
     assert Counter.seen == [1, 2] and min(losses) > 100
 
 
-@pytest.mark.parametrize("path", sorted(STUDIES.glob("*.json")), ids=lambda path: path.stem)
-def test_committed_studies_carry_their_script_seeds_versions_and_source(path: Path) -> None:
-    record = load_study(path.stem)
-    settings = record["settings"]
-    assert len(settings["seeds"]) >= 3 if "seeds" in settings else settings["draws"] >= 3
-    assert record["runs"]
-    if (
-        "command" in record
-    ):  # the comparison keeps sources by run and versions by method, as methods are computed apart
-        assert record["command"] == "lora-course compare"
-        assert {key.split("/")[0] for key in record["runs"]} == set(record["methods"])
-        assert all(re.fullmatch("[0-9a-f]{16}", run["source"]) for run in record["runs"].values())
-        assert all(
-            method["versions"]["torch"] and method["date"] for method in record["methods"].values()
-        )
-        return
-    scripts = list((ROOT / "tools" / "studies").glob(record["script"]))
-    assert len(scripts) == 1
-    assert record["versions"]["torch"] and len(record["source_sha256"]) == 64
+def record_of(runs: dict[str, dict], **settings: object) -> dict:
+    return {"study": "s", "settings": {"seeds": [0, 1]} | settings, "runs": runs, "made": [], "verified": None}  # fmt: skip
 
 
-def test_source_hash_depends_on_the_code_and_data_of_every_file_and_not_on_comments(
-    tmp_path: Path,
-) -> None:
-    a, b = tmp_path / "a.py", tmp_path / "b.parquet"
-    a.write_text("def f(x):\n    return x + 1\n"), b.write_text("y")
-    first = source_hash([a, b])
-    a.write_text('def f(x):\n    """Adds one."""\n    return x + 1  # really\n')
-    assert source_hash([a, b]) == first
-    a.write_text("def f(x):\n    return x + 2\n")
-    second = source_hash([a, b])
-    b.write_text("z")
-    assert len({first, second, source_hash([a, b])}) == 3
+RUNS = {
+    "base/test": {"bits_per_byte": 3.0},
+    "lora/0.004/0/validation": {"bits_per_byte": 2.5, "parameters": 10},
+    "lora/0.008/0/validation": {"bits_per_byte": 2.4, "parameters": 10},
+    "lora/0.016/0/validation": {"bits_per_byte": 2.6, "parameters": 10},
+    "lora/0.004/1/validation": {"bits_per_byte": 2.3, "parameters": 10},
+    "lora/0.008/1/validation": {"bits_per_byte": 2.35, "parameters": 10},
+    "lora/0.016/1/validation": {"bits_per_byte": 2.6, "parameters": 10},
+    "lora/0.008/0/test": {"bits_per_byte": 2.45, "parameters": 10},
+    "lora/0.008/1/test": {"bits_per_byte": 2.47, "parameters": 12},
+    "short/python/0.004/0/test": {"bits_per_byte": 2.9},
+    "top/0/0/test": {"bits_per_byte": 1.0},
+    "top/0.1/0/test": {"bits_per_byte": 1.0},
+}
+
+
+def test_the_budget_is_read_from_the_record() -> None:
+    settings = {"steps": 60, "batch": 4, "length": 128, "score_bytes": {"validation": 1, "test": 40_000}, "arm_steps": {"short": 8, "top": 0}}  # fmt: skip
+    table = budget(record_of(RUNS, **settings))
+    assert list(table.index) == ["lora", "short/python", "top/0", "top/0.1"]
+    assert dict(table.loc["lora"]) == {
+        "parameters": "10 to 12", "steps": 60, "rows a step": 4, "tokens a row": 128, "tokens read": "30,720",
+        "rates tried": "0.004, 0.008, 0.016", "rate": "0.008", "agree": "1 of 2", "seeds": "0, 1", "test bytes": "40,000",
+    }  # fmt: skip
+    assert table.loc["short/python", "steps"] == 8 and table.loc["short/python", "agree"] == ""
+    assert table.loc["top/0", "tokens read"] == "0" and table.loc["top/0", "rate"] == ""
+
+
+def test_rates_and_series_of_an_arm_whose_name_may_hold_a_slash() -> None:
+    record = record_of(RUNS)
+    assert (
+        tried_rates(record, "lora") == [4e-3, 8e-3, 1.6e-2] and chosen_rate(record, "lora") == 8e-3
+    )
+    assert series(record, "lora") == [2.45, 2.47] and series(record, "lora", "parameters") == [
+        10,
+        12,
+    ]
+    assert chosen_rate(record, "short/python") == 4e-3 and tried_rates(record, "short/python") == []
+    with pytest.raises(KeyError, match="dora: not in the record; `lora-course study run s --arms"):
+        series(record, "dora")
+
+
+def test_provenance_is_a_sentence_of_when_and_how_far() -> None:
+    made = {
+        "date": "2026-11-24",
+        "commit": "bcf0bcb",
+        "versions": {"torch": "2.13.0"},
+        "keys": ["a"],
+    }
+    record = record_of({}) | {"made": [made, made | {"date": "2026-11-26", "commit": None}]}
+    assert provenance(record) == (
+        "Recorded from 2026-11-24 to 2026-11-26 (commit bcf0bcb) with torch 2.13.0; not verified since."
+    )
+    record["verified"] = {
+        "date": "2026-12-01", "commit": "1234567", "keys": ["a"], "largest": {"bits_per_byte": 0.0012}, "within": {"bits_per_byte": 0.01},
+        "reason": "", "holds": True,
+    }  # fmt: skip
+    assert provenance(record).endswith(
+        "Verified on 2026-12-01 (commit 1234567) by running `a` again; largest difference: bits per byte 0.0012 (allowed: 0.01)."
+    )
+    assert provenance(record_of({})) == "Nothing is recorded yet."
+
+
+def test_a_committed_record_is_loaded_by_its_name() -> None:
+    record = load_study("1_2_adalora")
+    assert chosen_rate(record, "adalora") == 3.2e-2 and len(series(record, "adalora")) >= 3
+    with pytest.raises(ValueError, match="has no record; there are"):
+        load_study("1_2_adalroa")

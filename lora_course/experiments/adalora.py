@@ -1,0 +1,153 @@
+"""The study of chapter 1.2: AdaLoRA against plain LoRA of the same final budget, with the same learning-rate search.
+
+Each method tries each rate with each search seed. Controls choose the triplets in another way than by importance in the whole
+model; they take AdaLoRA's rate. All end with 112 triplets in nano's 28 linear layers, at scale 2.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import AdaLoraConfig, LoraConfig
+from torch import Tensor
+
+from lora_course.adalora import (
+    AdaLoRALinear,
+    RankAllocator,
+    kept_triplets,
+    prune_triplets,
+    regularizer,
+)
+from lora_course.experiments import (
+    ROUNDING,
+    Arm,
+    Kept,
+    Runs,
+    Study,
+    Trained,
+    Witness,
+    adapted,
+    base_score,
+    bits_of,
+    compete,
+    rows_of,
+    run_key,
+    train,
+)
+from lora_course.injection import injection_of
+
+SETTINGS = {
+    "model": "nano", "domain": "shakespeare", "steps": 60, "batch": 4, "length": 128,
+    "train_bytes": 1_000_000, "score_bytes": {"validation": 20_000, "test": 40_000}, "seeds": [0, 1, 2], "search_seeds": [0, 1, 2],
+    "learning_rates": [4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2],
+    "methods": {"lora": {"r": 4, "lora_alpha": 8}, "adalora": {"orth_reg_weight": 0.5}, "free": {"orth_reg_weight": 0.0}},
+    "controls": ["magnitude", "per layer", "random"], "target_modules": "all-linear",
+    "adalora": {"init_r": 6, "target_r": 4, "lora_alpha": 12, "tinit": 6, "tfinal": 20, "deltaT": 2, "total_step": 60},
+}  # fmt: skip
+METHODS, CONTROLS = SETTINGS["methods"], SETTINGS["controls"]
+
+
+class Recorder(RankAllocator):
+    """An allocator that remembers what it chose, and that may choose by something else than importance."""
+
+    def __init__(self, model: torch.nn.Module, choice: str, seed: int) -> None:
+        super().__init__(model)
+        self.history: dict[str, list[int]] = {}
+        generator = torch.Generator().manual_seed(seed)
+        for layer in self.layers.values() if choice != "importance" else ():
+            scores = {"magnitude": magnitude, "per layer": per_layer, "random": drawn}[choice]
+            layer.scores = scores(layer, generator)
+
+    def step(self, t: int) -> dict[str, int] | None:
+        chosen = super().step(t)
+        if chosen:
+            self.history[str(t)] = list(chosen.values())
+        return chosen
+
+
+def magnitude(layer: AdaLoRALinear, _: torch.Generator):
+    """The size of λ alone, as in a truncated SVD."""
+    return lambda: layer.E.abs().flatten()
+
+
+def per_layer(layer: AdaLoRALinear, _: torch.Generator):
+    """Scores under which each layer keeps as many triplets as the others: the place of each within its layer."""
+    return lambda: 1.0 + AdaLoRALinear.scores(layer).argsort().argsort()
+
+
+def drawn(layer: AdaLoRALinear, generator: torch.Generator):
+    """Scores drawn once."""
+    fixed: Tensor = 0.1 + torch.rand(layer.r, generator=generator)
+    return lambda: fixed
+
+
+def make(method: str, seed: int, choice: str = "importance") -> Arm:
+    """An arm; choice: by what AdaLoRA chooses its triplets."""
+    targets = SETTINGS["target_modules"]
+    if method == "lora":
+        return Arm(adapted(SETTINGS, seed, LoraConfig(**METHODS[method], target_modules=targets)))
+    config = AdaLoraConfig(**SETTINGS["adalora"], **METHODS[method], target_modules=targets)
+    model = adapted(SETTINGS, seed, config, layer=AdaLoRALinear)
+    allocator = Recorder(model, choice, seed)
+
+    def finish(model: torch.nn.Module) -> dict[str, Any]:
+        injection_of(model).config.orth_reg_weight = 1.0  # to measure by, as "free" has none
+        orthogonality = regularizer(model).item()
+        prune_triplets(model)
+        return {
+            "orthogonality": orthogonality,
+            "ranks": kept_triplets(model),
+            "history": allocator.history,
+        }
+
+    return Arm(model, [allocator], regularizer, finish=finish)
+
+
+def trained(method: str, rate: float, seed: int, choice: str = "importance") -> Trained:
+    arm = make(method, seed, choice)
+    return train(arm, rows_of(SETTINGS), rate, seed, SETTINGS["steps"], SETTINGS["batch"])
+
+
+def score(found: Trained, split: str) -> dict[str, Any]:
+    values = {
+        "bits_per_byte": bits_of(SETTINGS, found.model, split),
+        "parameters": found.arm.parameters(found.model),
+    }
+    if split == "validation":
+        return values | {k: v for k, v in found.seen.items() if k == "orthogonality"}
+    return values | found.seen | {"losses": found.curve}
+
+
+def control(choice: str, rate: float, seed: int) -> dict[str, Any]:
+    return score(trained("adalora", rate, seed, choice), "test")
+
+
+def body(runs: Runs) -> None:
+    rates, seeds = SETTINGS["learning_rates"], SETTINGS["search_seeds"]
+    controls = (len(METHODS) + len(CONTROLS)) * len(runs.seeds)
+    runs.expect(2 + len(METHODS) * len(rates) * len(seeds) + controls)
+    for split in ("validation", "test"):
+        runs(f"base/{split}", base_score, SETTINGS, split)
+    best = {}
+    for method in METHODS:
+        best[method] = compete(runs, method, Kept(trained, method), score, rates, seeds)
+    rate = best["adalora"]
+    for choice in CONTROLS:
+        for seed in runs.seeds:
+            runs(run_key(choice, rate, seed, "test"), control, choice, rate, seed)
+
+
+WITNESS = Witness(
+    ("adalora/0.032/0/test",),
+    {"bits_per_byte": 0.005},
+    ROUNDING,
+    chapter="1_2_adalora",
+)
+STUDY = Study(
+    "1_2_adalora",
+    "AdaLoRA against LoRA of the same budget; what chooses the triplets",
+    SETTINGS,
+    body,
+    WITNESS,
+)

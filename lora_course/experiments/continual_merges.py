@@ -1,0 +1,73 @@
+"""Of the study of chapter 3.3: several adapters in one, by our merging and by PEFT's, which works on the factors."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from lora_course.experiments import base_of
+from lora_course.lora import AdapterState
+from lora_course.merging import Merged, average_factors, dare, ties
+from lora_course.states import concatenate, split_state, truncate
+
+
+def merged_states(
+    settings: Mapping[str, Any], states: Sequence[AdapterState], seed: int
+) -> dict[str, AdapterState | Merged]:
+    """One state of several, by method. All but "mean" and "sum" have rank r."""
+    r, count, density = settings["r"], len(states), settings["ties_density"]
+    mean, one = [1 / count] * count, [1.0] * count
+    theirs = in_peft(settings, states)
+    torch.manual_seed(seed)  # PEFT's DARE draws from the global generator
+    drop = {"density": settings["dare_density"]}
+    return {
+        "mean": concatenate(states, mean),
+        "sum": concatenate(states),
+        "mean, cut to r": truncate(concatenate(states, mean), r),
+        "sum, cut to r": truncate(concatenate(states), r),
+        "TIES": ties(states, r, density),
+        "DARE": dare(states, r, settings["dare_density"], mean, seed),
+        "mean of the factors": average_factors(states),
+        "PEFT linear": peft_merge(theirs, mean, "linear"),
+        "PEFT ties": peft_merge(theirs, one, "ties", density=density),
+        "PEFT dare_linear": peft_merge(theirs, mean, "dare_linear", **drop),
+    }
+
+
+def in_peft(settings: Mapping[str, Any], states: Sequence[AdapterState]) -> nn.Module:
+    """nano with the states as PEFT adapters "0", "1", …"""
+    model, r = None, settings["r"]
+    for i, state in enumerate(states):
+        config = LoraConfig(r=r, lora_alpha=2 * r, target_modules=sorted(split_state(state)))
+        if model is None:
+            model = get_peft_model(base_of(settings), config, str(i))
+        else:
+            model.add_adapter(str(i), config)
+        for module, tensors in split_state(state).items():
+            layer = model.base_model.model.get_submodule(module)
+            layer.lora_A[str(i)].weight.data.copy_(tensors["A"])
+            layer.lora_B[str(i)].weight.data.copy_(tensors["B"])
+    return model
+
+
+def peft_merge(
+    model: nn.Module, weights: list[float], kind: str, **arguments: object
+) -> AdapterState:
+    """What PEFT's add_weighted_adapter makes of the adapters, as a state."""
+    names = [str(i) for i in range(len(weights))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.base_model.add_weighted_adapter(names, weights, kind, kind, **arguments)
+    merged: AdapterState = {}
+    for module, layer in model.base_model.model.named_modules():
+        if hasattr(layer, "lora_A"):
+            merged[f"{module}.A"] = layer.lora_A[kind].weight.detach().clone()
+            merged[f"{module}.B"] = layer.lora_B[kind].weight.detach().clone()
+            merged[f"{module}.scaling"] = torch.tensor(layer.scaling[kind], dtype=torch.float64)
+    model.base_model.delete_adapter(kind)
+    return merged

@@ -1,0 +1,146 @@
+"""The study of chapter 3.2: four domain teachers into one student of half their rank, and what else four adapters can become.
+
+Students have one rank, one scale, the same rows in the same order and as many steps. Trained on the mixed text alone, and
+distilled by domain, each searches its rate; the other distilled students take the rate of the one distilled by domain. Merged
+adapters and a mixture of the teachers choose their one setting (a weight, a router's rate) on validation text too, the router's
+with the first seed alone. Bits a byte are means over domains.
+
+Teachers have read more than students: 192 rows of one domain each, against 64 rows of each of the four.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+
+from lora_course.experiments import (
+    ROUNDING,
+    Runs,
+    Study,
+    Witness,
+    adapted,
+    base_of,
+    bits_of,
+    config_of,
+    run_key,
+    search,
+)
+from lora_course.experiments import distillation_costs as costs
+from lora_course.experiments.distillation_models import (
+    DISTILLED,
+    DOMAINS,
+    SETTINGS,
+    Found,
+    R,
+    distilled,
+    merged,
+    on_data,
+    teacher_states,
+    with_router,
+)
+from lora_course.injection import trainable_parameters
+from lora_course.lora import AdapterState
+from lora_course.states import use_adapter
+
+
+def score(
+    model: nn.Module | AdapterState, split: str, domains: Sequence[str] = DOMAINS
+) -> dict[str, float]:
+    """Bits a byte on a sample of a split, by domain; of a model, or of the base with an adapter's state."""
+    if not isinstance(model, nn.Module):
+        model = use_adapter(adapted(SETTINGS, 0, config_of(R)), model)
+    return {domain: bits_of(SETTINGS, model, split, domain) for domain in domains}
+
+
+def result(scores: dict[str, float], **more: Any) -> dict[str, Any]:
+    return {"bits_per_byte": statistics.fmean(scores.values()), "by_domain": scores} | more
+
+
+def trained_result(found: Found, split: str) -> dict[str, Any]:
+    model, history = found
+    curves = {key: [round(x, 4) for x in history[key]] for key in history if key != "seconds"}
+    counted = {"parameters": trainable_parameters(model)}
+    seconds = {"seconds": round(history["seconds"], 2)}
+    return result(score(model, split)) | counted | seconds | curves
+
+
+ARMS: dict[str, Callable[[float, int, str], dict[str, Any]]] = {
+    "data alone": lambda rate, seed, split: trained_result(on_data(rate, seed), split),
+    "by domain": lambda rate, seed, split: trained_result(
+        distilled("by domain", rate, seed), split
+    ),
+    "merged": lambda weight, seed, split: result(score(merged(weight, seed), split)),
+    "experts": lambda rate, seed, split: result(score(with_router(rate, seed), split)),
+}
+"""The arms that choose something, as functions of what they choose, seed and split."""
+
+
+def own_teachers(seed: int) -> dict[str, Any]:
+    """Each domain's test text with that domain's teacher."""
+    states = teacher_states(seed)
+    return result({domain: score(states[domain], "test", [domain])[domain] for domain in DOMAINS})
+
+
+def body(runs: Runs) -> None:
+    rates, seeds, searching = SETTINGS["learning_rates"], runs.seeds, SETTINGS["search_seeds"]
+    grids = {
+        "data alone": (rates, searching),
+        "by domain": (rates, searching),
+        "merged": (SETTINGS["merge_weights"], searching),
+        "experts": (SETTINGS["router_rates"], searching[:1]),
+    }
+    tried = sum(len(grid) * len(asked) for grid, asked in grids.values())
+    sweep = 2 * len(SETTINGS["temperatures"])
+    runs.expect(3 + tried + (len(DISTILLED) + 6 + sweep) * len(seeds))
+    runs("base/test", lambda: result(score(base_of(SETTINGS), "test")))
+    best = {}
+    for arm, (grid, asked) in grids.items():
+
+        def validated(choice: float, seed: int, arm: str = arm) -> float:
+            key = run_key(arm, choice, seed, "validation")
+            return runs(key, ARMS[arm], choice, seed, "validation")["bits_per_byte"]
+
+        # merged weights were no search beyond an edge: study 3_2_merge goes on below
+        best[arm] = search(validated, grid, asked, edges=arm != "merged")
+    rate = best["by domain"]
+
+    def of_kind(kind: str, seed: int, split: str, **how: Any) -> dict[str, Any]:
+        return trained_result(distilled(kind, rate, seed, **how), split)
+
+    for seed in seeds:
+        for arm in ("data alone", "merged", "experts"):
+            runs(run_key(arm, best[arm], seed, "test"), ARMS[arm], best[arm], seed, "test")
+        for kind in DISTILLED:
+            runs(run_key(kind, rate, seed, "test"), of_kind, kind, seed, "test")
+        runs(f"own teacher/{seed}/test", own_teachers, seed)
+        for mixture in ("probabilities", "logits"):
+            ensemble = lambda m, s: result(score(costs.ensemble(s, m), "test"))  # noqa: E731
+            runs(f"ensemble, {mixture}/{seed}/test", ensemble, mixture, seed)
+    for temperature in SETTINGS["temperatures"]:
+        for squared in (True, False):
+            how = {"temperature": temperature, "temperature_squared": squared}
+            for seed in seeds:
+                key = f"sweep/{temperature:g}/{'with' if squared else 'without'} T²/{seed}"
+                make = functools.partial(of_kind, **how)
+                runs(f"{key}/validation", make, "by domain", seed, "validation")
+    runs("latency", costs.latency, SETTINGS["seeds"][0])
+    runs("memory", costs.memory, SETTINGS["seeds"][0])
+
+
+WITNESS = Witness(
+    ("merged/0.25/0/test",),
+    {"bits_per_byte": 0.005},
+    ROUNDING,
+    chapter="3_2_distillation",
+)
+STUDY = Study(
+    "3_2_distillation",
+    "Four teachers into one student, and other ways to make one of four",
+    SETTINGS,
+    body,
+    WITNESS,
+)

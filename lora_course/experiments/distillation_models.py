@@ -1,0 +1,115 @@
+"""Of the study of chapter 3.2: its settings, its teachers, and what is made of them."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import datasets
+import torch
+from torch import nn
+
+from lora_course import experts
+from lora_course.arguments import training_arguments
+from lora_course.distillation import DistillationConfig, DistillationTrainer, Teachers
+from lora_course.experiments import adapted, base_of, config_of, rows_of
+from lora_course.lab import study
+from lora_course.lora import AdapterState
+from lora_course.states import adapter_state, concatenate, truncate
+
+# What the teachers' mixture is made of: each row's own teacher, all four equally, or all four's logits equally.
+DISTILLED = {
+    "by domain": {"by_domain": True},
+    "by domain, reverse KL": {"by_domain": True, "divergence": "reverse"},
+    "equal weights": {"by_domain": False},
+    "equal weights, logits": {"by_domain": False, "mixture": "logits"},
+}
+SETTINGS = {
+    "model": "nano", "domains": ["bible", "shakespeare", "milton", "python"], "train_bytes": 160_000, "score_bytes": 8_000,
+    "batch": 8, "length": 128, "seeds": [0, 1, 2], "search_seeds": [0, 1, 2],
+    "teacher": {"r": 8, "steps": 24, "learning_rate": 8e-3}, "student": {"r": 4, "steps": 32},
+    "learning_rates": [4e-3, 8e-3, 1.6e-2, 3.2e-2], "alpha": 0.5, "temperature": 1.0,
+    "distilled": DISTILLED, "temperatures": [2.0, 4.0, 8.0], "merge_weights": [0.25, 0.5, 1.0],
+    "steps": 32, "arm_steps": {"merged": 0}, "router_rates": [3e-2, 1e-1, 3e-1, 1.0], "latency": {"batch": 8, "length": 128, "repeats": 15},
+}  # fmt: skip
+DOMAINS = SETTINGS["domains"]
+R, STEPS = SETTINGS["student"]["r"], SETTINGS["student"]["steps"]
+Found = tuple[nn.Module, dict[str, Any]]
+
+
+def mixed_rows(domains: Sequence[str] = DOMAINS, steps: int = STEPS) -> datasets.Dataset:
+    """What the students read: equally many rows of each domain, which say of which they are."""
+    count, parts = steps * SETTINGS["batch"] // len(domains), []
+    for i, domain in enumerate(domains):
+        rows = rows_of(SETTINGS, domain).select(range(count))
+        parts.append(rows.add_column("domain", [i] * count))
+    return datasets.concatenate_datasets(parts).with_format("torch")
+
+
+@functools.cache
+def teacher_states(seed: int) -> dict[str, AdapterState]:
+    """One adapter a domain, each trained on its own text."""
+    states, how = {}, SETTINGS["teacher"]
+    for domain in DOMAINS:
+        model = adapted(SETTINGS, seed, config_of(how["r"]))
+        plan = (how["learning_rate"], seed, how["steps"], SETTINGS["batch"])
+        study.fit(model, rows_of(SETTINGS, domain), *plan, disable_tqdm=True)
+        states[domain] = adapter_state(model)
+    return states
+
+
+def on_data(rate: float, seed: int) -> Found:
+    """A student that sees the mixed text alone."""
+    model, start = adapted(SETTINGS, seed, config_of(R)), time.perf_counter()
+    losses = study.fit(model, mixed_rows(), rate, seed, STEPS, SETTINGS["batch"], disable_tqdm=True)
+    return model, {"losses": losses, "seconds": time.perf_counter() - start}
+
+
+def distilled(kind: str, rate: float, seed: int, **settings: Any) -> Found:
+    """A student of the four teachers; the recipe is that of `lab.study.fit`."""
+    how = dict(DISTILLED[kind])
+    weights = torch.eye(len(DOMAINS)) if how.pop("by_domain") else None
+    usual = {"alpha": SETTINGS["alpha"], "temperature": SETTINGS["temperature"]}
+    config = DistillationConfig(**usual | how | settings)
+    return distil(teacher_states(seed), weights, config, rate, seed, STEPS, mixed_rows())
+
+
+def distil(
+    states: dict[str, AdapterState], weights: torch.Tensor | None, config: DistillationConfig, rate: float, seed: int,
+    steps: int, rows: datasets.Dataset,
+) -> Found:  # fmt: skip
+    """Teachers into one student on the rows."""
+    model = adapted(SETTINGS, seed, config_of(R))
+    with tempfile.TemporaryDirectory() as folder:
+        args = training_arguments(
+            folder, learning_rate=rate, seed=seed, max_steps=steps, warmup_steps=0.1, lr_scheduler_type="linear",
+            per_device_train_batch_size=SETTINGS["batch"], save_strategy="no", disable_tqdm=True,
+        )  # fmt: skip
+        more = {"teachers": Teachers(model, states, weights), "config": config}
+        trainer = DistillationTrainer(model, args, train_dataset=rows, **more)
+        start = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - start
+    losses, divergences = (
+        [entry[key] for entry in trainer.history] for key in ("task", "divergence")
+    )
+    return model, {"losses": losses, "divergences": divergences, "seconds": seconds}
+
+
+def merged(weight: float, seed: int, cut: bool = True) -> AdapterState:
+    """The sum of the teachers' updates, each times `weight`; cut: to the student's rank."""
+    states = list(teacher_states(seed).values())
+    whole = concatenate(states, [weight] * len(states))
+    return truncate(whole, R) if cut else whole
+
+
+def with_router(rate: float, seed: int) -> nn.Module:
+    """The teachers as frozen experts behind trained routers (chapter 2.1): all of them stay, and run at once."""
+    model = base_of(SETTINGS)
+    torch.manual_seed(seed)
+    experts.mix_experts(model, list(teacher_states(seed).values()))
+    study.fit(model, mixed_rows(), rate, seed, STEPS, SETTINGS["batch"], disable_tqdm=True)
+    return model

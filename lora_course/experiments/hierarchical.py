@@ -1,0 +1,135 @@
+"""The study of chapter 4.2: one adapter served at four ranks, trained in several ways, against an adapter for each rank.
+
+A training gives adapters of the ranks 1, 2, 4 and 8 in one or more ways ("servings"); each of them is put into plain LoRA
+layers and scored. All have scale 2 at every rank, see the same batches with the same seed, and take the same steps, but for
+"short": four adapters that share these steps. Each serving searches its own learning rate, by the mean bits a byte over the
+ranks that are served. "not-held" leaves the rows beyond the cut to the optimiser, whose momentum moves them.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+from typing import Any
+
+import torch
+
+from lora_course.experiments import (
+    ROUNDING,
+    Arm,
+    Kept,
+    Runs,
+    Study,
+    Trained,
+    Witness,
+    adapted,
+    base_score,
+    bits_of,
+    compete,
+    config_of,
+    rows_of,
+    train,
+)
+from lora_course.hierarchical import NestedLoRALinear, RankSampler, cut
+from lora_course.injection import adapter_layers
+from lora_course.lora import AdapterState
+from lora_course.states import factor_state, truncate, use_adapter
+
+RANKS = [1, 2, 4, 8]
+STEPS = 32
+TRAININGS = {
+    **{f"lora-{r}": {"r": r, "steps": STEPS} for r in RANKS},
+    **{f"short-{r}": {"r": r, "steps": STEPS // len(RANKS)} for r in RANKS},
+    "truncation": {"r": 8, "steps": STEPS, "weighting": "equal", "hold": True},
+    "not-held": {"r": 8, "steps": STEPS, "weighting": "equal", "hold": False},
+    "matryoshka": {"r": 8, "steps": STEPS, "weighting": "matryoshka"},
+}
+SERVINGS = {
+    **{f"lora-{r}": ["whole"] for r in RANKS[:-1]},
+    "lora-8": ["whole", "sliced", "svd"],
+    **{f"short-{r}": ["whole"] for r in RANKS},
+    "truncation": ["cut"], "not-held": ["cut"], "matryoshka": ["cut", "bare"],
+}  # fmt: skip
+SETTINGS = {
+    "model": "nano", "domain": "shakespeare", "batch": 4, "length": 128, "train_bytes": 1_000_000, "score_bytes": 10_000,
+    "seeds": [0, 1, 2], "search_seeds": [0],
+    "learning_rates": [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2, 0.128, 0.256], "first": [8e-3, 1.6e-2, 3.2e-2],
+    "scaling": 2.0, "target_modules": "all-linear", "ranks": RANKS, "trainings": TRAININGS, "servings": SERVINGS,
+}  # fmt: skip
+
+
+def trained(name: str, rate: float, seed: int) -> Trained:
+    how, layer = TRAININGS[name], {}
+    if "weighting" in how:
+        layer = {"layer": NestedLoRALinear, "ranks": RANKS, "weighting": how["weighting"]}
+    model = adapted(SETTINGS, seed, config_of(how["r"], SETTINGS["scaling"]), **layer)
+    callbacks = [RankSampler(model, seed, hold=how["hold"])] if "hold" in how else []
+    rows = rows_of(SETTINGS)
+    return train(Arm(model, callbacks), rows, rate, seed, how["steps"], SETTINGS["batch"])
+
+
+def adapters(model: torch.nn.Module, serving: str) -> dict[int, AdapterState]:
+    """What is served, by rank: plain LoRA factors."""
+    whole = factor_state(model)
+    r = next(iter(adapter_layers(model).values())).r
+    if serving == "whole":
+        return {r: whole}
+    if serving == "sliced":
+        return {b: sliced(whole, b) for b in RANKS}
+    if serving == "svd":
+        return {b: truncate(whole, b) for b in RANKS}
+    return {b: cut(model, b, weighted=serving == "cut") for b in RANKS}
+
+
+def sliced(whole: AdapterState, b: int) -> AdapterState:
+    """The first `b` rows of each A and columns of each B."""
+    rows = {"A": lambda t: t[:b], "B": lambda t: t[:, :b], "scaling": lambda t: t}
+    return {name: rows[name.rpartition(".")[2]](t).clone() for name, t in whole.items()}
+
+
+@functools.cache
+def plain() -> torch.nn.Module:
+    """The model that adapters are put into to be scored."""
+    return adapted(SETTINGS, 0, config_of(1, 1.0))
+
+
+def score(serving: str, found: Trained, split: str) -> dict[str, Any]:
+    scores = {
+        str(b): bits_of(SETTINGS, use_adapter(plain(), state), split)
+        for b, state in adapters(found.model, serving).items()
+    }
+    values: dict[str, Any] = {"bits_per_byte": scores}
+    return values | {"losses": found.curve} if split == "test" else values
+
+
+def mean(values: dict[str, Any]) -> float:
+    return statistics.fmean(values["bits_per_byte"].values())
+
+
+def body(runs: Runs) -> None:
+    first, seeds = SETTINGS["first"], SETTINGS["search_seeds"]
+    arms = runs.arms([f"{name}/{serving}" for name in TRAININGS for serving in SERVINGS[name]])
+    runs.expect(2 + len(arms) * (len(first) * len(seeds) + len(runs.seeds)))
+    for split in ("validation", "test"):
+        runs(f"base/{split}", base_score, SETTINGS, split)
+    for name in TRAININGS:
+        again = Kept(trained, name)  # servings of one training share what was trained
+        for serving in SERVINGS[name]:
+            if f"{name}/{serving}" in arms:
+                scored = functools.partial(score, serving)
+                compete(runs, f"{name}/{serving}", Kept(again), scored, first, seeds, value=mean)
+
+
+WITNESS = Witness(
+    ("truncation/cut/0.016/0/test",),
+    {"bits_per_byte": 0.005},
+    ROUNDING,
+    chapter="4_2_hierarchical",
+)
+STUDY = Study(
+    "4_2_hierarchical",
+    "One adapter at four ranks against one for each",
+    SETTINGS,
+    body,
+    WITNESS,
+)

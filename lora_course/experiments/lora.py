@@ -1,0 +1,116 @@
+"""The study of chapter 0.1: LoRA by target, by rank and by scale, against full fine-tuning, with one rule for every learning rate.
+
+A block of nano has 8 · 4,672 parameters with LoRA of rank 8 on all linear layers; 21 · 1,792 on attention only (0.7% more) and
+13 · 2,880 on the MLP only (0.2% more). "scale" is s: 2 by α = 2r, or by a rule that gives 2 at r = 8.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from peft import LoraConfig
+from torch import nn
+
+from lora_course import lab
+from lora_course.experiments import (
+    ROUNDING,
+    Arm,
+    Kept,
+    Runs,
+    Study,
+    Trained,
+    Witness,
+    adapted,
+    base_of,
+    compete,
+    rows_of,
+    run_key,
+    tokenizer_of,
+    train,
+)
+from lora_course.injection import adapter_layers
+
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+MLP = ["gate_proj", "up_proj", "down_proj"]
+ARMS = {
+    "lora": {"target_modules": "all-linear", "r": 8, "scale": "alpha = 2r"},
+    "full": {"target_modules": None, "r": None, "scale": None},
+    "mlp": {"target_modules": MLP, "r": 13, "scale": "alpha = 2r"},
+    "attention": {"target_modules": ATTENTION, "r": 21, "scale": "alpha = 2r"},
+    "r64": {"target_modules": "all-linear", "r": 64, "scale": "alpha = 2r"},
+    "r64-rslora": {"target_modules": "all-linear", "r": 64, "scale": "rslora"},
+    "r64-alpha16": {"target_modules": "all-linear", "r": 64, "scale": "alpha = 16"},
+    "r16": {"target_modules": "all-linear", "r": 16, "scale": "alpha = 2r"},
+    "r16-rslora": {"target_modules": "all-linear", "r": 16, "scale": "rslora"},
+    "r2": {"target_modules": "all-linear", "r": 2, "scale": "alpha = 2r"},
+}
+SETTINGS = {
+    "model": "nano", "domain": "shakespeare", "own_domain": "glosses", "steps": 60, "batch": 8, "length": 128,
+    "train_bytes": 1_000_000, "score_bytes": {"domain": 40_000, "own_domain": 20_000}, "seeds": [0, 1, 2], "search_seeds": [0],
+    "arms": ARMS, "learning_rates": [2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2], "first": [4e-3, 8e-3, 1.6e-2],
+}  # fmt: skip
+
+
+def config(arm: str) -> LoraConfig:
+    """The adapter of an arm; of "full" one of rank 1, which stays zero."""
+    if arm == "full":
+        return LoraConfig(r=1, lora_alpha=1, target_modules="all-linear")
+    r, scale, targets = (ARMS[arm][key] for key in ("r", "scale", "target_modules"))
+    alpha = {"alpha = 2r": 2 * r, "alpha = 16": 16, "rslora": 2 * math.sqrt(8)}[scale]
+    return LoraConfig(r=r, lora_alpha=alpha, use_rslora=scale == "rslora", target_modules=targets)
+
+
+def trained(arm: str, rate: float, seed: int) -> Trained:
+    model = adapted(SETTINGS, seed, config(arm))
+    if (
+        arm == "full"
+    ):  # every weight trains, and the adapter stays the zero that it is: the same trainer and batches
+        adapter = {p for layer in adapter_layers(model).values() for p in (layer.A, layer.B)}
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter not in adapter)
+    return train(Arm(model), rows_of(SETTINGS), rate, seed, SETTINGS["steps"], SETTINGS["batch"])
+
+
+def bits(model: nn.Module, split: str) -> dict[str, float]:
+    """Bits a byte on a sample of a split: of the text that was learned, and of the base's own domain."""
+    result = {}
+    for name, domain in (("bits_per_byte", "domain"), ("own_domain", "own_domain")):
+        texts, size = lab.load_text(SETTINGS[domain], split), SETTINGS["score_bytes"][domain]
+        result[name] = lab.bits_per_byte(
+            model, tokenizer_of(SETTINGS["model"]), texts, max_bytes=size
+        )
+    return result
+
+
+def score(found: Trained, split: str) -> dict[str, Any]:
+    values = bits(found.model, split) | {"parameters": found.arm.parameters(found.model)}
+    return values | {"losses": found.curve} if split == "test" else values
+
+
+def body(runs: Runs) -> None:
+    arms, first, seeds = runs.arms(list(ARMS)), SETTINGS["first"], SETTINGS["search_seeds"]
+    runs.expect(2 + len(arms) * (len(first) + 2 * len(runs.seeds) - 1))
+    for split in ("validation", "test"):
+        runs(f"base/{split}", lambda s: bits(base_of(SETTINGS), s), split)
+    for arm in arms:
+        kept = Kept(trained, arm)
+        best = compete(runs, arm, kept, score, first, seeds)
+        for seed in runs.seeds:
+            key = run_key(arm, best, seed, "validation")
+            runs(key, lambda *how: score(kept(*how), "validation"), best, seed)
+
+
+WITNESS = Witness(
+    ("r2/0.016/0/test",),
+    {"bits_per_byte": 0.005, "own_domain": 0.02, "parameters": 0},
+    ROUNDING,
+    chapter="0_1_lora",
+)
+STUDY = Study(
+    "0_1_lora",
+    "LoRA by target, rank and scale, and full fine-tuning",
+    SETTINGS,
+    body,
+    WITNESS,
+)

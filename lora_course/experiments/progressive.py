@@ -1,0 +1,153 @@
+"""The study of chapter 2.2: four short stages against one LoRA of one stage's rank, one of all stages' rank, and restarts alone.
+
+All arms see the same batches in the same order, at the same scale, with the same learning-rate grid and the same linear decay
+over all steps. One LoRA is a run of one stage. "restarts" clears the moments and warms the learning rate up again where the
+stages do, and keeps its factors. "merge" is trained at the rate of "stack" only: the two differ by rounding. Of the runs on
+test text the singular values of the updates are kept.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+
+from lora_course import progressive
+from lora_course.arguments import training_arguments
+from lora_course.checkpoint import save_adapter
+from lora_course.experiments import (
+    ROUNDING,
+    Kept,
+    Runs,
+    Study,
+    Witness,
+    base_of,
+    base_score,
+    bits_of,
+    compete,
+    rows_of,
+    run_key,
+)
+from lora_course.injection import adapter_layers
+
+METHODS = {
+    "small": {"mode": "stack", "r": 4, "stages": 1}, "large": {"mode": "stack", "r": 16, "stages": 1},
+    "restarts": {"mode": "restart", "r": 4, "stages": 4}, "stack": {"mode": "stack", "r": 4, "stages": 4},
+    "merge": {"mode": "merge", "r": 4, "stages": 4, "rate_of": "stack"},
+}  # fmt: skip
+SETTINGS = {
+    "model": "nano", "domain": "shakespeare", "steps": 48, "batch": 8, "length": 128, "train_bytes": 1_000_000,
+    "score_bytes": 20_000, "seeds": [0, 1, 2], "search_seeds": [0], "learning_rates": [4e-3, 8e-3, 1.6e-2, 3.2e-2], "scaling": 2.0,
+    "warmup": 0.1, "methods": METHODS,
+}  # fmt: skip
+TRAINING = {
+    "disable_tqdm": True, "save_strategy": "no", "per_device_train_batch_size": SETTINGS["batch"],
+    "train_sampling_strategy": "sequential",
+}  # fmt: skip
+
+
+def parts_of(seed: int, count: int) -> list[datasets.Dataset]:
+    """The rows of all steps in the order of a seed, read from the first to the last, in so many parts."""
+    size = SETTINGS["steps"] * SETTINGS["batch"] // count
+    rows = rows_of(SETTINGS).shuffle(seed=seed)
+    return [rows.select(range(k * size, (k + 1) * size)) for k in range(count)]
+
+
+def trained(method: str, rate: float, seed: int) -> dict[str, Any]:
+    """One training: the adapted model, its losses, and the spectra of its stages."""
+    how, model = METHODS[method], base_of(SETTINGS)
+    steps, parts = SETTINGS["steps"] // how["stages"], parts_of(seed, how["stages"])
+    stages = [progressive.Stage(how["r"], "all-linear", rate, steps, SETTINGS["warmup"])]
+    stages *= how["stages"]
+    with tempfile.TemporaryDirectory() as path:
+        folder = Path(path)
+        if how["mode"] == "restart":
+            losses = restart(model, stages, parts, seed, folder)
+        else:
+            results = progressive.train_stages(
+                model, stages, parts, folder, how["mode"], scaling=SETTINGS["scaling"], seed=seed, **TRAINING,
+            )  # fmt: skip
+            losses = [entry["loss"] for result in results for entry in result["history"]]
+        kept = 1 if how["mode"] == "restart" else how["stages"]
+        spectra = [spectrum(progressive.load_stage(base_of(SETTINGS), folder, k)) for k in range(kept)]  # fmt: skip
+    return {"model": model, "losses": [round(loss, 4) for loss in losses], "spectra": spectra}
+
+
+def restart(
+    model: torch.nn.Module,
+    stages: list[progressive.Stage],
+    parts: list[datasets.Dataset],
+    seed: int,
+    folder: Path,
+) -> list[float]:
+    """One LoRA through the learning rates and fresh optimisers of all stages."""
+    progressive.inject_stages(model, stages, SETTINGS["scaling"])
+    progressive.begin_stage(model, stages[0], seed)
+    losses = []
+    for k, stage in enumerate(stages):
+        plan = {"learning_rate": stage.learning_rate, "max_steps": stage.steps}
+        args = training_arguments(folder, seed=seed + 1000 * k, **plan, **TRAINING)
+        trainer = progressive.StageTrainer(model, args, stages, k, "run", train_dataset=parts[k])
+        trainer.train()
+        losses += [entry["loss"] for entry in trainer.history]
+    save_adapter(model, folder / "stage-0")
+    return losses
+
+
+def spectrum(model: torch.nn.Module) -> dict[str, Any]:
+    """Over the adapted layers: ranks of the accumulated update (singular values above a millionth of the largest), the mean
+    effective rank, the mean size ‖ΔW‖ / ‖W₀‖, and the mean singular values as shares of the largest."""
+    values, layers = progressive.singular_values(model), adapter_layers(model)
+    ranks = [int((s > 1e-6 * s[0]).sum()) for s in values.values()]
+    effective = [progressive.effective_rank(s) for s in values.values()]
+    sizes = [(s.norm() / layers[n].base_layer.weight.norm()).item() for n, s in values.items()]
+    shares = torch.stack([s / s[0] for s in values.values()]).mean(0).tolist()
+    return {
+        "ranks": [min(ranks), max(ranks)],
+        "effective_rank": round(statistics.fmean(effective), 4),
+        "size": round(statistics.fmean(sizes), 5),
+        "singular_values": [round(x, 5) for x in shares],
+    }
+
+
+def score(found: dict[str, Any], split: str) -> dict[str, Any]:
+    values = {"bits_per_byte": bits_of(SETTINGS, found["model"], split)}
+    if split == "test":
+        values |= {"losses": found["losses"], "spectra": found["spectra"]}
+    return values
+
+
+def body(runs: Runs) -> None:
+    rates, seeds = SETTINGS["learning_rates"], SETTINGS["search_seeds"]
+    tried = (len(METHODS) - 1) * len(rates) * len(seeds)
+    runs.expect(2 + tried + len(METHODS) * len(runs.seeds))
+    for split in ("validation", "test"):
+        runs(f"base/{split}", base_score, SETTINGS, split)
+    best = {}
+    for method, how in METHODS.items():
+        if "rate_of" in how:
+            rate = best[how["rate_of"]]
+            for seed in runs.seeds:
+                key = run_key(method, rate, seed, "test")
+                runs(key, lambda *of: score(trained(*of), "test"), method, rate, seed)
+        else:
+            best[method] = compete(runs, method, Kept(trained, method), score, rates, seeds)
+
+
+WITNESS = Witness(
+    ("stack/0.016/0/test",),
+    {"bits_per_byte": 0.005},
+    ROUNDING,
+    chapter="2_2_progressive",
+)
+STUDY = Study(
+    "2_2_progressive",
+    "Four short stages against one LoRA, and restarts alone",
+    SETTINGS,
+    body,
+    WITNESS,
+)

@@ -1,0 +1,130 @@
+"""The study of chapter 4.3: LoRA's factors in few bits, trained quantised or quantised afterwards, against bytes.
+
+Trained: plain LoRA of three ranks (rank 1 in fp32 and rank 2 in 16 bits take about the bytes of rank 8 in 4 bits), and rank 8
+with quantised factors. What is quantised after training is plain LoRA's own run of that seed. Bytes are those of the files
+that are written. Scale 2 for all.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_course.experiments import (
+    ROUNDING,
+    Arm,
+    Kept,
+    Runs,
+    Study,
+    Trained,
+    Witness,
+    adapted,
+    base_score,
+    bits_of,
+    compete,
+    config_of,
+    rows_of,
+    run_key,
+    train,
+)
+from lora_course.injection import adapter_layers
+from lora_course.quantized import QuantizedLoRALinear, quantize_after_training, save_quantized
+
+RANKS = {"lora": 8, "r1": 1, "r2": 2}
+GRIDS = {
+    "4 group": {"bits": 4}, "2 group": {"bits": 2}, "2 group clip": {"bits": 2, "clip": 0.5}, "3 group": {"bits": 3},
+    "8 group": {"bits": 8}, "A2 B8": {"bits_A": 2, "bits_B": 8}, "A8 B2": {"bits_A": 8, "bits_B": 2},
+    "4 tensor": {"bits": 4, "granularity": "tensor"}, "2 tensor": {"bits": 2, "granularity": "tensor"},
+}  # fmt: skip
+AFTER = GRIDS | {
+    "8 tensor": {"bits": 8, "granularity": "tensor"}, "8 channel": {"bits": 8, "granularity": "channel"},
+    "4 channel": {"bits": 4, "granularity": "channel"}, "2 channel": {"bits": 2, "granularity": "channel"},
+}  # fmt: skip
+R2_AFTER = {"bits": 16, "granularity": "channel"}
+SETTINGS = {
+    "model": "nano", "domain": "shakespeare", "steps": 40, "batch": 4, "length": 128, "r": 8, "scaling": 2,
+    "train_bytes": 1_000_000, "score_bytes": {"validation": 15_000, "test": 25_000}, "seeds": [0, 1, 2], "search_seeds": [0],
+    "target_modules": "all-linear", "group_size": 64, "ranks": RANKS, "trained": GRIDS, "after": AFTER, "r2 after": R2_AFTER,
+    "learning_rates": [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2], "first": [4e-3, 8e-3, 1.6e-2],
+}  # fmt: skip
+
+
+def make(arm: str, seed: int) -> Arm:
+    config = config_of(RANKS.get(arm, SETTINGS["r"]), SETTINGS["scaling"])
+    if arm in RANKS:
+        return Arm(adapted(SETTINGS, seed, config))
+    model = adapted(SETTINGS, seed, config, layer=QuantizedLoRALinear, **GRIDS[arm])
+    return Arm(model, save=save_quantized)
+
+
+def trained(arm: str, rate: float, seed: int) -> Trained:
+    rows, steps, batch = rows_of(SETTINGS), SETTINGS["steps"], SETTINGS["batch"]
+    return train(make(arm, seed), rows, rate, seed, steps, batch)
+
+
+def score(found: Trained, split: str) -> dict[str, Any]:
+    values: dict[str, Any] = {"bits_per_byte": bits_of(SETTINGS, found.model, split)}
+    if split == "test":
+        values |= {"bytes": file_bytes(found.arm), "losses": found.curve}
+    return values
+
+
+def file_bytes(arm: Arm) -> int:
+    """What the adapter takes on disk: the safetensors file, its header included."""
+    with tempfile.TemporaryDirectory() as folder:
+        arm.save(arm.model, Path(folder))
+        (file,) = Path(folder).glob("*.safetensors")
+        return file.stat().st_size
+
+
+@torch.no_grad()
+def quantized_after(found: Trained, grid: dict[str, Any], with_error: bool) -> dict[str, Any]:
+    """A plain LoRA, quantised when it was done; error: ‖ΔW − ΔW before‖ / ‖ΔW before‖ over all layers together."""
+    model = copy.deepcopy(found.model)
+    quantize_after_training(model, group_size=SETTINGS["group_size"], **grid)
+    arm = Arm(model, save=save_quantized)
+    values = {"bits_per_byte": bits_of(SETTINGS, model, "test"), "bytes": file_bytes(arm)}
+    if with_error:
+        before = {n: x.delta_weight() for n, x in adapter_layers(found.model).items()}
+        after = {n: x.delta_weight() for n, x in adapter_layers(model).items()}
+        lost = sum((after[n] - before[n]).square().sum() for n in before)
+        values["error"] = (lost / sum(w.square().sum() for w in before.values())).sqrt().item()
+    return values
+
+
+def body(runs: Runs) -> None:
+    arms, first, seeds = [*RANKS, *GRIDS], SETTINGS["first"], SETTINGS["search_seeds"]
+    tested = (len(arms) + len(AFTER) + 1) * len(runs.seeds)
+    runs.expect(2 + len(arms) * len(first) * len(seeds) + tested)
+    for split in ("validation", "test"):
+        runs(f"base/{split}", base_score, SETTINGS, split)
+    for arm in arms:
+        kept = Kept(trained, arm)
+        best = compete(runs, arm, kept, score, first, seeds)
+
+        def after(seed: int, grid: dict[str, Any], kept=kept, arm=arm, best=best) -> dict[str, Any]:
+            return quantized_after(kept(best, seed), grid, arm == "lora")
+
+        grids = {"lora": {f"after {name}": grid for name, grid in AFTER.items()}}
+        for name, grid in (grids | {"r2": {"r2 after": R2_AFTER}}).get(arm, {}).items():
+            for seed in runs.seeds:
+                runs(run_key(name, best, seed, "test"), after, seed, grid)
+
+
+WITNESS = Witness(
+    ("4 group/0.008/0/test",),
+    {"bits_per_byte": 0.005, "bytes": 64},
+    ROUNDING + "; the file's header names more than it did",
+    chapter="4_3_quantized",
+)
+STUDY = Study(
+    "4_3_quantized",
+    "Factors in few bits, trained so or quantised afterwards",
+    SETTINGS,
+    body,
+    WITNESS,
+)

@@ -1,0 +1,159 @@
+"""The study of chapter 4.1: gates, masked factors and a mask on ΔW against plain LoRA of as many trained parameters.
+
+One method of each family searches its learning rate, and all methods of the family are trained at it. The scale is 2 for all.
+"factors/4" trains as many numbers as "lora/4", and so do the others.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_course.experiments import (
+    ROUNDING,
+    Arm,
+    Runs,
+    Study,
+    Trained,
+    Witness,
+    adapted,
+    base_score,
+    bits_of,
+    config_of,
+    rows_of,
+    run_key,
+    search,
+    train,
+)
+from lora_course.injection import adapter_layers
+from lora_course.lora import LoRALinear
+from lora_course.sparse import (
+    GatedLoRALinear,
+    GateSparsity,
+    SparseDeltaLinear,
+    SparseLoRALinear,
+    open_gates,
+    prune_gates,
+)
+
+LAYERS = {
+    "lora": LoRALinear,
+    "gates": GatedLoRALinear,
+    "factors": SparseLoRALinear,
+    "delta": SparseDeltaLinear,
+}
+METHODS = {
+    "lora/4": {"r": 4},
+    "lora/8": {"r": 8},
+    "lora/2": {"r": 2},
+    "factors/4": {"r": 8, "sparsity": 0.5},
+    "factors/2": {"r": 8, "sparsity": 0.75},
+    "delta/4": {"r": 4},
+    "delta/2": {"r": 2},
+    "delta/magnitude": {"r": 4, "mask": "magnitude"},
+    "gates/2": {"r": 8, "penalty": 2.0},
+    "gates/1": {"r": 8, "penalty": 1.0},
+    "gates/4": {"r": 8, "penalty": 4.0},
+}
+SEARCHED = ["lora/4", "factors/4", "delta/4", "gates/2"]
+SETTINGS = {
+    "model": "nano", "domain": "shakespeare", "steps": 40, "batch": 4, "length": 128,
+    "train_bytes": 1_000_000, "score_bytes": {"validation": 15_000, "test": 30_000}, "seeds": [0, 1, 2], "search_seeds": [0],
+    "learning_rates": [4e-3, 8e-3, 1.6e-2, 3.2e-2], "scaling": 2, "methods": METHODS, "searched": SEARCHED,
+    "target_modules": "all-linear",
+}  # fmt: skip
+
+
+class Recorder(GateSparsity):
+    """Remembers how many gates are open after each step."""
+
+    def __init__(self, model: nn.Module, penalty: float) -> None:
+        super().__init__(model, penalty)
+        self.opened: list[int] = []
+
+    def step(self, optimizer: torch.optim.Optimizer, t: int = 1) -> int:
+        self.opened.append(super().step(optimizer, t))
+        return self.opened[-1]
+
+
+def make(method: str, seed: int) -> Arm:
+    """An arm; masks and gates come from torch's generator, as the factors do."""
+    fields, family = METHODS[method], family_of(method)
+    arguments = {key: fields[key] for key in ("sparsity", "mask") if key in fields}
+    config = config_of(fields["r"], SETTINGS["scaling"])
+    model = adapted(SETTINGS, seed, config, layer=LAYERS[family], **arguments)
+    if family != "gates":
+        return Arm(model)
+    recorder, start = Recorder(model, fields["penalty"]), gates_of(model)
+
+    def finish(model: nn.Module) -> dict[str, Any]:
+        gates = {"start": start, "end": gates_of(model)}
+        prune_gates(model)
+        return {"ranks": open_gates(model), "opened": recorder.opened, "gates": gates}
+
+    return Arm(model, [recorder], finish=finish)
+
+
+def family_of(method: str) -> str:
+    return method.split("/")[0]
+
+
+def gates_of(model: nn.Module) -> list[list[float]]:
+    layers = adapter_layers(model).values()
+    return [[round(gate, 4) for gate in layer.gate.tolist()] for layer in layers]
+
+
+def file_bytes(found: Trained) -> int:
+    """Of the saved adapter's tensors."""
+    with tempfile.TemporaryDirectory() as folder:
+        found.arm.save(found.model, Path(folder))
+        return (Path(folder) / "adapter.safetensors").stat().st_size
+
+
+def run_one(method: str, rate: float, seed: int, split: str) -> dict[str, Any]:
+    rows, steps, batch = rows_of(SETTINGS), SETTINGS["steps"], SETTINGS["batch"]
+    found = train(make(method, seed), rows, rate, seed, steps, batch)
+    values = {
+        "bits_per_byte": bits_of(SETTINGS, found.model, split),
+        "parameters": found.arm.parameters(found.model),
+        "bytes": file_bytes(found),
+    }
+    return values | {"losses": found.curve} | found.seen if split == "test" else values
+
+
+def body(runs: Runs) -> None:
+    rates, seeds = SETTINGS["learning_rates"], SETTINGS["search_seeds"]
+    runs.expect(2 + len(SEARCHED) * len(rates) * len(seeds) + len(METHODS) * len(runs.seeds))
+    for split in ("validation", "test"):
+        runs(f"base/{split}", base_score, SETTINGS, split)
+
+    def run(method: str, rate: float, seed: int, split: str) -> float:
+        key = run_key(method, rate, seed, split)
+        return runs(key, run_one, method, rate, seed, split)["bits_per_byte"]
+
+    best = {}
+    for method in SEARCHED:
+        value = lambda rate, seed, m=method: run(m, rate, seed, "validation")  # noqa: E731
+        best[family_of(method)] = search(value, rates, seeds)
+    for seed in runs.seeds:  # so that a study that is stopped early has every method
+        for method in METHODS:
+            run(method, best[family_of(method)], seed, "test")
+
+
+WITNESS = Witness(
+    ("delta/4/0.016/0/test",),
+    {"bits_per_byte": 0.005, "parameters": 0},
+    ROUNDING,
+    chapter="4_1_sparse",
+)
+STUDY = Study(
+    "4_1_sparse",
+    "Gates, masked factors and a mask on ΔW against LoRA",
+    SETTINGS,
+    body,
+    WITNESS,
+)

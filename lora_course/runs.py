@@ -1,0 +1,169 @@
+"""What a training run is: described beside its checkpoints, and compared before one of them goes on.
+
+A run is its adapter (layer, configuration, arguments), its method, its schedule and its rows. Where it computes
+(device, precision, number of processes at the same global batch) and what it logs and saves is no part of it.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import shutil
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+
+from lora_course.descriptions import UNKNOWN, describe_adapter, differences
+
+COMPLETE = "complete.json"
+"""Written into a checkpoint's folder when all else is in it."""
+SCHEDULE = (
+    "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args", "weight_decay",
+    "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing_factor", "neftune_noise_alpha", "seed",
+    "data_seed", "train_sampling_strategy", "dataloader_drop_last",
+)  # fmt: skip
+"""Fields of `TrainingArguments` that decide which weights come out."""
+
+SAMPLE = 64
+"""Rows that a fingerprint reads."""
+
+
+def describe_run(trainer: Any, method: dict[str, Any]) -> dict[str, Any]:
+    """`adapter`, `trainer`, `method`, `callbacks`, `auxiliary_loss`, `schedule`, `rows` of a trainer, as JSON holds them.
+
+    method: what the trainer's class adds. A callback adds what its method `settings()` returns, if it has one.
+    """
+    given = {
+        "callbacks": trainer.callback_handler.callbacks,
+        "auxiliary_loss": getattr(trainer, "auxiliary_loss", None),
+    }
+    return {
+        "adapter": describe_adapter(trainer.model),
+        "trainer": type(trainer).__name__,
+        "method": method,
+        **describe_arguments(given),
+        "schedule": describe_schedule(trainer.args),
+        "rows": fingerprint(trainer.train_dataset),
+    }
+
+
+def describe_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
+    """`callbacks` (those with settings) and `auxiliary_loss` of what a trainer is given."""
+    return {
+        "callbacks": {
+            type(callback).__name__: callback.settings()
+            for callback in given.get("callbacks") or ()
+            if hasattr(callback, "settings")
+        },
+        "auxiliary_loss": name_of(given.get("auxiliary_loss")),
+    }
+
+
+def describe_schedule(args: TrainingArguments) -> dict[str, Any]:
+    """The fields in `SCHEDULE`, the length, and the rows of an optimiser step over all processes."""
+    fields = {name: _plain(getattr(args, name, None)) for name in SCHEDULE}
+    fields["length"] = (
+        f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
+    )
+    fields["rows_a_step"] = (
+        args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    )
+    return fields
+
+
+def fingerprint(rows: Any) -> str:
+    """A hash of the number of rows and of `SAMPLE` of them; `UNKNOWN` for what has no length or changes from call to call."""
+    if rows is None or not hasattr(rows, "__len__") or not len(rows):
+        return UNKNOWN
+    step = max(1, len(rows) // SAMPLE)
+
+    def digest() -> str:
+        found = hashlib.sha256(str(len(rows)).encode())
+        for index in range(0, len(rows), step):
+            found.update(json.dumps(rows[index], default=_plain, sort_keys=True).encode())
+        return found.hexdigest()[:16]
+
+    first = digest()
+    return first if digest() == first else UNKNOWN
+
+
+def check_same_run(folder: Path, found: dict[str, Any], asked: dict[str, Any]) -> None:
+    """Raise ValueError, with every difference, where the run in `folder` is another than the one that is asked for."""
+    if lines := differences(found, asked):
+        raise ValueError(
+            f"{folder} holds another run: {'; '.join(lines)}. Give another folder, or overwrite=True to start anew in this one."
+        )
+
+
+def folder_to_resume(
+    output_dir: Any, resume: str | Path | bool | None, asked: dict[str, Any], overwrite: bool
+) -> Path | None:
+    """The checkpoint that a run goes on from; None to start. Arguments and errors as `AdapterTrainer.train`.
+
+    asked: the run's description. With `overwrite` the checkpoints of another run in `output_dir` are deleted.
+    """
+    if not resume:
+        return None
+    folder = last_checkpoint(output_dir) if resume is True else Path(resume)
+    if folder is None:
+        return None
+    if not (folder / COMPLETE).is_file():
+        raise FileNotFoundError(
+            f"{folder} holds no complete checkpoint of AdapterTrainer ({COMPLETE} is missing)"
+        )
+    try:
+        check_same_run(folder, read_mark(folder).get("run", asked), asked)
+    except ValueError:
+        if not overwrite:
+            raise
+        for mark in Path(output_dir).glob(f"checkpoint-*/{COMPLETE}"):
+            delete_checkpoint(mark)
+        return None
+    return folder
+
+
+def name_of(function: Callable[..., Any] | None) -> str | None:
+    """What a function is called, with the arguments that a `partial` fixes."""
+    if isinstance(function, functools.partial):
+        fixed = [*map(repr, function.args), *(f"{k}={v!r}" for k, v in function.keywords.items())]
+        return f"{name_of(function.func)}({', '.join(fixed)})"
+    return getattr(function, "__qualname__", None) if function else None
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    value = getattr(value, "value", value)
+    return value if isinstance(value, str | int | float | bool | dict | list | None) else str(value)
+
+
+def last_checkpoint(output_dir: str | Path) -> Path | None:
+    """The complete checkpoint in `output_dir` that was written last; None if there is none.
+
+    The last by time, not by step: an earlier, longer run may have left its own. One that was cut short, by a kill while it
+    was written, is passed over with a warning.
+    """
+    folders = sorted(path for path in Path(output_dir).glob("checkpoint-*") if path.is_dir())
+    for path in folders:
+        if not (path / COMPLETE).is_file():
+            warnings.warn(f"{path} was not written to its end: it is ignored", stacklevel=3)
+    marks = [path / COMPLETE for path in folders if (path / COMPLETE).is_file()]
+    return max(marks, key=written).parent if marks else None
+
+
+def read_mark(folder: Path) -> dict[str, Any]:
+    """What stands in a complete checkpoint: `step`, `written`, `finished`, `run`."""
+    return json.loads((folder / COMPLETE).read_text())
+
+
+def written(mark: Path) -> float:
+    return read_mark(mark.parent)["written"]
+
+
+def delete_checkpoint(mark: Path) -> None:
+    mark.unlink(missing_ok=True)  # first, as a kill may cut the deletion short
+    shutil.rmtree(mark.parent, ignore_errors=True)  # another process may be at it

@@ -1,0 +1,83 @@
+"""All studies of `lora_course.experiments`: their records are whole, and each has a witness that can be run."""
+
+import json
+from statistics import fmean
+from typing import Any
+
+import pytest
+
+from lora_course import experiments
+from lora_course.experiments import ROUNDING, Runs
+from lora_course.experiments.record import Record, as_json
+from lora_course.lab import study as reading
+
+
+class Asked(Runs):
+    """Takes every run from the record, and computes none."""
+
+    def __call__(self, key: str, compute: Any, *arguments: Any) -> dict[str, Any]:
+        assert key in self.recorded, f"{self.record.path.name} lacks {key!r}"
+        return super().__call__(key, compute, *arguments)
+
+
+@pytest.mark.parametrize("name", experiments.NAMES)
+def test_a_record_holds_the_runs_that_its_study_asks_for_and_no_others(name: str) -> None:
+    study = experiments.get(name)
+    assert study.name == name and experiments.get(experiments.NAMES[name]) is study
+    asked = Asked(Record(study.path, study.name, study.settings))
+    study.body(asked)
+    assert asked.done == set(asked.recorded)
+    # what a search adds beyond an edge cannot be known before
+    assert asked.expected <= len(asked.done) <= 1.2 * asked.expected
+
+
+@pytest.mark.parametrize("name", experiments.NAMES)
+def test_a_record_says_where_each_run_was_made_and_when_it_last_held(name: str) -> None:
+    study, record = experiments.get(name), reading.load_study(name)
+    keys = [key for made in record["made"] for key in made["keys"]]
+    assert sorted(keys) == sorted(record["runs"])
+    assert all(made["date"] and made["versions"]["torch"] for made in record["made"])
+    settings = as_json(dict(study.settings))
+    assert record["settings"]["seeds"][: len(settings["seeds"])] == settings["seeds"] if "seeds" in settings else True  # fmt: skip
+    verified = record["verified"]
+    assert verified and verified["holds"], f"lora-course study verify {name}"
+    assert verified["keys"] == list(study.witness.keys) and study.witness.reason
+    assert verified["within"] == dict(study.witness.within)
+    assert study.witness.chapter in ("", *(p.stem for p in reading.STUDIES.parents[2].glob("notebooks/*.md")))  # fmt: skip
+    assert "Verified" in reading.provenance(record)
+
+
+@pytest.mark.parametrize("name", experiments.NAMES)
+def test_a_tolerance_for_rounding_is_less_than_the_seeds_lie_apart(name: str) -> None:
+    witness, record = experiments.get(name).witness, reading.load_study(name)
+    if ROUNDING not in witness.reason:
+        return
+    apart = {}
+    for field in ("bits_per_byte", "own_domain", "ACC"):
+        runs = [
+            record["runs"][witness.keys[-1].replace("/0/", f"/{seed}/")]
+            if "/0/" in witness.keys[-1]
+            else record["runs"][f"{witness.keys[-1].rpartition('/')[0]}/{seed}"]
+            for seed in record["settings"]["seeds"]
+        ]
+        values = [run[field] for run in runs if field in run]
+        values = [fmean(v.values()) if isinstance(v, dict) else v for v in values]
+        if len(values) > 1 and field in witness.within:
+            apart[field] = max(values) - min(values)
+    assert apart and all(witness.within[field] < apart[field] for field in apart), apart
+
+
+@pytest.mark.parametrize("name", experiments.NAMES)
+def test_no_record_is_tied_to_its_sources(name: str) -> None:
+    assert "sha256" not in json.dumps(reading.load_study(name))
+
+
+def test_every_record_belongs_to_a_study() -> None:
+    assert {path.stem for path in reading.STUDIES.glob("*.json")} == set(experiments.NAMES)
+
+
+def test_an_unknown_study_is_refused() -> None:
+    with pytest.raises(ValueError, match="study 'adalroa' is unknown; there are 0_1_lora"):
+        experiments.get("adalroa")
+    with pytest.raises(ValueError, match="study 'x' has no record; there are 0_1_lora"):
+        reading.load_study("x")

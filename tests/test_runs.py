@@ -1,0 +1,163 @@
+"""`lora_course.runs`: what is resumed is what was asked for."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from peft import LoraConfig
+from torch import Tensor, nn
+from transformers import EarlyStoppingCallback
+
+from lora_course.arguments import training_arguments
+from lora_course.descriptions import UNKNOWN
+from lora_course.injection import adapter_layers, inject
+from lora_course.runs import COMPLETE, fingerprint, name_of, read_mark
+from lora_course.states import adapter_state
+from lora_course.training import AdapterTrainer
+from tests.models import qwen, randomize
+
+
+def injected(**fields: Any) -> nn.Module:
+    torch.manual_seed(5)
+    settings = {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"], **fields}
+    return randomize(inject(qwen(), LoraConfig(**settings)))
+
+
+def rows(seed: int = 1, count: int = 12) -> datasets.Dataset:
+    ids = torch.randint(1, 97, (count, 8), generator=torch.Generator().manual_seed(seed))
+    return datasets.Dataset.from_dict({"input_ids": ids.numpy(), "labels": ids.numpy()})
+
+
+def penalty(model: nn.Module, weight: float = 1.0) -> Tensor:
+    return weight * sum(layer.B.square().sum() for layer in adapter_layers(model).values())
+
+
+def run(
+    folder: Path,
+    *,
+    data: datasets.Dataset | None = None,
+    auxiliary: Callable[[nn.Module], Tensor] | None = None,
+    overwrite: bool = False,
+    trainer: dict[str, Any] | None = None,
+    fields: dict[str, Any] | None = None,
+    **overrides: Any,
+) -> tuple[AdapterTrainer, dict[str, Tensor]]:
+    settings = {"max_steps": 4, "save_steps": 2, "learning_rate": 5e-3, "bf16": False, **overrides}
+    settings |= {"per_device_train_batch_size": 2, "disable_tqdm": True, "report_to": "none"}
+    arguments = training_arguments(folder, device="cpu", **settings)
+    made = AdapterTrainer(
+        injected(**fields or {}),
+        arguments,
+        train_dataset=rows() if data is None else data,
+        auxiliary_loss=auxiliary,
+        **trainer or {},
+    )
+    made.train(resume_from_checkpoint=True, overwrite=overwrite)
+    return made, adapter_state(made.model)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"fields": {"r": 5}}, r"config\.r is 3 there and 5 here"),
+        ({"fields": {"lora_alpha": 7}}, r"config\.lora_alpha is 6 there and 7 here"),
+        ({"fields": {"use_rslora": True}}, r"use_rslora is False there and True here"),
+        ({"learning_rate": 1e-3}, r"learning_rate is 0\.005 there and 0\.001 here"),
+        ({"max_steps": 6}, r"length is '4 steps' there and '6 steps' here"),
+        ({"gradient_accumulation_steps": 2}, r"rows_a_step is 2 there and 4 here"),
+        ({"seed": 3}, r"seed is 0 there and 3 here"),
+        ({"data": rows(seed=2)}, r"rows is '\w+' there and '\w+' here"),
+        ({"auxiliary": penalty}, r"auxiliary_loss is None there and 'penalty' here"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_another_run_in_the_folder_is_refused_by_name_and_can_be_overwritten(
+    tmp_path: Path, change: dict[str, Any], named: str
+) -> None:
+    run(tmp_path / "a")
+    with pytest.raises(ValueError, match=named) as caught:
+        run(tmp_path / "a", **change)
+    assert "overwrite=True" in str(caught.value) and "another folder" in str(caught.value)
+    _, fresh = run(tmp_path / "b", **change)
+    _, anew = run(tmp_path / "a", overwrite=True, **change)
+    assert all(torch.equal(anew[name], fresh[name]) for name in fresh)
+
+
+def test_the_same_command_with_other_logging_or_saving_goes_on(tmp_path: Path) -> None:
+    _, first = run(tmp_path)
+    made, again = run(tmp_path, logging_steps=2, save_total_limit=5, save_steps=3)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert made.state.global_step == 4
+
+
+@pytest.mark.parametrize("patience", [None, 1])
+def test_a_repeated_run_gives_the_best_weights_again_also_where_it_was_stopped_early(
+    tmp_path: Path, patience: int | None
+) -> None:
+    callbacks = [EarlyStoppingCallback(patience)] if patience else []
+    settings = {
+        "max_steps": 8, "save_steps": 1, "eval_steps": 1, "eval_strategy": "steps", "learning_rate": 0.3,
+        "load_best_model_at_end": True, "save_total_limit": None, "lr_scheduler_type": "constant", "warmup_steps": 0,
+    }  # fmt: skip
+
+    def once() -> tuple[AdapterTrainer, dict[str, Tensor]]:
+        return run(
+            tmp_path,
+            trainer={"eval_dataset": rows(seed=9, count=4), "callbacks": list(callbacks)},
+            **settings,
+        )
+
+    made, first = once()
+    best = Path(made.state.best_model_checkpoint).name
+    assert (
+        best != f"checkpoint-{made.state.global_step}"
+    )  # or last and best could not be told apart
+    assert (made.state.global_step < 8) is bool(patience)
+    written = read_mark(tmp_path / f"checkpoint-{made.state.global_step}")["written"]
+    repeated, again = once()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert repeated.state.global_step == made.state.global_step
+    folder = tmp_path / f"checkpoint-{made.state.global_step}"
+    assert read_mark(folder)["written"] == written  # nothing was trained or saved
+
+
+def test_a_folder_that_was_moved_still_gives_its_best_weights(tmp_path: Path) -> None:
+    settings = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
+    trainer = {"eval_dataset": rows(seed=9, count=4)}
+    _, first = run(tmp_path / "a", trainer=trainer, **settings)
+    (tmp_path / "a").rename(tmp_path / "b")
+    _, again = run(tmp_path / "b", trainer=trainer, **settings)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_a_fingerprint_tells_rows_apart_and_leaves_out_what_changes_by_itself() -> None:
+    class Random:
+        def __len__(self) -> int:
+            return 3
+
+        def __getitem__(self, index: int) -> dict[str, Tensor]:
+            return {"input_ids": torch.randn(4)}
+
+    one, other = rows(), rows(count=11)
+    assert fingerprint(one) == fingerprint(rows()) != fingerprint(other)
+    assert fingerprint(one.with_format("torch")) == fingerprint(one)
+    assert fingerprint(Random()) == fingerprint(None) == UNKNOWN
+    assert fingerprint(iter([])) == UNKNOWN
+
+
+def test_a_function_is_named_with_what_is_fixed_of_it() -> None:
+    assert name_of(penalty) == "penalty" and name_of(None) is None
+    assert name_of(functools.partial(penalty, weight=0.5)) == "penalty(weight=0.5)"
+
+
+def test_a_mark_says_that_the_run_was_finished(tmp_path: Path) -> None:
+    run(tmp_path)
+    assert read_mark(tmp_path / "checkpoint-4")["finished"]
+    assert not read_mark(tmp_path / "checkpoint-2")["finished"]
+    assert (tmp_path / "checkpoint-4" / COMPLETE).is_file()
