@@ -11,7 +11,7 @@ from tools.run_chapters import ROOT
 
 def on_a_gpu(code: str, gpus: int = 1, bf16: bool = False) -> str:
     """What code prints in a process of its own; the device changes torch for good."""
-    start = f"from tools.pretended.device import pretend; pretend({gpus}, {bf16})\nimport torch\n"
+    start = f"from tools.pretended.machine import pretend; pretend({gpus}, {bf16})\nimport torch\n"
     run = subprocess.run(
         [sys.executable, "-c", start + textwrap.dedent(code)], cwd=ROOT, capture_output=True, text=True
     )  # fmt: skip

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tools import downloads, facts, links, pages, print_book, record_runs, release
+from tools import downloads, facts, links, print_book, record_runs, release
 from tools.run_chapters import ROOT, Result
 
 CHANGELOG = "# Changelog\n\n## 0.2.0\n\n- New.\n\n## 0.1.0\n\n- First.\n- Second.\n"
@@ -92,11 +92,11 @@ def test_an_entry_counts_minutes_claims_and_peak(tmp_path: Path) -> None:
 
 def test_the_book_shows_records_and_says_where_there_are_none(tmp_path: Path) -> None:
     folder = tmp_path / "lora_course" / "data" / "runs"
-    assert "No run on a GPU is recorded yet" in pages.recorded_runs(tmp_path, [])
+    assert "No run on a GPU is recorded yet" in record_runs.table(tmp_path)
     folder.mkdir(parents=True)
     run = {"minutes": 2.5, "claims": 9, "hold": 8, "peak_gib": 3.25}
     record = {"profile": "t4", "device": "a T4", "date": "2026-01-02", "versions": {"torch": "2.11"}, "chapters": {"0_1": run}}  # fmt: skip
     (folder / "t4.json").write_text(json.dumps(record))
-    shown = pages.recorded_runs(tmp_path, [])
+    shown = record_runs.table(tmp_path)
     assert "`t4` on a T4, 2026-01-02 (torch 2.11)" in shown and "guesses" not in shown
     assert "| 0_1 | 2.5 | 3.2 GiB | 8 of 9 |" in shown

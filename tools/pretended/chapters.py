@@ -21,7 +21,7 @@ import jupytext
 
 from tools.run_chapters import ROOT, chapters
 
-NARROW = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
+NARROW = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
 ON_HUB = {"Qwen/Qwen2.5-0.5B": {"tie_word_embeddings": True}, "Qwen/Qwen2.5-7B": {"tie_word_embeddings": False}}  # fmt: skip
 
 
@@ -83,7 +83,7 @@ def run_here(stem: str, gpus: int, bf16: bool) -> list[str]:
     import transformers  # noqa: F401  (imports settle before the device changes torch)
 
     from lora_course import lab, qlora  # noqa: F401
-    from tools.pretended.device import GIB, pretend
+    from tools.pretended.machine import GIB, pretend
 
     qlora.optimizer_name = lambda device, bits=32: "adamw_torch"  # paged memory is CUDA's own
     with TemporaryDirectory() as folder:
