@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +12,17 @@ import torch
 from torch import nn
 from transformers import TrainingArguments
 
+CPU_DTYPE = "LORA_COURSE_CPU_DTYPE"
+
 
 def compute_dtype(device: str | torch.device | None = None) -> torch.dtype:
     """The dtype in which matrix products are fastest on a device without losing training: bf16 where the hardware has it
     (GPUs from Ampere on; CPUs with AVX512-BF16 or AMX), fp16 on older GPUs, fp32 on other CPUs, which only emulate bf16.
 
     device: the GPU where there is one, else the CPU, by default.
+
+    `computing_in`, or LORA_COURSE_CPU_DTYPE=float32 in the environment, decides it for CPUs: two processors then compute
+    the same numbers, to the order of their sums.
     """
     kind = _device_type(device)
     if kind == "cuda":
@@ -22,8 +30,25 @@ def compute_dtype(device: str | torch.device | None = None) -> torch.dtype:
             including_emulation=False
         )
         return torch.bfloat16 if native else torch.float16
+    if kind == "cpu" and (name := os.environ.get(CPU_DTYPE)):
+        if name not in ("float32", "bfloat16"):
+            raise ValueError(f"{CPU_DTYPE}={name!r}: float32 or bfloat16 is expected.")
+        return torch.float32 if name == "float32" else torch.bfloat16
     fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if kind == "cpu" and fast else torch.float32
+
+
+@contextmanager
+def computing_in(name: str) -> Iterator[None]:
+    """Within the block a CPU computes in this dtype, "float32" or "bfloat16": a record's own, so that it can be compared."""
+    before = os.environ.get(CPU_DTYPE)
+    os.environ[CPU_DTYPE] = name
+    try:
+        yield
+    finally:
+        os.environ.pop(CPU_DTYPE)
+        if before is not None:
+            os.environ[CPU_DTYPE] = before
 
 
 def training_arguments(

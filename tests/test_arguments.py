@@ -6,7 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lora_course.arguments import device_of, one_device, training_arguments
+from lora_course.arguments import (
+    compute_dtype,
+    computing_in,
+    device_of,
+    one_device,
+    training_arguments,
+)
 from lora_course.injection import inject
 from tests.models import config, qwen
 
@@ -28,3 +34,13 @@ def test_a_model_is_not_moved_to_where_the_arguments_train(tmp_path: Path) -> No
     model._hf_hook = SimpleNamespace(execution_device="cuda:0")  # offloaded: it computes on the GPU
     one_device(model, on_gpu)
     assert on_gpu._n_gpu == 1 and device_of(model) == torch.device("cuda:0")
+
+
+def test_a_cpu_computes_in_the_precision_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, expected in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        with computing_in(name):
+            assert compute_dtype("cpu") == expected
+            assert compute_dtype("cuda") in (torch.float16, torch.bfloat16)
+    monkeypatch.setenv("LORA_COURSE_CPU_DTYPE", "fp8")
+    with pytest.raises(ValueError, match="float32 or bfloat16"):
+        compute_dtype("cpu")

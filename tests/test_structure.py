@@ -269,6 +269,8 @@ def test_every_module_has_its_test_file() -> None:
             names.append(f"exercises/{name.name}")  # answers to a chapter's exercises
             if name.parts[0] == "experiments" and name.stem not in ("record", "study", "arms"):
                 names = ["experiments/test_studies.py"]  # which tries all studies
+            if name.parts[:2] == ("classroom", "families"):
+                names = ["test_classroom_families.py"]  # which tries all of them over fifty seeds
             if name.parts[0] == "classroom" and path.name in GRADING:
                 names = ["test_classroom_grade.py"]  # a class of forty goes through all of these
             assert any((ROOT / "tests" / test).exists() for test in names), (

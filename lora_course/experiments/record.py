@@ -76,6 +76,15 @@ class Record:
         self._write(record)
         return record["runs"][key]
 
+    def dtype(self) -> str:
+        """In which precision a CPU made its runs, so that more of them, or a witness, are made in the same.
+
+        The first records do not say; they are of processors without bf16.
+        """
+        made = self.read()["made"] if self.path.exists() else []
+        found = made[0].get("dtype", "float32") if made else str(compute_dtype("cpu"))
+        return found.removeprefix("torch.")
+
     def note(self, **fields: Any) -> None:
         """Writes fields beside the runs, such as `verified`."""
         self._write(self.read() | as_json(fields))

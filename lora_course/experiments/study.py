@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_course.arguments import computing_in
 from lora_course.experiments.record import Record, as_json, beginning, commit, largest_difference
 from lora_course.lab.study import STUDIES
 
@@ -97,7 +98,8 @@ class Study:
             settings["seeds"] = list(dict.fromkeys([*settings.get("seeds", []), *seeds]))
         record = Record(out or self.path, self.name, settings, overwrite)
         runs = Runs(record, arms, progress)
-        self.body(runs)
+        with computing_in(record.dtype()):
+            self.body(runs)
         if not arms and "seeds" in settings:
             stated = record.read()["settings"]
             if stated["seeds"] != runs.seeds:
@@ -117,16 +119,17 @@ class Study:
             raise ValueError(
                 f"{record.path} has no run {missing[0]!r}: `lora-course study run {self.name}` computes it"
             )
-        if self.witness.part:
-            (key,) = self.witness.keys
-            part = as_json(self.witness.part())
-            begun = {f: beginning(value, part.get(f)) for f, value in recorded[key].items()}
-            found, recorded = {key: part}, {key: begun}
-        else:
-            again = Again(record, self.witness.keys)
-            with contextlib.suppress(WitnessIsComplete):
-                self.body(again)
-            found = again.found
+        with computing_in(record.dtype()):
+            if self.witness.part:
+                (key,) = self.witness.keys
+                part = as_json(self.witness.part())
+                begun = {f: beginning(value, part.get(f)) for f, value in recorded[key].items()}
+                found, recorded = {key: part}, {key: begun}
+            else:
+                again = Again(record, self.witness.keys)
+                with contextlib.suppress(WitnessIsComplete):
+                    self.body(again)
+                found = again.found
         largest = {
             field: max(
                 largest_difference(recorded[k].get(field), found[k].get(field)) for k in found
