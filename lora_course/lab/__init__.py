@@ -12,7 +12,7 @@ from lora_course.lab.corpora import (
 )
 from lora_course.lab.display import fails, say, show_source
 from lora_course.lab.memory import peak_memory, process_peak, tensor_bytes
-from lora_course.lab.models import base_path, evaluating, generate, load_base
+from lora_course.lab.models import base_path, describe_base, evaluating, generate, load_base
 from lora_course.lab.plots import band, bars, figure, show, style
 from lora_course.lab.profiles import Profile, estimate_memory, pick_profile, preflight
 
@@ -26,6 +26,7 @@ __all__ = [
     "bits_per_byte",
     "blocks",
     "describe",
+    "describe_base",
     "estimate_memory",
     "evaluating",
     "excerpt",

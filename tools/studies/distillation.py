@@ -266,7 +266,7 @@ def memory(seed: int) -> dict[str, Any]:
         teachers = Teachers(model, dict(list(states.items())[:count]))
         peaks[f"{count} teachers"] = lambda teachers=teachers: distillation_step(
             teachers, plain
-        ).total.backward()
+        ).loss.backward()
     steps = {}
     for name, step in peaks.items():
         step()  # gradients exist from here on
