@@ -29,6 +29,7 @@ GROUND = (
     "runs",
     "linears",
     "lora",
+    "processes",
     "targets",
     "injection",
     "callbacks",
