@@ -22,7 +22,7 @@ from tests.models import SHAPE, config, qwen, randomize
 trl = pytest.importorskip("trl", reason="TRL is not installed: pip install --no-deps trl")
 
 TEMPLATE = (
-    "{% for m in messages %}{% if m['role'] == 'assistant' %}Answer: {% generation %}{{ m['content'] }}"
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}Answer:\n{% generation %}{{ m['content'] }}"
     "{{ eos_token }}{% endgeneration %}{% else %}Question: {{ m['content'] }}\n{% endif %}{% endfor %}"
 )
 TALKS = [
@@ -68,14 +68,17 @@ def test_the_loss_is_of_the_answers_alone_over_padded_rows(tmp_path: Path) -> No
     trainer = sft(tmp_path, max_steps=1, per_device_train_batch_size=len(TALKS))
     words, losses, count = tokenizer(), 0.0, 0
     plain = model().eval()
-    for question, answer in TALKS:
-        start = words(f"Question: {question}\nAnswer: ")["input_ids"]
-        rest = words(f"{answer}<|endoftext|>")["input_ids"]
-        ids = torch.tensor([start + rest])
+    for row in rows():
+        given = words.apply_chat_template(
+            row["messages"], return_dict=True, return_assistant_tokens_mask=True
+        )
+        ids, answer = given["input_ids"], given["assistant_masks"]
+        assert 0 < sum(answer) < len(ids)
         with torch.no_grad():
-            logs = plain(input_ids=ids).logits.log_softmax(-1)[0, :-1]
-        losses -= logs[range(len(start) - 1, ids.shape[1] - 1), rest].sum().item()
-        count += len(rest)
+            logs = plain(input_ids=torch.tensor([ids])).logits.log_softmax(-1)[0]
+        places = [place for place, counted in enumerate(answer) if counted]
+        losses -= sum(logs[place - 1, ids[place]].item() for place in places)
+        count += len(places)
     trainer.train()
     assert trainer.history[0]["loss"] == pytest.approx(losses / count, rel=1e-4)
 
