@@ -8,6 +8,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lora_course.injection import check_same_model
+from lora_course.linears import check_not_sharded
 
 
 class ModelCallback(TrainerCallback):
@@ -19,6 +20,14 @@ class ModelCallback(TrainerCallback):
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+
+    works_sharded = False
+    """Whether it can act on a model whose parameters FSDP2 has spread over several processes."""
+
+    def check_model(self) -> None:
+        """Raise RuntimeError if FSDP2 has spread the model's parameters, and this can't act on such a model."""
+        if not self.works_sharded:
+            check_not_sharded(self.model, type(self).__name__)
 
     def settings(self) -> dict[str, Any]:
         """What was chosen, as JSON holds it: a run with other settings is another run."""
@@ -35,5 +44,6 @@ class ModelCallback(TrainerCallback):
         model: nn.Module,
         **_: Any,
     ) -> None:
-        """Raises ValueError for another model than this callback's."""
+        """Raises ValueError for another model than this callback's, RuntimeError as `check_model`."""
         check_same_model(self, model, self.model)
+        self.check_model()

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from peft import AdaLoraConfig, LoraConfig
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import nn
 
 from lora_course.descriptions import (
@@ -28,7 +28,7 @@ from lora_course.descriptions import (
     differences,
     warn_of_another_base,
 )
-from lora_course.files import make_folder, replace_file, writing
+from lora_course.files import make_folder, read_json, read_tensor_file, replace_file, writing
 from lora_course.injection import adapter_layers, inject, unload
 from lora_course.linears import is_sharded
 from lora_course.lora import LAYERS, AdapterState, LoRALinear
@@ -39,6 +39,11 @@ DESCRIPTION, TENSORS = "adapter.json", "adapter.safetensors"
 KEPT = "adapter.previous.safetensors"
 """The tensors that a description belongs to while a save is under way, or after one that was killed."""
 CONFIGS = {"LoraConfig": LoraConfig, "AdaLoraConfig": AdaLoraConfig}
+EXPECTED = {
+    "layer": str, "config_class": str, "config": dict, "arguments": dict, "shapes": dict, "base": dict, "extra": dict,
+    "tensors_sha256": str,
+}  # fmt: skip
+"""What a description has to hold, as JSON."""
 HOMES = {
     "AdaLoRALinear": "adalora",
     "ExpertsLinear": "experts",
@@ -141,7 +146,13 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
         UserWarning: the base's weights are not those the adapter was trained on (4-bit to bf16 is a legitimate case).
     """
     description = read_description(folder)
-    config = CONFIGS[description["config_class"]](**description["config"])
+    try:
+        config = CONFIGS[description["config_class"]](**description["config"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{Path(folder) / DESCRIPTION} has a configuration that PEFT does not take ({error}): it was edited, or written "
+            "with another version of PEFT."
+        ) from None
     inject(model, config, _layer(description["layer"]), **description["arguments"])
     try:
         return restore_adapter(model, folder)
@@ -198,14 +209,12 @@ def read_description(folder: str | Path) -> dict[str, Any]:
                 f"{file} does not exist: a folder written by save_adapter is expected.{hint}"
             )
     try:
-        description = json.loads(path.read_text())
+        description = read_json(path)
         version, layer = description["format_version"], description["layer"]
-        if not isinstance(description["shapes"], dict) or not isinstance(
-            description["config"], dict
-        ):
-            raise TypeError("shapes and config are no objects")
-        description["tensors_sha256"], description["base"]["fingerprint"]
-        description["arguments"], description["config_class"], description["extra"]
+        for name, kind in EXPECTED.items():
+            if not isinstance(description[name], kind):
+                raise TypeError(f"{name} is {description[name]!r}")
+        description["base"]["fingerprint"], description["base"]["name"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} is no description of an adapter ({type(error).__name__}: {error}): it was cut short or edited. "
@@ -231,7 +240,7 @@ def read_tensors(folder: Path) -> AdapterState:
     """The tensors that the folder's description belongs to. Raises ValueError where there are none."""
     for name in (TENSORS, KEPT):
         if (folder / name).is_file() and _described(folder, folder / name):
-            return load_file(folder / name)
+            return read_tensor_file(folder / name)
     raise ValueError(
         f"{folder / TENSORS} is not the file that {DESCRIPTION} describes: a file was exchanged or cut short. "
         "Take another copy of the folder."

@@ -102,6 +102,11 @@ def parser() -> argparse.ArgumentParser:
         default="nano",
         help="the model that the adapter belongs to: nano, smol, a hub name or a folder (default: nano)",
     )
+    convert.add_argument(
+        "--uniform",
+        action="store_true",
+        help="for PEFT's format: one rank and one scale in all modules, which every server reads right",
+    )
     convert.set_defaults(run=run_convert)
     from lora_course.classroom import commands as classroom
 
@@ -205,18 +210,29 @@ def run_convert(arguments: argparse.Namespace) -> None:
         raise ValueError(
             f"{source} holds {'both' if ours else 'neither'} adapter.json (the course's format) {'and' if ours else 'nor'} adapter_config.json (PEFT's)."
         )
+    if arguments.uniform and not ours:
+        raise ValueError(
+            "--uniform is of what is written for PEFT and servers: SOURCE holds PEFT's format already."
+        )
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(
             f"{target} is there already: give a folder that is empty or does not exist."
         )
     from lora_course import export_peft, lab, load_adapter, load_peft, save_adapter
 
-    model, _ = lab.load_base(arguments.base)
+    model = lab.describe_base(arguments.base)  # names and shapes alone: no weight is read
     if ours:
-        export_peft(load_adapter(model, source), target)
+        export_peft(load_adapter(model, source), target, arguments.uniform, name_of_base(source))
     else:
         save_adapter(load_peft(model, source), target)
     print(f"{target} holds the adapter in {'PEFT' if ours else 'the course'}'s format.")
+
+
+def name_of_base(source: Path) -> str | None:
+    """What the adapter in `source` says its base is called; None where it does not say."""
+    from lora_course.checkpoint import read_description
+
+    return read_description(source)["base"]["name"] or None
 
 
 def main(given: Sequence[str] | None = None) -> int:

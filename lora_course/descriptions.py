@@ -14,6 +14,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from lora_course.injection import injection_of
+from lora_course.linears import whole
 from lora_course.lora import LoRALinear
 
 DESCRIPTIVE = frozenset({
@@ -60,7 +61,7 @@ def base_fingerprint(layers: Mapping[str, LoRALinear]) -> str | None:
         return None
     digest = hashlib.sha256()
     for layer in layers.values():
-        weight: Tensor = layer.base_layer.weight.detach().flatten()
+        weight: Tensor = whole(layer.base_layer.weight).flatten()
         digest.update(weight[:: max(1, weight.numel() // 64)].float().cpu().numpy().tobytes())
     return digest.hexdigest()
 

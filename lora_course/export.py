@@ -2,14 +2,14 @@
 
 Whatever a layer did, its `factors()` are written. PEFT reads any such folder right. Servers read less of it:
 
-    | reads                       | default form                                   | `uniform=True` |
+    | reads                 | default form                                             | `uniform=True` |
     |---|---|---|
-    | PEFT                        | right                                          | right          |
-    | vLLM                        | one r and α for all: right only if all are equal | right        |
-    | llama.cpp (converted)       | one α over each tensor's own rank: likewise    | right          |
-    | TGI, LoRAX                  | one r and α; a layer type in every block       | right          |
+    | PEFT                  | right                                                    | right          |
+    | vLLM                  | one α/r for all: right where one scale holds for all     | right          |
+    | llama.cpp (converted) | one α over each tensor's own rank: right at one rank     | right          |
+    | TGI, LoRAX            | one α/r, one rank, each layer type in all blocks or none | right          |
 
-The rules are those of the tools' own source, applied to exports in `tests/test_export.py`. For Ollama: `merge`, `unload`,
+The rules are those of the tools' own source, applied to exports in `tests/test_servers.py`. For Ollama: `merge`, `unload`,
 `save_pretrained`, and convert the whole model.
 """
 
@@ -84,8 +84,10 @@ def export_peft(
     alphas = {
         name: _whole_if_close(float(t["scaling"]) * ranks[name]) for name, t in modules.items()
     }
-    # The largest rank, not the commonest: servers check it against their limit, and allocate by it.
-    r, alpha = max(ranks.values()), Counter(alphas.values()).most_common(1)[0][0]
+    # The largest rank, which servers check against their limit; and the α that goes with it at the commonest scale, so
+    # that a server with one α/r for all is right wherever the scale is one for all.
+    r, scales = max(ranks.values()), Counter(float(t["scaling"]) for t in modules.values())
+    alpha = _whole_if_close(scales.most_common(1)[0][0] * r)
     name = base_model_name_or_path or getattr(unwrapped(model), "name_or_path", None)
     config = LoraConfig(
         r=r,

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
 
 
 def make_folder(folder: str | Path) -> Path:
@@ -20,6 +25,26 @@ def make_folder(folder: str | Path) -> Path:
         raise ValueError(f"{folder} is a file, a folder is expected: give another name.")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def read_tensor_file(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. Raises ValueError where it is none, or cut short."""
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} can't be read ({error}): it is cut short or no safetensors file. Take another copy."
+        ) from None
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds. Raises ValueError where it is none, or cut short."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:  # UnicodeDecodeError and RecursionError's kin included
+        raise ValueError(
+            f"{path} is no JSON ({error}): it was cut short or edited. Take another copy."
+        ) from None
 
 
 def replace_file(path: Path, content: bytes) -> None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+import numbers
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftConfig
 from peft.utils.other import get_pattern_key
-from safetensors.torch import load_file
 
 from lora_course.checkpoint import read_description, read_tensors
+from lora_course.files import read_tensor_file
 from lora_course.lora import AdapterState
 from lora_course.states import split_state
+from lora_course.targets import check_names
 
 
 def read_factors(adapter: AdapterState | str | Path) -> AdapterState:
@@ -40,15 +42,23 @@ def read_factors(adapter: AdapterState | str | Path) -> AdapterState:
 def read_peft(folder: Path) -> tuple[LoraConfig, AdapterState]:
     """Configuration and plain factors of a LoRA folder that PEFT wrote. Raises as `read_factors`."""
     path = folder / "adapter_model.safetensors"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} does not exist: a folder written by PEFT's save_pretrained (safetensors) is expected."
-        )
-    config = PeftConfig.from_pretrained(str(folder))
+    for file in (path, folder / "adapter_config.json"):
+        if not file.is_file():  # PEFT would look for the configuration on the hub
+            raise FileNotFoundError(
+                f"{file} does not exist: a folder written by PEFT's save_pretrained (safetensors) is expected."
+            )
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except Exception as error:  # whatever PEFT makes of a field that it did not write
+        raise ValueError(
+            f"{folder / 'adapter_config.json'} is no configuration that PEFT reads ({type(error).__name__}: {error}): it was "
+            "cut short or edited. Take another copy of the folder."
+        ) from None
     if type(config) is not LoraConfig:
         raise ValueError(f"{folder} holds a {config.peft_type} adapter; plain LoRA is expected.")
+    _check_scales(config, folder)
     state: AdapterState = {}
-    for key, tensor in load_file(path).items():
+    for key, tensor in read_tensor_file(path).items():
         name = key.removeprefix("base_model.model.").removesuffix(".weight")
         module, _, factor = name.rpartition(".")
         if factor not in ("lora_A", "lora_B") or not key.endswith(".weight"):
@@ -63,3 +73,18 @@ def read_peft(folder: Path) -> tuple[LoraConfig, AdapterState]:
         scaling = alpha / (math.sqrt(r) if config.use_rslora else r)
         state[f"{module}.scaling"] = torch.tensor(scaling, dtype=torch.float64)
     return config, state
+
+
+def _check_scales(config: LoraConfig, folder: Path) -> None:
+    """Raise ValueError where ranks or α are no positive numbers."""
+    check_names(config)
+    given = {"r": config.r, "lora_alpha": config.lora_alpha}
+    for field in ("rank_pattern", "alpha_pattern"):
+        given |= {
+            f"{field}[{name!r}]": value for name, value in (getattr(config, field) or {}).items()
+        }
+    for name, value in given.items():
+        if not isinstance(value, numbers.Real) or not 0 < value < math.inf:
+            raise ValueError(
+                f"{folder / 'adapter_config.json'} has {name}={value!r}; a positive number is expected: it was edited."
+            )

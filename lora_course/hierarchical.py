@@ -74,6 +74,10 @@ class NestedLoRALinear(LoRALinear):
         **fields: Any,
     ) -> None:
         super().__init__(base_layer, r, lora_alpha, **fields)
+        if ranks is not None and not isinstance(ranks, list | tuple | range):
+            raise TypeError(
+                f"ranks={ranks!r}: a list of rising ranks is expected, such as [1, 2, {r}]."
+            )
         ranks = (
             [2**k for k in range(r.bit_length()) if 2**k < r] + [r]
             if ranks is None
@@ -213,6 +217,7 @@ class RankSampler(ModelCallback):
 
     def begin_step(self, t: int) -> int:
         """Cuts the adapter for step t (the first is 1), to be called before its forward pass; returns the rank."""
+        self.check_model()
         b = self.rank(t)
         _set(self.layers, b, True, self.only_last)
         if self.hold:

@@ -20,8 +20,15 @@ from torch import nn
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
+from lora_course.linears import check_not_sharded
 from lora_course.lora import LoRALinear
-from lora_course.targets import check_fields, find_patterns, find_targets, plain_numbers
+from lora_course.targets import (
+    check_arguments,
+    check_fields,
+    find_patterns,
+    find_targets,
+    plain_numbers,
+)
 
 Layer = TypeVar("Layer", bound=LoRALinear)
 
@@ -64,7 +71,9 @@ def inject(
         raise ValueError(
             "This model carries a PEFT adapter already. Merge or unload it there first: model = model.unload()."
         )
+    check_not_sharded(model, "injecting (do it before fully_shard)")
     config = check_fields(config, layer)
+    check_arguments(layer, arguments)
     r = layer.initial_rank(config)
     targets = find_targets(model, config)
     patterns = find_patterns(config, targets)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 MERGEABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Types in which a weight is what it says, so that an update can be added to it."""
@@ -49,9 +49,11 @@ def check_linear(module: nn.Module, name: str) -> None:
 
 
 def execution_device(linear: Any) -> torch.device | str | int:
-    # A layer that accelerate keeps on the CPU or on disk runs on the device its hook names.
+    # A layer that accelerate keeps on the CPU or on disk runs on the device its hook names. A base that is only described
+    # ("meta") has no device: factors then lie on the CPU, to be converted or looked at.
     hook = getattr(linear, "_hf_hook", None)
-    return getattr(hook, "execution_device", None) or linear.weight.device
+    device = "cpu" if linear.weight.is_meta else linear.weight.device
+    return getattr(hook, "execution_device", None) or device
 
 
 def keep_unpacked(linear: Any) -> None:
@@ -83,6 +85,10 @@ def check_mergeable(linear: nn.Module, name: str) -> None:
             "lora_course.qlora.dequantize_model(model) and merge then, or merge_requantized(model) to accept the loss."
         )
     weight = linear.weight
+    if isinstance(weight, DTensor):
+        raise RuntimeError(
+            f"FSDP2 has spread the weight of {name!r} over several processes: save_adapter, load it in one process, and merge there."
+        )
     if weight.is_meta:
         raise RuntimeError(
             f"The weight of {name!r} is offloaded to disk: load the base without offloading to merge."
@@ -102,13 +108,36 @@ def check_mergeable(linear: nn.Module, name: str) -> None:
 
 def whole(tensor: Tensor) -> Tensor:
     """`tensor` without its gradient's history, gathered if FSDP2 has sharded it (`DTensor`)."""
-    tensor = tensor.detach()
+    return gathered(tensor.detach())
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """As `whole`, with the gradient's history: for a loss that is computed from parameters."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether FSDP2 has spread the parameters of `model` over several processes."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def check_not_sharded(model: nn.Module, what: str) -> None:
+    """Raise RuntimeError, naming `what` would be done, if FSDP2 has spread the parameters of `model`."""
+    if is_sharded(model):
+        raise RuntimeError(
+            f"FSDP2 (fully_shard) has spread this model's parameters over several processes, where {what} is not supported: "
+            "train with DistributedDataParallel (accelerate launch), where each process holds the model."
+        )
+
+
+@torch.no_grad()
+def zero_where(tensor: Tensor, mask: Tensor) -> None:
+    """Set `tensor` to zero where `mask`, which has its whole shape, is True; in place, sharded or not."""
+    if isinstance(tensor, DTensor):
+        new = whole(tensor).masked_fill(mask, 0.0)
+        tensor.copy_(distribute_tensor(new, tensor.device_mesh, tensor.placements))
+    else:
+        tensor.masked_fill_(mask, 0.0)
 
 
 @torch.no_grad()

@@ -111,11 +111,11 @@ class LoRALinear(nn.Module):
             raise ValueError(
                 f"r={r!r}: the rank must be a whole number of 1 or more; leave a layer out with exclude_modules."
             )
-        if not 0 < lora_alpha < math.inf:
+        if not isinstance(lora_alpha, int | float) or not 0 < lora_alpha < math.inf:
             raise ValueError(
                 f"lora_alpha={lora_alpha!r}: a positive, finite scale is expected; lora_alpha = r gives scaling 1."
             )
-        if not 0 <= lora_dropout < 1:
+        if not isinstance(lora_dropout, int | float) or not 0 <= lora_dropout < 1:
             raise ValueError(f"lora_dropout={lora_dropout!r}: a probability in [0, 1) is expected.")
         if init_lora_weights is not True and init_lora_weights != "gaussian":
             raise ValueError(

@@ -18,6 +18,7 @@ Sources: task arithmetic, arXiv 2212.04089; TIES, arXiv 2306.01708; DARE, arXiv 
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -25,7 +26,14 @@ import torch
 from torch import Tensor
 
 from lora_course.lora import AdapterState
-from lora_course.states import concatenate, relative_error, split_state
+from lora_course.states import (
+    check_finite,
+    check_rank,
+    check_weights,
+    concatenate,
+    relative_error,
+    split_state,
+)
 
 
 class Merged(NamedTuple):
@@ -50,6 +58,9 @@ def average_factors(
         ValueError: weights of another number, states of different ranks or modules.
     """
     weights = _check(states, weights, default=1 / max(1, len(states)))
+    for state in states:
+        split_state(state)
+        check_finite(state)
     merged: AdapterState = {}
     for key in dict.fromkeys(key for state in states for key in state):
         tensors = [state[key] for state in states if key in state]
@@ -152,8 +163,8 @@ def _merge(
     merge: Callable[[list[Tensor], list[float]], Tensor],
     r: int | None,
 ) -> Merged:
-    if r is not None and r < 1:
-        raise ValueError(f"r={r}: the rank must be 1 or more, or None for all of it.")
+    if r is not None:
+        check_rank(r)
     # concatenate folds the scaling into B, and refuses what is not plain LoRA
     parts = [split_state(concatenate([state])) for state in states]
     merged: AdapterState = {}
@@ -195,13 +206,9 @@ def _check(
     default: float,
     density: float = 1.0,
 ) -> list[float]:
-    weights = [default] * len(states) if weights is None else list(weights)
-    if not states or len(states) != len(weights):
+    weights = check_weights(states, weights, default)
+    if not isinstance(density, numbers.Real) or not 0 < density <= 1:
         raise ValueError(
-            f"{len(states)} states and {len(weights)} weights: give one or more states and a weight for each."
-        )
-    if not 0 < density <= 1:
-        raise ValueError(
-            f"density={density}: the share of entries kept is expected, more than 0 and at most 1."
+            f"density={density!r}: the share of entries kept is expected, more than 0 and at most 1."
         )
     return weights

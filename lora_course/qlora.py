@@ -11,6 +11,7 @@ protected and merged.
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,13 @@ def quantize_model(
     if not linears:
         raise ValueError(
             f"{type(model).__name__} has no nn.Linear to quantise outside skip={skip}: is it quantised already?"
+        )
+    odd = [n for n, linear in linears.items() if linear.in_features % 2 and _on_cpu(linear)]
+    if odd:
+        warnings.warn(
+            f"{odd[0]!r} is {linears[odd[0]].in_features} wide: for an odd width bitsandbytes compiles a kernel at the first forward "
+            "pass on a CPU, which takes minutes. Leave such layers out with skip, or use a GPU.",
+            stacklevel=2,
         )
     for name, linear in linears.items():
         bias = linear.bias is not None
@@ -255,6 +263,10 @@ def merge_into(original: nn.Module, model: nn.Module) -> nn.Module:
         weight = linears[name].weight
         weight.copy_(weight.float() + layer.delta_weight().to(weight.device))
     return original
+
+
+def _on_cpu(linear: nn.Linear) -> bool:
+    return linear.weight.device.type == "cpu"
 
 
 def _layers_4bit(model: nn.Module) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from lora_course.descriptions import UNKNOWN, describe_adapter, differences
+from lora_course.files import read_json
 
 COMPLETE = "complete.json"
 """Written into a checkpoint's folder when all else is in it."""
@@ -157,7 +158,7 @@ def last_checkpoint(output_dir: str | Path) -> Path | None:
 
 def read_mark(folder: Path) -> dict[str, Any]:
     """What stands in a complete checkpoint: `step`, `written`, `finished`, `run`."""
-    return json.loads((folder / COMPLETE).read_text())
+    return read_json(folder / COMPLETE)
 
 
 def written(mark: Path) -> float:

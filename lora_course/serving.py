@@ -98,6 +98,11 @@ class AdapterBatchLinear(LoRALinear):
                 "with row_adapters(model, [name, …]): …; or disabled(model), for the base alone."
             )
         batch = len(self.index)
+        if x.ndim == 2 and x.shape[0] > batch:
+            raise ValueError(
+                f"A layer of this model gets {x.shape[0]} tokens in one dimension, [tokens, in], and can't tell whose they are (OPT's fc1 "
+                "and fc2, or routed experts): serve adapters that leave it out, or one adapter at a time."
+            )
         if x.shape[0] != batch:
             raise ValueError(
                 f"The input has {x.shape[0]} rows and row_adapters(…) was given {batch} names: give one a row. Where generate makes several "

@@ -7,7 +7,8 @@ state = factor_state(model)           plain A, B and scaling, whatever the layer
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import numbers
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -41,8 +42,17 @@ def factor_state(model: nn.Module) -> AdapterState:
 
 def split_state(state: AdapterState) -> dict[str, AdapterState]:
     """`{"<module>.A": …}` → `{"<module>": {"A": …}}`."""
+    if not isinstance(state, Mapping):
+        raise TypeError(
+            f"An adapter's state is a dictionary of tensors by name, not a {type(state).__name__}: take it with "
+            "adapter_state(model) or factor_state(model)."
+        )
     modules: dict[str, AdapterState] = {}
     for key, tensor in state.items():
+        if not isinstance(key, str) or not isinstance(tensor, Tensor):
+            raise TypeError(
+                f"An adapter's state holds {key!r}: a {type(tensor).__name__}; names with tensors are expected."
+            )
         module, _, name = key.rpartition(".")
         modules.setdefault(module, {})[name] = tensor
     return modules
@@ -100,11 +110,7 @@ def concatenate(
     Averaging the `A`s and the `B`s apart is something else: it mixes Bᵢ Aⱼ of different adapters.
     A module that some states lack gets nothing from them.
     """
-    weights = [1.0] * len(states) if weights is None else list(weights)
-    if not states or len(states) != len(weights):
-        raise ValueError(
-            f"{len(states)} states and {len(weights)} weights: give one or more states and a weight for each."
-        )
+    weights = check_weights(states, weights)
     parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for state, weight in zip(states, weights, strict=True):
         for module, tensors in split_state(state).items():
@@ -130,8 +136,7 @@ def truncate(state: AdapterState, r: int) -> AdapterState:
     Computed from the factors in float64 (QR of both, SVD of the small core): no `[out, in]` matrix is formed.
     A module whose rank is no more than r keeps its rank, and its ΔW.
     """
-    if r < 1:
-        raise ValueError(f"r={r}: the rank must be 1 or more.")
+    check_rank(r)
     cut = {}
     for module, tensors in split_state(state).items():
         A, B, scaling = _plain(module, tensors)
@@ -164,6 +169,27 @@ def core_of(A: Tensor, B: Tensor, scaling: float) -> tuple[Tensor, Tensor, Tenso
     return Q_B, R_B @ R_A.t(), Q_A
 
 
+def check_weights(
+    states: Sequence[AdapterState], weights: Sequence[float] | None, default: float = 1.0
+) -> list[float]:
+    """`weights` as a list, all `default` where there are none. Raises ValueError unless there is a finite number for each state."""
+    found = [default] * len(states) if weights is None else list(weights)
+    if not states or len(states) != len(found):
+        raise ValueError(
+            f"{len(states)} states and {len(found)} weights: give one or more states and a weight for each."
+        )
+    for weight in found:
+        if not isinstance(weight, numbers.Real | Tensor) or not math.isfinite(weight):
+            raise ValueError(f"weights={found}: finite numbers are expected, one for each state.")
+    return found
+
+
+def check_rank(r: int) -> None:
+    """Raise ValueError unless `r` is a whole number of 1 or more."""
+    if not isinstance(r, numbers.Integral) or isinstance(r, bool) or r < 1:
+        raise ValueError(f"r={r!r}: the rank must be a whole number of 1 or more.")
+
+
 def _norm(state: AdapterState) -> float:
     squares = 0.0
     for module, tensors in split_state(state).items():
@@ -185,4 +211,12 @@ def _plain(module: str, tensors: AdapterState) -> tuple[Tensor, Tensor, float]:
         raise ValueError(
             f"{module!r} holds {sorted(tensors)}, plain LoRA holds A, B and scaling: take the state with factor_state(model)."
         )
-    return tensors["A"], tensors["B"], float(tensors["scaling"])
+    A, B, scaling = tensors["A"], tensors["B"], tensors["scaling"]
+    fit = A.ndim == B.ndim == 2 and A.shape[:1] == B.shape[1:] and scaling.numel() == 1
+    if not fit or not (A.is_floating_point() and B.is_floating_point()):
+        raise ValueError(
+            f"{module!r} holds A {list(A.shape)} of {A.dtype}, B {list(B.shape)} of {B.dtype} and scaling {list(scaling.shape)}: "
+            "A [r, in], B [out, r] and one number are expected."
+        )
+    check_finite({f"{module}.{name}": tensor for name, tensor in tensors.items()})
+    return A, B, float(scaling)

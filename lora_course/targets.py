@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -50,10 +52,59 @@ def check_fields(config: LoraConfig, layer: type[LoRALinear]) -> LoraConfig:
             f"task_type={config.task_type!s}: the model's new head would stay at its random weights, since only adapters are "
             "trained and saved here. Use PEFT, which trains and saves it, or train the head first and leave task_type out."
         )
+    check_names(config)
     config = copy.deepcopy(config)
     for field in dataclasses.fields(config):
         setattr(config, field.name, plain_numbers(getattr(config, field.name)))
     return config
+
+
+def check_arguments(layer: type[LoRALinear], arguments: Iterable[str]) -> None:
+    """Raise TypeError, naming what `layer` takes beside its configuration, for an argument that it does not take."""
+    known = {
+        name
+        for kind in layer.__mro__
+        if issubclass(kind, LoRALinear)
+        for name in inspect.signature(kind.__init__).parameters
+    }
+    own = sorted(
+        known - set(inspect.signature(LoRALinear.__init__).parameters) - {"fields", "_", "__"}
+    )
+    if unknown := sorted(set(arguments) - set(own)):
+        raise TypeError(
+            f"{layer.__name__} takes no argument {unknown[0]!r}; beside its configuration it takes {', '.join(own) or 'none'}."
+        )
+
+
+def check_names(config: LoraConfig) -> None:
+    """Raise TypeError for names of modules that are none, ValueError for a regular expression that is none."""
+    for field in (
+        "target_modules",
+        "exclude_modules",
+        "layers_pattern",
+        "rank_pattern",
+        "alpha_pattern",
+    ):
+        given = () if getattr(config, field) is None else getattr(config, field)
+        names = [given] if isinstance(given, str) else given
+        pattern = field in ("rank_pattern", "alpha_pattern")
+        if not isinstance(names, dict if pattern and names else (list, tuple, set, dict)):
+            raise TypeError(
+                f"{field}={given!r}: {'numbers by name' if pattern else 'names'} of modules are expected."
+            )
+        if wrong := [name for name in names if not isinstance(name, str)]:
+            raise TypeError(f"{field} holds {wrong[0]!r}: names of modules are expected.")
+        for name in names if isinstance(given, str | dict) else ():
+            try:
+                re.compile(name)
+            except re.error as error:
+                raise ValueError(
+                    f"{field}={name!r} is no regular expression ({error}): one name of a module is given as a list, ['{name}']."
+                ) from None
+    layers = config.layers_to_transform
+    listed = layers if isinstance(layers, list | tuple) else [0 if layers is None else layers]
+    if not all(isinstance(layer, int) for layer in listed):
+        raise TypeError(f"layers_to_transform={layers!r}: numbers of layers are expected.")
 
 
 def plain_numbers(value: Any) -> Any:
@@ -155,7 +206,7 @@ def _refuse_fused_experts(model: nn.Module) -> None:
         raise TypeError(
             f"{found[0]!r} {list(model.get_parameter(found[0]).shape)} is a fused weight of several experts, not a linear "
             "layer, and 'all-linear' would pass over it without a word: list the linear layers to adapt in "
-            "target_modules, or adapt fused experts with PEFT (LoraConfig's target_parameters)."
+            "target_modules, or adapt the experts with PEFT: LoraConfig(target_parameters=[…])."
         )
 
 

@@ -1,4 +1,18 @@
-"""`transformers.Trainer` for adapters: small checkpoints, an auxiliary loss, and runs that go on after a kill."""
+"""`transformers.Trainer` for adapters: small checkpoints, an auxiliary loss, and runs that go on after a kill.
+
+Several processes: `accelerate launch --num_processes 2 train.py`. With the same rows an optimiser step they train what one
+process trains, to rounding, and decide the same; a checkpoint of any number of them goes on in any other number.
+
+With TRL, which prepares chats, masks questions and packs, put `AdapterTrainer` in front:
+
+    class AdapterSFTTrainer(AdapterTrainer, trl.SFTTrainer): ...
+
+    trainer = AdapterSFTTrainer(model, SFTConfig("out", assistant_only_loss=True), train_dataset=chats, processing_class=tokenizer)
+    trainer.train(resume_from_checkpoint=True)
+
+An `SFTTrainer` or a `Trainer` alone trains an injected model too, but writes checkpoints that only `load_adapter` reads: it can't
+resume, adds no auxiliary loss, and copies the model to every GPU that one process sees.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +34,7 @@ from transformers import (
 )
 from transformers.trainer_utils import TrainOutput
 
+from lora_course import processes
 from lora_course.arguments import one_device
 from lora_course.callbacks import ModelCallback
 from lora_course.checkpoint import restore_adapter, save_adapter
@@ -93,6 +108,11 @@ class AdapterTrainer(Trainer):
         finally:
             del model._hf_peft_config_loaded
         self._set_use_cache(use_cache)
+        if self.is_fsdp_enabled:
+            raise ValueError(
+                "AdapterTrainer does not train under FSDP, whose checkpoints hold the base: launch without it (each process holds the "
+                "base then), or call fully_shard and save_adapter in a loop of your own."
+            )
         self.auxiliary_loss = auxiliary_loss
         if args.disable_tqdm:
             self.remove_callback(PrinterCallback)  # or it prints each logged step instead
@@ -131,8 +151,10 @@ class AdapterTrainer(Trainer):
         """
         set_seed(self.args.seed)
         self.described = describe_run(self, self.method_settings())
-        folder = folder_to_resume(
-            self.args.output_dir, resume_from_checkpoint, self.described, overwrite
+        folder = processes.from_first(
+            lambda: folder_to_resume(
+                self.args.output_dir, resume_from_checkpoint, self.described, overwrite
+            )
         )
         if folder is not None and (finished := self._take_over(folder)):
             return finished
@@ -154,6 +176,7 @@ class AdapterTrainer(Trainer):
         last = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save and (last / COMPLETE).is_file():
             self._mark_complete(last, finished=self._is_finished())
+        processes.wait()  # or another process could look for the mark before it is there
         return output
 
     def _is_finished(self) -> bool:
@@ -204,8 +227,17 @@ class AdapterTrainer(Trainer):
                 self.model_accepts_loss_kwargs and num_items_in_batch is not None
             )
             share = self.current_gradient_accumulation_steps if summed else 1
-            loss = loss + self.auxiliary_loss(self.model).to(loss.device) / share
+            loss = loss + self._auxiliary(self.auxiliary_loss).to(loss.device) / share
         return (loss, outputs) if return_outputs else loss
+
+    def _auxiliary(self, function: Callable[[nn.Module], Tensor]) -> Tensor:
+        found = function(self.model)
+        if not isinstance(found, Tensor) or found.numel() != 1:
+            shape = list(found.shape) if isinstance(found, Tensor) else found
+            raise TypeError(
+                f"auxiliary_loss gave a {type(found).__name__} ({shape}): a tensor with one number, and its gradient, is expected."
+            )
+        return found.squeeze()
 
     def _save(
         self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None
@@ -223,6 +255,7 @@ class AdapterTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
+        processes.wait()  # each writes its own random state
         if self.args.should_save:
             self._mark_complete(folder)
             self._rotate(folder.parent, limit)

@@ -152,7 +152,7 @@ RIGHT = {
         loss,
         token_by_token,
         lambda s, t, y, alpha, T: (
-            distillation_loss(s, [t], y, DistillationConfig(alpha=alpha, temperature=T)).total
+            distillation_loss(s, [t], y, DistillationConfig(alpha=alpha, temperature=T)).loss
         ),
     ],
     check_repair: [

@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import AdaLoraConfig, LoraConfig, PeftModel
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from lora_course import cli, experiments, lab
 from lora_course.adalora import AdaLoRALinear
@@ -92,6 +93,37 @@ def test_convert_to_peft_and_back_is_the_same_function(
         f"{tmp_path / 'peft'} holds the adapter in PEFT's format.",
         f"{tmp_path / 'again'} holds the adapter in the course's format.",
     ]
+
+
+def test_convert_reads_no_base_and_its_uniform_form_has_one_rank_and_scale(
+    tmp_path: Path, nano: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = LoraConfig(
+        r=4, lora_alpha=8, target_modules=["q_proj", "up_proj"], rank_pattern={"layers.0.self_attn.q_proj": 2}
+    )  # fmt: skip
+    model = randomize(inject(nano, settings))
+    save_adapter(model, tmp_path / "ours")
+    expected = logits(model)
+
+    def no_weights(*_: object, **__: object) -> None:
+        raise AssertionError("a base was loaded to rename keys")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(lab, "load_base", no_weights)
+        patched.setattr(AutoModelForCausalLM, "from_pretrained", no_weights)
+        for name, more in (("default", []), ("uniform", ["--uniform"])):
+            assert cli.main(["convert", str(tmp_path / "ours"), str(tmp_path / name), *more]) == 0
+        assert cli.main(["convert", str(tmp_path / "default"), str(tmp_path / "back")]) == 0
+        refused = ["convert", str(tmp_path / "default"), str(tmp_path / "no"), "--uniform"]
+        assert cli.main(refused) == 2
+    written = json.loads((tmp_path / "uniform/adapter_config.json").read_text())
+    assert written["rank_pattern"] == written["alpha_pattern"] == {} and written["r"] == 4
+    assert json.loads((tmp_path / "default/adapter_config.json").read_text())["rank_pattern"]
+    for name in ("default", "uniform"):
+        theirs = PeftModel.from_pretrained(lab.load_base("nano")[0], tmp_path / name)
+        torch.testing.assert_close(logits(theirs), expected, atol=2e-3, rtol=1e-4)
+    again = load_adapter(lab.load_base("nano")[0], tmp_path / "back")
+    torch.testing.assert_close(logits(again), expected, atol=2e-3, rtol=1e-4)
 
 
 def test_a_study_is_run_listed_and_verified(

@@ -147,3 +147,33 @@ def test_a_model_card_says_how_to_load_and_a_card_of_ones_own_is_left_alone(tmp_
     (tmp_path / "README.md").write_text("mine")
     export_peft(model, tmp_path)
     assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def steps(model: nn.Module, count: int) -> list[float]:
+    """Losses of `count` steps of plain SGD, which keeps nothing between two of them."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.5)
+    losses = []
+    for _ in range(count):
+        loss = model.train()(**batch()).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("uniform", [False, True])
+def test_an_adapter_goes_on_in_peft_and_comes_back_with_the_losses_of_one_that_stayed(
+    tmp_path: Path, uniform: bool
+) -> None:
+    fields = {"target_modules": ["q_proj", "down_proj"], "rank_pattern": {"q_proj": 5}}
+    stayed = randomize(inject(qwen(), config(**({} if uniform else fields))))
+    first = steps(stayed, 2)
+    export_peft(stayed, tmp_path / "out", uniform=uniform)
+    theirs = PeftModel.from_pretrained(qwen(), tmp_path / "out", is_trainable=True)
+    assert steps(theirs, 3) == pytest.approx(middle := steps(stayed, 3), rel=1e-5)
+    theirs.save_pretrained(tmp_path / "back")
+    back = load_peft(qwen(), tmp_path / "back")
+    assert steps(back, 3) == pytest.approx(last := steps(stayed, 3), rel=1e-5)
+    assert first[0] > middle[0] > last[-1]  # or nothing was trained, and all would agree

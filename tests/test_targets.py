@@ -1,19 +1,31 @@
 """`lora_course.targets`: what a configuration may ask for, and the sentence for what it may not."""
 
+import copy
+
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
+    InternVLVisionConfig,
+    InternVLVisionModel,
+    MixtralConfig,
+    MixtralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    SiglipVisionConfig,
+    SiglipVisionModel,
 )
 
 from lora_course.injection import inject
 from lora_course.lora import LoRALinear
-from tests.models import SHAPE, config, qwen
+from tests.models import SHAPE, batch, config, pair, qwen, randomize, relative
 
 REFUSED = [
     ({"target_modules": ["q_proj", "q_prj"]}, ValueError, r"q_prj.*down_proj, gate_proj, k_proj"),
@@ -67,3 +79,59 @@ def test_layers_that_are_no_linear_are_refused_by_name() -> None:
     attention = nn.MultiheadAttention(8, 2)
     with pytest.raises(TypeError, match="nn.MultiheadAttention"):
         inject(nn.ModuleDict({"attention": attention}), config(target_modules=["out_proj"]))
+
+
+@pytest.mark.parametrize("name", ["q[", "(", "*_proj", r"\9"])
+def test_an_expression_that_is_none_is_refused_before_anything_is_read(name: str) -> None:
+    model = qwen()
+    for fields in ({"target_modules": name}, {"rank_pattern": {name: 2}}):
+        with pytest.raises(ValueError, match="is no regular expression"):
+            inject(model, config(**fields))
+    assert not any(isinstance(m, LoRALinear) for m in model.modules())
+
+
+MIXTURES = {
+    "qwen3": lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(
+        **SHAPE, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, head_dim=12,
+    )),
+    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=2)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_fused_experts_are_refused_with_what_peft_does_and_the_linear_layers_work(
+    name: str,
+) -> None:
+    base = MIXTURES[name]().eval()
+    with pytest.raises(TypeError, match="target_parameters") as caught:
+        inject(base, config())
+    fused = str(caught.value).split("'")[1]
+    assert base.get_parameter(fused).ndim == 3 and base.get_parameter(fused).shape[0] == 4
+    # what the sentence says of PEFT is true: it adapts the parameter that is named
+    settings = LoraConfig(r=3, target_modules=[], target_parameters=[fused])
+    theirs = get_peft_model(copy.deepcopy(base), settings)
+    trained = [n for n, p in theirs.named_parameters() if p.requires_grad]
+    assert len(trained) == 2 and all("lora_" in n for n in trained)
+    ours, peft = pair(base, target_modules=["q_proj", "v_proj"])
+    torch.testing.assert_close(ours(**batch()).logits, peft(**batch()).logits)
+    assert relative(ours(**batch()).logits, base(**batch()).logits) > 1e-3
+
+
+def test_a_token_of_three_dimensions_is_no_fused_expert() -> None:
+    vision = SiglipVisionModel(SiglipVisionConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4,
+    ))  # fmt: skip
+    pixels = torch.randn(2, 3, 8, 8)
+    probe = [p for p in vision.parameters() if p.ndim == 3]
+    assert probe  # the one that was taken for experts
+    before = vision.eval()(pixels).last_hidden_state
+    # its pooling head is an nn.MultiheadAttention, which never calls its linear
+    settings = config(exclude_modules=["out_proj"], target_modules=["q_proj", "v_proj", "fc1"])
+    adapted = randomize(inject(vision, settings))
+    assert relative(adapted(pixels).last_hidden_state, before) > 1e-3
+
+    query = InternVLVisionModel(InternVLVisionConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=[8, 8], patch_size=[4, 4],
+    ))  # fmt: skip
+    assert any(p.ndim == 3 for p in query.parameters())
+    inject(query, config())

@@ -11,6 +11,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from lora_course.adalora.layer import AdaLoRALinear, config_of
 from lora_course.callbacks import ModelCallback
 from lora_course.injection import layers_of
+from lora_course.linears import check_not_sharded, whole, zero_where
 
 
 class RankAllocator(ModelCallback):
@@ -34,6 +35,8 @@ class RankAllocator(ModelCallback):
     Raises:
         ValueError: a model without AdaLoRA layers.
     """
+
+    works_sharded = True
 
     def __init__(self, model: nn.Module) -> None:
         self.config = config_of(model)
@@ -73,7 +76,7 @@ class RankAllocator(ModelCallback):
             chosen = self._allocate(self.budget(t))
         if t >= self.final:
             for layer in self.layers.values():
-                layer.E.masked_fill_(~layer.mask[:, None], 0.0)
+                zero_where(layer.E, ~layer.mask[:, None])
                 if chosen:
                     layer.forget()
         return chosen
@@ -81,8 +84,9 @@ class RankAllocator(ModelCallback):
     def _observe(self) -> None:
         """One update of the moving averages."""
         owners = [(layer, name) for layer in self.layers.values() for name in "AEB"]
-        weights = [getattr(layer, name) for layer, name in owners]
-        gradients = [weight.grad for weight in weights if weight.grad is not None]
+        parameters = [getattr(layer, name) for layer, name in owners]
+        gradients = [whole(p.grad) for p in parameters if p.grad is not None]
+        weights = [whole(parameter) for parameter in parameters]
         norm = nn.utils.get_total_norm(gradients)
         if len(gradients) < len(weights) or norm == 0:
             raise RuntimeError(
@@ -118,7 +122,7 @@ class RankAllocator(ModelCallback):
             strict=True,
         ):
             layer.mask.copy_(part)
-            layer.E.masked_fill_(~layer.mask[:, None], 0.0)
+            zero_where(layer.E, ~layer.mask[:, None])
         return kept_triplets(self.model)
 
     def on_train_begin(  # type: ignore[override]  # the trainer gives the model by name
@@ -162,6 +166,7 @@ def prune_triplets(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: more triplets are left than the target, or a masked one is in use. Nothing is changed then.
     """
+    check_not_sharded(model, "pruning")
     config, layers = config_of(model), layers_of(model, AdaLoRALinear)
     kept, target = sum(kept_triplets(model).values()), config.target_r * len(layers)
     if kept > target:

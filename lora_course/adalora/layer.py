@@ -9,6 +9,7 @@ from peft import AdaLoraConfig, LoraConfig
 from torch import Tensor, nn
 
 from lora_course.injection import adapter_layers, injection_of, layers_of
+from lora_course.linears import gathered
 from lora_course.lora import AdapterState, LoRALinear, register
 
 
@@ -142,7 +143,7 @@ def regularizer(model: nn.Module) -> Tensor:
         tuple[torch.Size, torch.device], list[Tensor]
     ] = {}  # factors of one shape are one stack: few large operations
     for layer in adapter_layers(model).values():
-        for rows in (layer.A, layer.B.T):
+        for rows in (gathered(layer.A), gathered(layer.B).T):
             alike.setdefault((rows.shape, rows.device), []).append(rows)
     norms = []
     for (shape, device), factors in alike.items():

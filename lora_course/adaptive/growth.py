@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from lora_course.adaptive.layer import MERGED, GrowingLoRALinear
 from lora_course.callbacks import ModelCallback
 from lora_course.injection import layers_of
+from lora_course.processes import average_gradient
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +55,7 @@ class GrowthSchedule:
         for name, value in counts.items():
             if not (isinstance(value, int) and value >= 1) and (name, value) != ("max_r", None):
                 raise ValueError(f"{name}={value!r}: a whole number of 1 or more is expected.")
-        if not 0 <= self.beta < 1:
+        if not isinstance(self.beta, numbers.Real) or not 0 <= self.beta < 1:
             raise ValueError(
                 f"beta={self.beta!r}: a number in [0, 1) is expected; 0 looks at the last step alone."
             )
@@ -89,6 +91,7 @@ class RankGrower(ModelCallback):
         super().__init__(model)
         self.schedule = schedule
         self.layers = layers_of(model, GrowingLoRALinear)
+        self.averaging: list[Any] = []
         self.check()
 
     def settings(self) -> dict[str, Any]:
@@ -110,6 +113,12 @@ class RankGrower(ModelCallback):
         """Whether the budget is spent."""
         return self.total == self.schedule.budget
 
+    def stopped(self) -> None:
+        """The next training wraps the model anew, and knows all pairs."""
+        for handle in filter(None, self.averaging):
+            handle.remove()
+        self.averaging = []
+
     def observe(self) -> None:
         """Update every layer's averages from the gradients of one whole optimiser step: after its last `backward`, after
         unscaling and clipping if there is any, before `zero_grad`. Does nothing once the budget is spent.
@@ -117,6 +126,7 @@ class RankGrower(ModelCallback):
         Raises:
             RuntimeError: there are no gradients.
         """
+        self.check_model()
         if not self.finished:
             for layer in self.layers.values():
                 layer.observe(self.schedule.beta)
@@ -184,8 +194,9 @@ class RankGrower(ModelCallback):
             layer,
         ) in self.layers.items():  # the generator's draws are dealt in the model's order
             if name in gains:
-                layer.grow(gains[name], step, generator)
+                pair = layer.grow(gains[name], step, generator)
                 add_to_optimizer(layer, optimizer)
+                self.averaging += [average_gradient(factor) for factor in pair]
         return gains
 
     def check(self, optimizer: Optimizer | None = None) -> None:
@@ -226,12 +237,8 @@ class RankGrower(ModelCallback):
         optimizer: Optimizer,
         **_: Any,
     ) -> None:
-        """Raises ValueError for another model, more than one process, or a run that ends before the budget is spent."""
+        """Raises ValueError for another model, or a run that ends before the budget is spent."""
         super().on_train_begin(args, state, control, model)
-        if args.world_size > 1:
-            raise ValueError(
-                f"{args.world_size} processes: new pairs are unknown to DistributedDataParallel. Train in one process."
-            )
         self.check(optimizer)
         steps = self.schedule.steps(self.total, after=state.global_step)
         if steps and steps[-1] >= state.max_steps:

@@ -19,8 +19,9 @@ from transformers import PrinterCallback, TrainingArguments, default_data_collat
 from lora_course.continual.memory import Rows
 from lora_course.continual.strategies import Sequential
 from lora_course.descriptions import describe_adapter
-from lora_course.files import make_folder, replace_file
+from lora_course.files import make_folder, read_json, replace_file
 from lora_course.injection import layers_of
+from lora_course.processes import from_first, one_writer
 from lora_course.runs import check_same_run, describe_arguments, describe_schedule, fingerprint
 from lora_course.training import AdapterTrainer
 
@@ -86,8 +87,8 @@ def learn(
         "rows": {task.name: fingerprint(task.train) for task in tasks},
     }
     if overwrite:
-        _remove_another_run(folder, names, asked)
-    record = _open_record(folder, names, asked)
+        from_first(lambda: _remove_another_run(folder, names, asked))
+    record = from_first(lambda: _open_record(folder, names, asked))
     stages = [folder / f"stage-{i}" for i in range(len(tasks) + 1)]
     record["matrix"] += [{} for _ in stages[len(record["matrix"]) :]]
     for i, stage in enumerate(stages):
@@ -98,24 +99,27 @@ def learn(
                 # From files even if the model is as it was saved: an interrupted run and another take the same path.
                 strategy.load(model, stages[:i])
                 _train_on(model, tasks[i - 1], i - 1, strategy, args, trainer)
-            strategy.save(model, stage)
             record["stages"] = i + 1
-            _write_record(folder, record)
-            shutil.rmtree(folder / f"training-{i}", ignore_errors=True)
+            with one_writer() as mine:
+                if mine:
+                    strategy.save(model, stage)
+                    _write_record(folder, record)
+                    shutil.rmtree(folder / f"training-{i}", ignore_errors=True)
         elif missing:
             strategy.load(model, stages[: i + 1])
         for j in missing:
             with strategy.serving(model.eval(), j):
                 row[names[j]] = score_task(model, tasks[j])
-        if missing:
-            _write_record(folder, record)
+        with one_writer() as mine:
+            if mine and missing:
+                _write_record(folder, record)
     strategy.load(model.eval(), stages)
     return load_results(folder)
 
 
 def load_results(output_dir: str | Path) -> Results:
     """What `learn` has measured so far; cells that are still to come are NaN."""
-    record = json.loads((Path(output_dir) / RECORD).read_text())
+    record = read_json(Path(output_dir) / RECORD)
     rows = [[row.get(name, float("nan")) for name in record["tasks"]] for row in record["matrix"]]
     return Results(record["tasks"], torch.tensor(rows, dtype=torch.float64))
 
@@ -214,7 +218,7 @@ def _open_record(folder: Path, names: list[str], asked: dict[str, Any]) -> dict[
         record = {"tasks": names, "run": asked, "stages": 0, "matrix": []}
         _write_record(folder, record)
         return record
-    record = json.loads(path.read_text())
+    record = read_json(path)
     _check_same(path, record, names, asked)
     return record | {"tasks": names, "run": asked}
 
@@ -237,7 +241,7 @@ def _remove_another_run(folder: Path, names: list[str], asked: dict[str, Any]) -
     if not path.exists():
         return
     try:
-        _check_same(path, json.loads(path.read_text()), names, asked)
+        _check_same(path, read_json(path), names, asked)
     except ValueError:
         path.unlink()
         for pattern in ("stage-*", "training-*"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -43,9 +44,9 @@ class DistillationConfig:
     temperature_squared: bool = True
 
     def __post_init__(self) -> None:
-        if not 0 <= self.alpha <= 1:
+        if not isinstance(self.alpha, numbers.Real) or not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha={self.alpha!r}: the teachers' share is a number in [0, 1].")
-        if not 0 < self.temperature < math.inf:
+        if not isinstance(self.temperature, numbers.Real) or not 0 < self.temperature < math.inf:
             raise ValueError(
                 f"temperature={self.temperature!r}: a positive number is expected; 1 leaves the distributions as they are."
             )
@@ -62,10 +63,10 @@ class DistillationConfig:
 class DistillationLoss(NamedTuple):
     """Means over the tokens that count, in nats; 0-dimensional tensors.
 
-    total: L, to call `backward` on. divergence: without α and T². task: the cross-entropy.
+    loss: L, to call `backward` on. divergence: without α and T². task: the cross-entropy.
     """
 
-    total: Tensor
+    loss: Tensor
     divergence: Tensor
     task: Tensor
 
@@ -81,13 +82,18 @@ def distillation_loss(
 
     Args:
         student_logits: `[B, T, V]`, with gradient.
-        teacher_logits: `[B, T, V]` each. They get no gradient.
+        teacher_logits: `[B, T, V]` each. They get no gradient. −∞ is a token that a teacher rules out; only the forward
+            divergence of probabilities has a value there.
         labels: `[B, T]`, not shifted; a position whose label is −100 counts nowhere.
         weights: of the teachers, `[K]`; relative to each other, equal by default.
 
     Raises:
-        ValueError: logits or labels of other shapes, weights that don't fit, no teacher.
+        ValueError: logits or labels of other shapes, NaN, an infinite divergence, weights that don't fit, no teacher.
     """
+    if student_logits.ndim != 3 or not student_logits.numel():
+        raise ValueError(
+            f"The student's logits are {list(student_logits.shape)}: [B, T, V] of one or more rows is expected."
+        )
     if labels.shape != student_logits.shape[:2]:
         raise ValueError(
             f"labels are {list(labels.shape)}, the student's logits {list(student_logits.shape)}: [B, T] and [B, T, V] are expected."
@@ -98,9 +104,10 @@ def distillation_loss(
                 f"Teacher {k}'s logits are {list(logits.shape)}, the student's {list(student_logits.shape)}: distillation "
                 "compares them token by token, so both need the same text and the same vocabulary."
             )
-    target = mixture_log_probs(
-        [counted_logits(logits, labels) for logits in teacher_logits], weights, config
-    )
+    counted = [counted_logits(logits, labels) for logits in teacher_logits]
+    for k, logits in enumerate(counted):
+        _check_logits(k, logits, config)
+    target = mixture_log_probs(counted, weights, config)
     return loss_from_mixture(student_logits, target, labels, config)
 
 
@@ -163,12 +170,26 @@ def loss_from_mixture(
     )
     first, second = (target, student) if target_first else (student, target)
     divisor = max(1, len(target)) if num_items is None else num_items
-    divergence = (first.exp() * (first - second)).sum() / divisor
+    # what has no probability (a logit of −∞) adds nothing to the sum, where 0 · −∞ would be NaN
+    parts = (first.exp() * (first - second)).masked_fill(first == -math.inf, 0.0)
+    divergence = parts.sum() / divisor
     next_tokens = labels[:, 1:][labels[:, 1:] != IGNORED].to(logits.device)
     task = F.cross_entropy(logits, next_tokens, reduction="sum") / divisor
     scale = config.temperature**2 if config.temperature_squared else 1.0
     total = (1 - config.alpha) * task + config.alpha * scale * divergence
     return DistillationLoss(total, divergence.detach(), task.detach())
+
+
+def _check_logits(teacher: int, logits: Tensor, config: DistillationConfig) -> None:
+    """Raise ValueError where a teacher's logits `[N, V]` would make the loss NaN or infinite."""
+    may_rule_out = config.divergence == "forward" and config.mixture == "probabilities"
+    out = logits == -math.inf
+    wrong = not bool((logits < math.inf).all()) or bool(out.all(-1).any())
+    if wrong or not may_rule_out and bool(out.any()):
+        raise ValueError(
+            f"Teacher {teacher}'s logits hold NaN or ±inf, and so would the loss: finite logits are expected (−inf for some tokens "
+            "with divergence='forward' and mixture='probabilities' alone)."
+        )
 
 
 def counted_logits(logits: Tensor, labels: Tensor) -> Tensor:
@@ -178,8 +199,18 @@ def counted_logits(logits: Tensor, labels: Tensor) -> Tensor:
 
 def normalised_weights(weights: Tensor | Sequence[float] | Sequence[Sequence[float]]) -> Tensor:
     """`[K]` or `[D, K]` on the CPU, summing to 1 over the teachers."""
-    weights = torch.as_tensor(weights).detach().to("cpu", torch.float64)
-    proper = weights.numel() > 0 and torch.isfinite(weights).all() and (weights >= 0).all()
+    try:
+        weights = torch.as_tensor(weights).detach().to("cpu", torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(
+            f"weights={weights!r}: numbers are expected, one for each teacher."
+        ) from None
+    proper = (
+        weights.ndim > 0
+        and weights.numel() > 0
+        and torch.isfinite(weights).all()
+        and (weights >= 0).all()
+    )
     if not proper or (weights.sum(-1) == 0).any():
         raise ValueError(
             f"weights={weights.tolist()}: numbers of 0 or more are expected, one for each teacher, of which not all are 0."

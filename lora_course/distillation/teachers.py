@@ -22,6 +22,7 @@ from lora_course.distillation.loss import (
 )
 from lora_course.folders import read_factors
 from lora_course.injection import adapter_layers, disabled
+from lora_course.linears import check_not_sharded
 from lora_course.lora import AdapterState, LoRALinear
 from lora_course.states import split_state
 
@@ -64,6 +65,7 @@ class Teachers:
             raise ValueError(
                 "Teachers are given by name: {'law': factor_state(model), 'code': …}, one or more."
             )
+        check_not_sharded(model, "teachers that take turns on its layers")
         self.model, self.names = model, list(states)
         self.weights = normalised_weights([1.0] * len(states) if weights is None else weights)
         if self.weights.ndim > 2 or self.weights.shape[-1] != len(states):
@@ -194,6 +196,8 @@ def split_batch(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor, Tens
         raise ValueError(
             f"The batch holds {sorted(inputs)}: 'labels' is expected too, −100 where a token does not count."
         )
+    if not len(inputs["labels"]):
+        raise ValueError("The batch has no rows: leave empty batches out.")
     rest = {key: value for key, value in inputs.items() if key not in ("labels", DOMAIN)}
     return rest, inputs["labels"], inputs.get(DOMAIN)
 

@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 from lora_course.distillation.loss import DistillationConfig, DistillationLoss, loss_from_mixture
 from lora_course.distillation.teachers import DOMAIN, Teachers, split_batch
 from lora_course.injection import check_same_model
+from lora_course.processes import sum_over_processes
 from lora_course.training import AdapterTrainer
 
 
@@ -42,7 +43,7 @@ def distill(
     for inputs in batches:
         loss = distillation_step(teachers, inputs, config)
         optimizer.zero_grad()
-        loss.total.backward()
+        loss.loss.backward()
         optimizer.step()
         history.append({name: value.item() for name, value in loss._asdict().items()})
     return history
@@ -127,12 +128,12 @@ class DistillationTrainer(AdapterTrainer):
             items = tokens if num_items_in_batch is None else num_items_in_batch
             parts = [loss.divergence * items, loss.task * items, loss.task.new_tensor(tokens)]
             self._sums = self._sums.to(loss.task.device) + torch.stack(parts)
-        return loss.total
+        return loss.loss
 
     def log(self, logs: dict[str, float], *arguments: Any, **named: Any) -> None:
         """As `Trainer.log`, with the divergence and the task loss a token since the last time."""
         if "loss" in logs:
-            divergence, task, tokens = self._sums.tolist()
+            divergence, task, tokens = sum_over_processes(self._sums).tolist()
             self._sums = torch.zeros(3)
             logs = logs | {"divergence": divergence / max(1, tokens), "task": task / max(1, tokens)}
         super().log(logs, *arguments, **named)

@@ -90,7 +90,7 @@ def memory(seed: int) -> dict[str, Any]:
     steps = {"data alone": lambda: model(**plain, use_cache=False).loss.backward()}
     for count in range(1, len(states) + 1):
         teachers = Teachers(model, dict(list(states.items())[:count]))
-        steps[f"{count} teachers"] = lambda t=teachers: distillation_step(t, plain).total.backward()
+        steps[f"{count} teachers"] = lambda t=teachers: distillation_step(t, plain).loss.backward()
     peaks = {}
     for name, step in steps.items():
         step()  # gradients exist from here on

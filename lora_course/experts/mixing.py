@@ -16,6 +16,7 @@ from lora_course.experts.router import Router
 from lora_course.export import load_peft
 from lora_course.injection import inject, injection_of, layers_of, unload
 from lora_course.lora import AdapterState
+from lora_course.processes import count, sum_over_processes
 from lora_course.states import adapter_state, concatenate, factor_state, split_state, use_adapter
 
 
@@ -119,6 +120,7 @@ def balance_loss(model: nn.Module, weight: float = 1.0) -> Tensor:
 
     f_e: share of the real tokens (of the sequences, for a sequence gate) whose largest gate, or k largest, is e's;
     P_e: mean probability of e. 1 where experts are used equally, E where all goes to one; only P_e has a gradient.
+    With several processes f and P are those of their batches together (arXiv 2501.11873), and every process calls this.
     For `AdapterTrainer`: `auxiliary_loss=functools.partial(balance_loss, weight=0.01)`.
 
     Raises RuntimeError before the first forward pass.
@@ -135,9 +137,12 @@ def balance_loss(model: nn.Module, weight: float = 1.0) -> Tensor:
             if router.owner.gate_by == "sequence"
             else router.current.real.to(p)
         )
-        share = (real / real.sum())[..., None]
+        # With several processes f and the number of tokens are those of all, so that the mean of the processes' losses, which
+        # is what they train on, is the loss of the whole batch.
+        share = (real / sum_over_processes(real.sum()) * count())[..., None]
         chosen = p.topk(router.owner.top_k or 1).indices
         f = (share * torch.zeros_like(p).scatter(-1, chosen, 1 / chosen.shape[-1])).sum((0, 1))
+        f = sum_over_processes(f) / count()
         losses.append(p.shape[-1] * (f * (share * p).sum((0, 1))).sum())
     return weight * torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
 
@@ -157,7 +162,12 @@ def fixed_gates(model: nn.Module, gates: Tensor | Sequence[float]) -> Iterator[n
 
     Raises ValueError where their last dimension is not the number of experts, or one of them is negative or not finite.
     """
-    gates = torch.as_tensor(gates, dtype=torch.float32)
+    try:
+        gates = torch.as_tensor(gates, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(
+            f"gates={gates!r}: a tensor or a list with a number for each expert is expected."
+        ) from None
     routers = _routers(model)
     if not gates.ndim or gates.shape[-1] != routers[0].owner.num_experts:
         raise ValueError(

@@ -13,7 +13,7 @@ from lora_course.lab.corpora import (
 from lora_course.lab.display import fails, say, show_source
 from lora_course.lab.estimate import estimate_memory
 from lora_course.lab.memory import peak_memory, process_peak, tensor_bytes
-from lora_course.lab.models import base_path, evaluating, generate, load_base
+from lora_course.lab.models import base_path, describe_base, evaluating, generate, load_base
 from lora_course.lab.plots import band, bars, figure, show, style
 from lora_course.lab.precision import check_fp16
 from lora_course.lab.profiles import Profile, pick_profile, preflight
@@ -29,6 +29,7 @@ __all__ = [
     "blocks",
     "check_fp16",
     "describe",
+    "describe_base",
     "estimate_memory",
     "evaluating",
     "excerpt",

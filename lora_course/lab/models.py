@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -57,6 +58,16 @@ def load_base(
             model = AutoModelForCausalLM.from_pretrained(base_path(name), dtype=dtype)
             tokenizer = AutoTokenizer.from_pretrained(base_path(name))
     return model.to(device or "cpu"), tokenizer
+
+
+def describe_base(name: str) -> PreTrainedModel:
+    """The model that `load_base` would load, without its weights ("meta" tensors): a few megabytes, whatever its size."""
+    if name == "smol" and (gguf := _smol_folder()) is not None:
+        config = AutoConfig.from_pretrained(gguf, gguf_file=SMOL_GGUF)
+    else:
+        config = AutoConfig.from_pretrained(base_path(name))
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
 
 
 def _smol_folder() -> Path | None:

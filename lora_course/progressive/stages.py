@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -45,15 +47,25 @@ class Stage:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r}: a stage needs a whole number of 1 or more; leave an empty stage out."
                 )
-        if not self.learning_rate > 0:
+        if (
+            not isinstance(self.learning_rate, numbers.Real)
+            or not 0 < self.learning_rate < math.inf
+        ):
             raise ValueError(
-                f"learning_rate={self.learning_rate!r}: a stage needs a positive rate; it starts from 0 by its warm-up anyway."
+                f"learning_rate={self.learning_rate!r}: a stage needs a positive, finite rate; it starts from 0 by its warm-up anyway."
             )
-        if not 0 <= self.warmup <= self.steps:
+        if not isinstance(self.warmup, numbers.Real) or not 0 <= self.warmup <= self.steps:
             raise ValueError(
                 f"warmup={self.warmup!r}: a number of steps from 0 to {self.steps} is expected, or a share of them below 1."
             )
         if not isinstance(self.target_modules, str):
+            given: Any = self.target_modules
+            if not isinstance(given, list | tuple | set) or not all(
+                isinstance(n, str) for n in given
+            ):
+                raise TypeError(
+                    f"target_modules={given!r}: 'all-linear', an expression or a list of names is expected."
+                )
             object.__setattr__(self, "target_modules", tuple(sorted(self.target_modules)))
 
     @property

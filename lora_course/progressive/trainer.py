@@ -19,6 +19,7 @@ from lora_course.arguments import device_of, training_arguments
 from lora_course.checkpoint import load_adapter, read_extra, restore_adapter, save_adapter
 from lora_course.injection import adapter_layers, merge, unload
 from lora_course.linears import is_4bit
+from lora_course.processes import from_first, one_writer
 from lora_course.progressive.stages import Stage, begin_stage, inject_stages
 from lora_course.runs import check_same_run, describe_arguments, describe_schedule, fingerprint
 from lora_course.training import AdapterTrainer
@@ -133,16 +134,7 @@ def train_stages(
         "trainer": describe_arguments(trainer or {}),
         "rows": {f"{index}": fingerprint(part) for index, part in enumerate(rows)},
     }  # fmt: skip
-    started = (folder / "start" / "adapter.json").is_file()
-    if started:
-        try:
-            check_same_run(folder, read_extra(folder / "start"), plan)
-        except ValueError:
-            if not overwrite:
-                raise
-            for found in (*folder.glob("stage-*"), folder / "start"):
-                shutil.rmtree(found)
-            started = False
+    started = from_first(lambda: _is_started(folder, plan, overwrite))
     inject_stages(model, stages, scaling, lora_dropout, keep_original)
     try:
         if mode == "merge":
@@ -152,8 +144,9 @@ def train_stages(
     except Exception:
         unload(model)
         raise
-    if not started:
-        save_adapter(model, folder / "start", plan)
+    with one_writer() as mine:
+        if mine and not started:
+            save_adapter(model, folder / "start", plan)
     finished = _finished_stages(folder)
     if finished:
         restore_adapter(model, finished[-1])
@@ -178,12 +171,11 @@ def train_stages(
         running.train(resume_from_checkpoint=True)
         if mode == "merge":
             merge(model)
-        save_adapter(
-            model,
-            folder / f"stage-{index}",
-            {"stage": index, "mode": mode, "history": running.history},
-        )
-        shutil.rmtree(str(args.output_dir))
+        extra = {"stage": index, "mode": mode, "history": running.history}
+        with one_writer() as mine:
+            if mine:
+                save_adapter(model, folder / f"stage-{index}", extra)
+                shutil.rmtree(str(args.output_dir))
     return [read_extra(path) for path in _finished_stages(folder)]
 
 
@@ -200,6 +192,21 @@ def load_stage(model: nn.Module, output_dir: str | Path, stage: int | None = Non
             f"{output_dir} has no finished stage {stage}; finished are {list(range(len(finished)))}. Run train_stages again to go on."
         )
     return load_adapter(model, finished[index])
+
+
+def _is_started(folder: Path, plan: dict[str, Any], overwrite: bool) -> bool:
+    """Whether `folder` holds this plan's start. What it holds of another plan is refused, or deleted."""
+    if not (folder / "start" / "adapter.json").is_file():
+        return False
+    try:
+        check_same_run(folder, read_extra(folder / "start"), plan)
+    except ValueError:
+        if not overwrite:
+            raise
+        for found in (*folder.glob("stage-*"), folder / "start"):
+            shutil.rmtree(found)
+        return False
+    return True
 
 
 def _finished_stages(folder: Path) -> list[Path]:

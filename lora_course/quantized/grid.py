@@ -7,6 +7,8 @@
 
 from __future__ import annotations
 
+import numbers
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -35,6 +37,15 @@ def quantize(
         ValueError: an argument outside its range.
     """
     check_grid(bits, granularity, group_size, clip)
+    if bits == 32:
+        raise ValueError(
+            "bits=32 stands for a factor that is not quantised: it has no codes. Give 2 to 16."
+        )
+    _check_matrix(x)
+    if not bool(x.isfinite().all()):
+        raise ValueError(
+            "x holds NaN or infinite numbers, which no grid has: its training diverged."
+        )
     codes, scale = round_to_grid(x, bits, granularity, group_size, clip)
     return ungrouped(codes.clamp(-largest_code(bits), largest_code(bits)), x.shape).to(
         torch.int16
@@ -57,6 +68,7 @@ def fake_quantize(
     as a constant in the backward pass. Q(Q(x)) = Q(x), bit for bit, with `clip` 1 and up to 8 bits.
     """
     check_grid(bits, granularity, group_size, clip)
+    _check_matrix(x)
     return x if bits == 32 else FakeQuantize.apply(x, bits, granularity, group_size, clip)
 
 
@@ -107,9 +119,16 @@ def unpack(packed: Tensor, bits: int, shape: tuple[int, ...] | torch.Size) -> Te
     return (unsigned - largest_code(bits)).to(torch.int16).reshape(shape)
 
 
+def _check_matrix(x: Tensor) -> None:
+    if x.ndim != 2 or not x.numel() or not x.is_floating_point():
+        raise ValueError(
+            f"x is {list(x.shape)} of {x.dtype}: a matrix [rows, length] of floating-point numbers is expected."
+        )
+
+
 def check_grid(bits: int, granularity: str, group_size: int, clip: float) -> None:
     """Raise ValueError, in one sentence, unless the arguments of `fake_quantize` make a grid."""
-    if not isinstance(bits, int) or bits not in (*range(2, 17), 32):
+    if not isinstance(bits, int) or isinstance(bits, bool) or bits not in (*range(2, 17), 32):
         hint = " (a symmetric range of 1 bit holds nothing but 0)" if bits == 1 else ""
         raise ValueError(
             f"bits={bits!r}{hint}: a whole number from 2 to 16 is expected, or 32 for a factor that is not quantised."
@@ -118,11 +137,11 @@ def check_grid(bits: int, granularity: str, group_size: int, clip: float) -> Non
         raise ValueError(
             f"granularity={granularity!r}: one of {', '.join(GRANULARITIES)} is expected."
         )
-    if not isinstance(group_size, int) or group_size < 1:
+    if not isinstance(group_size, int) or isinstance(group_size, bool) or group_size < 1:
         raise ValueError(
             f"group_size={group_size!r}: how many numbers share a scale, 1 or more, is expected; 64 is usual."
         )
-    if not 0 < clip <= 1:
+    if not isinstance(clip, numbers.Real) or not 0 < clip <= 1:
         raise ValueError(
             f"clip={clip!r}: the part of the largest number at which the grid ends, in (0, 1], is expected; 1 cuts nothing."
         )

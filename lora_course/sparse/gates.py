@@ -18,6 +18,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from lora_course.callbacks import ModelCallback
 from lora_course.injection import layers_of
+from lora_course.linears import check_not_sharded
 from lora_course.lora import AdapterState, LoRALinear, register
 
 
@@ -114,6 +115,7 @@ class GateSparsity(ModelCallback):
         Raises:
             ValueError: the gates are not among the optimiser's parameters.
         """
+        self.check_model()
         layers = layers_of(self.model, GatedLoRALinear)
         rates = {
             id(parameter): group["lr"]
@@ -163,6 +165,7 @@ def prune_gates(model: nn.Module) -> nn.Module:
     The parameters are new ones, so an optimiser that knew the old ones has to be made anew. `export_peft` then writes a
     plain LoRA adapter of these ranks.
     """
+    check_not_sharded(model, "pruning")
     for layer in layers_of(model, GatedLoRALinear).values():
         is_open = layer.gate != 0
         layer.load_tensors(

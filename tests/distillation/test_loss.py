@@ -106,9 +106,9 @@ def test_one_teacher_is_standard_distillation(alpha: float, temperature: float) 
         mine, [teacher], labels, DistillationConfig(alpha=alpha, temperature=temperature)
     )
     expected = by_hand(other, teacher, labels, alpha, temperature)
-    loss.total.backward()
+    loss.loss.backward()
     expected.backward()
-    torch.testing.assert_close(loss.total, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(loss.loss, expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(mine.grad, other.grad, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(
         loss.task, by_hand(student, teacher, labels, 0, 1), rtol=1e-5, atol=1e-6
@@ -139,7 +139,7 @@ def test_divergences_equal_those_of_torch_distributions(divergence: str) -> None
         student, teachers, labels, DistillationConfig(alpha=1.0, divergence=divergence)
     )
     assert loss.divergence.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert loss.total.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert loss.loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -151,12 +151,12 @@ def test_no_loss_and_no_gradient_where_the_student_is_the_teacher(
     student = z.clone().requires_grad_()
     settings = DistillationConfig(alpha=1.0, temperature=temperature, **kind)
     loss = distillation_loss(student, [z, z.clone()], masked(), settings, weights=[0.3, 0.7])
-    loss.total.backward()
-    assert abs(loss.total.item()) < 1e-14 and student.grad.abs().max() < 1e-14
+    loss.loss.backward()
+    assert abs(loss.loss.item()) < 1e-14 and student.grad.abs().max() < 1e-14
     other = logits(3, 7, 11, seed=1, dtype=torch.float64).requires_grad_()
     loss = distillation_loss(other, [z], masked(), settings)
-    loss.total.backward()
-    assert loss.total > 0.1 and other.grad.abs().max() > 1e-3
+    loss.loss.backward()
+    assert loss.loss > 0.1 and other.grad.abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -166,7 +166,7 @@ def test_gradients_equal_finite_differences(kind: dict) -> None:
     student = logits(1, 3, 4, dtype=torch.float64).requires_grad_()
     settings = DistillationConfig(alpha=0.4, temperature=1.7, **kind)
     assert torch.autograd.gradcheck(
-        lambda z: distillation_loss(z, teachers, labels, settings, [1, 3]).total, student
+        lambda z: distillation_loss(z, teachers, labels, settings, [1, 3]).loss, student
     )
 
 
@@ -181,7 +181,7 @@ def test_t_squared_keeps_the_gradients_size_and_without_it_it_vanishes() -> None
             labels = torch.zeros(8, 33, dtype=torch.long)
             distillation_loss(
                 student, [logits(8, 33, 101, seed=1, size=1.0)], labels, settings
-            ).total.backward()
+            ).loss.backward()
             found.append(student.grad.norm().item())
     assert max(sizes[True]) / min(sizes[True]) < 2
     assert 200 < sizes[False][0] / sizes[False][2] < 500
@@ -196,7 +196,7 @@ def test_the_gradient_is_alpha_t_times_the_difference_of_the_distributions() -> 
     )
     distillation_loss(
         student, teachers, labels, DistillationConfig(alpha=1.0, temperature=3.0), [1, 3]
-    ).total.backward()
+    ).loss.backward()
     keep = labels[:, 1:] != -100
     p = sum(w * F.softmax(z / 3, -1) for w, z in zip((0.25, 0.75), teachers, strict=True))
     expected = 3 * (F.softmax(student.detach() / 3, -1) - p)[:, :-1] * keep[..., None] / keep.sum()
@@ -219,21 +219,21 @@ def test_tokens_that_do_not_count_and_the_teachers_order_do_not_matter(kind: dic
     again = distillation_loss(student, teachers, labels, settings, [0.5, 0.2, 0.3])
     assert all(torch.equal(one, other) for one, other in zip(expected, again, strict=True))
     turned = distillation_loss(student, teachers[::-1], labels, settings, [0.3, 0.2, 0.5])
-    torch.testing.assert_close(turned.total, expected.total, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(turned.loss, expected.loss, rtol=1e-6, atol=1e-6)
     wrong = distillation_loss(student, teachers[::-1], labels, settings, [0.5, 0.2, 0.3])
-    assert abs(wrong.total - expected.total) > 1e-3
+    assert abs(wrong.loss - expected.loss) > 1e-3
 
 
 def test_a_batch_in_which_no_token_counts_is_no_loss() -> None:
     student, teacher, labels = logits(3, 7, 11).requires_grad_(), logits(3, 7, 11, seed=1), masked()
     none = distillation_loss(student, [teacher], torch.full_like(labels, -100))
-    none.total.backward()
-    assert none.total == 0 and (student.grad == 0).all()
+    none.loss.backward()
+    assert none.loss == 0 and (student.grad == 0).all()
 
 
 def test_teachers_get_no_gradient() -> None:
     teacher = logits(3, 7, 11, seed=1).requires_grad_()
-    distillation_loss(logits(3, 7, 11).requires_grad_(), [teacher], masked()).total.backward()
+    distillation_loss(logits(3, 7, 11).requires_grad_(), [teacher], masked()).loss.backward()
     assert teacher.grad is None
 
 

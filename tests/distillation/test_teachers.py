@@ -158,8 +158,8 @@ def test_an_equal_student_has_nothing_to_learn() -> None:
         batch(),
         DistillationConfig(alpha=1.0, temperature=2.0),
     )
-    loss.total.backward()
-    assert abs(loss.total.item()) < 1e-6
+    loss.loss.backward()
+    assert abs(loss.loss.item()) < 1e-6
     assert max(p.grad.abs().max().item() for p in model.parameters() if p.requires_grad) < 1e-6
 
 
@@ -219,9 +219,9 @@ def test_by_domain_each_teacher_runs_on_its_rows_alone() -> None:
         one = slice(row, row + 1)
         loss = distillation_loss(
             z[one], [t[one] for t in given], labels[one], settings, weights
-        ).total
+        ).loss
         expected = expected + loss * (labels[one, 1:] != -100).sum()
-    torch.testing.assert_close(found.total, expected / (labels[:, 1:] != -100).sum(), **TRAINED)
+    torch.testing.assert_close(found.loss, expected / (labels[:, 1:] != -100).sum(), **TRAINED)
 
 
 def test_a_4bit_base_serves_teachers_and_student() -> None:
@@ -251,7 +251,7 @@ def test_a_4bit_base_serves_teachers_and_student() -> None:
     }
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     history = distill(teachers, [batch()] * 12, optimizer, DistillationConfig(alpha=1.0))
-    assert history[-1]["total"] < 0.8 * history[0]["total"]
+    assert history[-1]["loss"] < 0.8 * history[0]["loss"]
     assert all(
         torch.equal(model.get_submodule(name).weight.data, code) for name, code in codes.items()
     )
@@ -267,7 +267,7 @@ def test_gradient_checkpointing_recomputes_the_student_and_not_a_teacher(reentra
             model.enable_input_require_grads()
         teachers = Teachers(model, {"a": adapter_state(adapted(2)), "b": adapter_state(adapted(3))})
         torch.manual_seed(0)
-        loss = distillation_step(teachers, batch()).total
+        loss = distillation_step(teachers, batch()).loss
         loss.backward()
         gradients.append([loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)])
     for one, other in zip(*gradients, strict=True):
@@ -280,10 +280,10 @@ def test_under_autocast_the_loss_is_computed_in_fp32() -> None:
     expected = distillation_step(teachers, batch())
     with torch.autocast("cpu", torch.bfloat16):
         found = distillation_step(teachers, batch())
-    assert found.total.dtype == torch.float32
-    found.total.backward()
+    assert found.loss.dtype == torch.float32
+    found.loss.backward()
     # logits that were computed in bf16: 8 bits of mantissa
-    torch.testing.assert_close(found.total, expected.total, rtol=3e-2, atol=1e-3)
+    torch.testing.assert_close(found.loss, expected.loss, rtol=3e-2, atol=1e-3)
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
 

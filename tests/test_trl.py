@@ -1,0 +1,133 @@
+"""TRL's SFTTrainer with `AdapterTrainer` in front: answers only, padding, packing, resuming; and what it is without."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from torch import nn
+from transformers import AutoTokenizer
+
+from lora_course.checkpoint import load_adapter
+from lora_course.injection import inject
+from lora_course.lab.models import NANO
+from lora_course.states import adapter_state
+from lora_course.training import AdapterTrainer
+from tests.models import SHAPE, config, qwen, randomize
+
+trl = pytest.importorskip("trl", reason="TRL is not installed: pip install --no-deps trl")
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}Answer:\n{% generation %}{{ m['content'] }}"
+    "{{ eos_token }}{% endgeneration %}{% else %}Question: {{ m['content'] }}\n{% endif %}{% endfor %}"
+)
+TALKS = [
+    ("What is one and one?", "two"), ("Who wrote the play?", "Shakespeare wrote it, long ago"), ("Say no.", "no"),
+    ("Where is the sea?", "beyond the hills"), ("Count.", "one two three four"), ("Name a colour.", "blue"),
+]  # fmt: skip
+
+
+class AdapterSFTTrainer(AdapterTrainer, trl.SFTTrainer):
+    """The recipe: TRL prepares rows and computes the loss, `AdapterTrainer` saves, resumes and adds an auxiliary loss."""
+
+
+def rows() -> datasets.Dataset:
+    talks = [
+        [{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in TALKS
+    ]
+    return datasets.Dataset.from_dict({"messages": talks})
+
+
+def model() -> nn.Module:
+    base = qwen()
+    base.resize_token_embeddings(len(tokenizer()))
+    return randomize(inject(base, config(target_modules=["q_proj", "v_proj", "down_proj"])))
+
+
+def tokenizer() -> Any:
+    found = AutoTokenizer.from_pretrained(NANO)
+    found.chat_template = TEMPLATE
+    return found
+
+
+def sft(folder: Path, kind: type = AdapterSFTTrainer, **fields: Any) -> Any:
+    settings = {
+        "max_steps": 4, "save_steps": 2, "logging_steps": 1, "per_device_train_batch_size": 3, "learning_rate": 5e-3,
+        "use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True, "assistant_only_loss": True,
+        "max_length": SHAPE["max_position_embeddings"], "gradient_checkpointing": False, **fields,
+    }  # fmt: skip
+    args = trl.SFTConfig(output_dir=str(folder), **settings)
+    return kind(model(), args, train_dataset=rows(), processing_class=tokenizer())
+
+
+def test_the_loss_is_of_the_answers_alone_over_padded_rows(tmp_path: Path) -> None:
+    trainer = sft(tmp_path, max_steps=1, per_device_train_batch_size=len(TALKS))
+    words, losses, count = tokenizer(), 0.0, 0
+    plain = model().eval()
+    for row in rows():
+        given = words.apply_chat_template(
+            row["messages"], return_dict=True, return_assistant_tokens_mask=True
+        )
+        ids, answer = given["input_ids"], given["assistant_masks"]
+        assert 0 < sum(answer) < len(ids)
+        with torch.no_grad():
+            logs = plain(input_ids=torch.tensor([ids])).logits.log_softmax(-1)[0]
+        places = [place for place, counted in enumerate(answer) if counted]
+        losses -= sum(logs[place - 1, ids[place]].item() for place in places)
+        count += len(places)
+    trainer.train()
+    assert trainer.history[0]["loss"] == pytest.approx(losses / count, rel=1e-4)
+
+
+@pytest.mark.parametrize("packing", [{}, {"packing": True, "packing_strategy": "wrapped"}])
+def test_it_is_resumed_to_the_same_weights_and_checkpoints_hold_the_adapter_alone(
+    tmp_path: Path, packing: dict[str, Any]
+) -> None:
+    trainer = sft(tmp_path, **packing)
+    trainer.train(resume_from_checkpoint=True)
+    expected = adapter_state(trainer.model)
+    assert not list(tmp_path.rglob("model*.safetensors"))
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    again = sft(tmp_path, **packing)
+    again.train(resume_from_checkpoint=True)
+    found = adapter_state(again.model)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert again.history == trainer.history and len(again.history) == 4
+    loaded = adapter_state(load_adapter(fresh(), tmp_path / "checkpoint-4"))
+    assert all(torch.equal(loaded[name], expected[name]) for name in expected)
+    with pytest.raises(ValueError, match=r"learning_rate is 0\.005 there and 0\.001 here"):
+        sft(tmp_path, learning_rate=1e-3, **packing).train(resume_from_checkpoint=True)
+
+
+def fresh() -> nn.Module:
+    base = qwen()
+    base.resize_token_embeddings(len(tokenizer()))
+    return base
+
+
+def test_an_auxiliary_loss_is_added_to_trls(tmp_path: Path) -> None:
+    args = trl.SFTConfig(
+        output_dir=str(tmp_path), max_steps=1, use_cpu=True, bf16=False, report_to="none", logging_steps=1,
+        save_strategy="no", disable_tqdm=True, gradient_checkpointing=False,
+    )  # fmt: skip
+    losses = []
+    for auxiliary in (None, lambda model: torch.tensor(3.0)):
+        trainer = AdapterSFTTrainer(
+            model(), args, train_dataset=rows(), processing_class=tokenizer(), auxiliary_loss=auxiliary
+        )  # fmt: skip
+        trainer.train()
+        losses.append(trainer.history[0]["loss"])
+    assert losses[1] - losses[0] == pytest.approx(3.0, abs=1e-4)
+
+
+def test_a_plain_sft_trainer_is_told_what_it_writes_and_can_not_do(tmp_path: Path) -> None:
+    trainer = sft(tmp_path, trl.SFTTrainer, max_steps=2)
+    with pytest.warns(UserWarning, match="writes its adapter alone.*To resume.*AdapterTrainer"):
+        trainer.train()
+    expected = adapter_state(trainer.model)
+    loaded = adapter_state(load_adapter(fresh(), tmp_path / "checkpoint-2"))
+    assert all(torch.equal(loaded[name], expected[name]) for name in expected)
