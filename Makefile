@@ -1,7 +1,15 @@
 # make book       install, execute the chapters, build the book into _build/html
 # make test       every test, the chapters under nbmake included
+# make unit       tests of the package alone, without chapters and book (three minutes)
+# make lint       ruff and mypy
 # make test-gpu   what is marked `gpu`, and the chapters' `gpu` cells (needs an NVIDIA GPU)
 # make bench      time and memory against PEFT, into benchmarks/results.json (about 20 minutes on two idle cores)
+# make pretended  chapters on a pretended GPU, on the CPU (hours; `make pretended-quick`: two of them)
+# make image      chapters with Colab's package versions (IMAGE=kaggle: Kaggle's), from one file each
+# make wheel-alone  chapters from the wheel, without repository and network
+# make sphinx9    the staged book with plain Sphinx 9
+# make record     run the chapters and record what they took here (LORA_COURSE_PROFILE=t4 on a GPU)
+# make pdf        the book as one PDF, printed by Chromium
 # make notebooks  rewrite notebooks/*.ipynb from notebooks/*.md
 # make facts      write the project's name, version and address wherever they appear
 # make wheel      dist/*.whl
@@ -12,7 +20,7 @@ PYTHON ?= python3
 PY     := $(VENV)/bin/python
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: book test test-gpu bench notebooks facts wheel install clean distclean
+.PHONY: book test unit lint test-gpu bench pretended pretended-quick image wheel-alone sphinx9 record pdf notebooks facts wheel install clean distclean
 .DEFAULT_GOAL := book
 
 book: $(VENV)/.installed
@@ -21,11 +29,44 @@ book: $(VENV)/.installed
 test: $(VENV)/.installed
 	@$(PY) -m pytest
 
+unit: $(VENV)/.installed
+	@$(PY) -m pytest -m "not slow and not browser" --ignore=tests/test_chapters.py --ignore=tests/test_book.py
+
+lint: $(VENV)/.installed
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(PY) -m mypy lora_course
+
 test-gpu: $(VENV)/.installed
 	@LORA_COURSE_PROFILE=t4 $(PY) -m pytest -m gpu
 
 bench: $(VENV)/.installed
 	@$(PY) -m benchmarks.bench
+
+pretended: $(VENV)/.installed
+	@$(PY) -m tools.pretended.chapters --profile tiny --gpus 2
+	@$(PY) -m tools.pretended.chapters --profile t4
+	@$(PY) -m tools.pretended.chapters --profile t4 --gpus 2 --bf16
+	@$(PY) -m tools.pretended.chapters --profile large --bf16
+
+pretended-quick: $(VENV)/.installed
+	@$(PY) -m pytest tests/test_pretended.py
+
+IMAGE ?= colab-gpu
+image: $(VENV)/.installed
+	@$(PY) -m tools.lanes.image $(IMAGE) $(ARGUMENTS)
+
+wheel-alone: $(VENV)/.installed
+	@$(PY) -m tools.lanes.wheel $(ARGUMENTS)
+
+sphinx9: book
+	@$(PY) -m tools.lanes.sphinx9
+
+record: $(VENV)/.installed
+	@$(PY) -m tools.record_runs $(ARGUMENTS)
+
+pdf: book
+	@$(PY) -m tools.print_book
 
 notebooks: $(VENV)/.installed
 	@$(PY) -m tools.pairs

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import TrainingArguments
 
 
@@ -32,7 +33,8 @@ def training_arguments(
     a service, autocast in `compute_dtype(device)`, AdamW at 2e-4 (arXiv 2305.14314) after 5% of warm-up, small
     checkpoints every 100 steps and at the end, of which two are kept.
 
-    device: where to train, as in `compute_dtype`. overrides: any field of `TrainingArguments`.
+    device: where to train, which is where the model lies; by default the GPU where there is one. overrides: any field of
+    `TrainingArguments`.
     """
     kind, dtype = _device_type(device), compute_dtype(device)
     defaults: dict[str, Any] = {
@@ -51,6 +53,28 @@ def training_arguments(
         "dataloader_pin_memory": kind == "cuda",
     }
     return TrainingArguments(output_dir=str(output_dir), **{**defaults, **overrides})
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's computation begins: the device of its first parameter, or the one that accelerate's hook names."""
+    hook = getattr(model, "_hf_hook", None)
+    device = getattr(hook, "execution_device", None)
+    return torch.device(next(model.parameters()).device if device is None else device)
+
+
+def one_device(model: nn.Module, args: TrainingArguments) -> None:
+    """Holds `args` to the one device that the model lies on; for a Trainer in a process of its own.
+
+    With several GPUs in one process Trainer would use DataParallel, which copies the model at every step.
+    Raises ValueError where the model lies elsewhere, as Trainer would move it and leave it there.
+    """
+    there = device_of(model).type
+    if there not in ("meta", args.device.type):
+        raise ValueError(
+            f"the model is on {there} and the arguments train on {args.device.type}: "
+            f"make them with training_arguments(..., device={there!r}), or move the model first"
+        )
+    args._n_gpu = 1
 
 
 def _device_type(device: str | torch.device | None) -> str:

@@ -20,6 +20,13 @@ class ModelCallback(TrainerCallback):
     def __init__(self, model: nn.Module) -> None:
         self.model = model
 
+    def settings(self) -> dict[str, Any]:
+        """What was chosen, as JSON holds it: a run with other settings is another run."""
+        return {}
+
+    def stopped(self) -> None:
+        """Called when a training has ended in any way, by hand or by an error too: nothing of a step is left behind."""
+
     def on_train_begin(  # type: ignore[override]  # the trainer gives the model by name
         self,
         args: TrainingArguments,

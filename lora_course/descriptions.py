@@ -22,6 +22,9 @@ DESCRIPTIVE = frozenset({
 })  # fmt: skip
 """Fields that say nothing of what an adapter computes beyond its modules, which are compared by name and shape."""
 
+UNKNOWN = "unknown"
+"""The fingerprint of rows that can't be told from others; it differs from none."""
+
 
 def describe_adapter(model: nn.Module) -> dict[str, Any]:
     """How `model` was injected: `layer`, `config_class`, `config`, `arguments`, as JSON holds them."""
@@ -42,7 +45,7 @@ def differences(found: Mapping[str, Any], asked: Mapping[str, Any], prefix: str 
     found, asked = json.loads(json.dumps(found)), json.loads(json.dumps(asked))
     for key in sorted(found.keys() | asked.keys()):
         there, here = found.get(key), asked.get(key)
-        if key in DESCRIPTIVE or there == here:
+        if key in DESCRIPTIVE or there == here or UNKNOWN in (there, here):
             continue
         if isinstance(there, dict) and isinstance(here, dict):
             lines += differences(there, here, f"{prefix}{key}.")

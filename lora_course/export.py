@@ -22,11 +22,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftConfig
-from safetensors.torch import load_file, save
+from peft import LoraConfig
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from lora_course.files import make_folder, replace_file, writing
+from lora_course.folders import read_peft
 from lora_course.injection import adapter_layers, inject, injection_of, unload, unwrapped
 from lora_course.linears import is_4bit, is_sharded
 from lora_course.lora import AdapterState
@@ -124,36 +125,12 @@ def load_peft(model: nn.Module, folder: str | Path) -> nn.Module:
         FileNotFoundError: no `adapter_model.safetensors` there.    ValueError: another method than LoRA, a field or
         tensor that `LoRALinear` has no place for. The model is then as it was.
     """
-    folder = Path(folder)
-    path = folder / "adapter_model.safetensors"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} does not exist: a folder written by PEFT's save_pretrained (safetensors) is expected."
-        )
-    config = PeftConfig.from_pretrained(str(folder))
-    if type(config) is not LoraConfig:
-        raise ValueError(
-            f"{folder} holds a {config.peft_type} adapter; load_peft takes plain LoRA."
-        )
+    config, state = read_peft(Path(folder))
     config.inference_mode = False
-    if (
-        config.init_lora_weights is False
-    ):  # says how the factors started; they are about to be replaced
+    if config.init_lora_weights is False:  # says how the factors started; they are replaced below
         config.init_lora_weights = True
-    state: AdapterState = {}
-    for key, tensor in load_file(path).items():
-        module, _, name = (
-            key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")
-        )
-        if name not in ("lora_A", "lora_B") or not key.endswith(".weight"):
-            raise ValueError(
-                f"{path} holds {key!r}, which is no factor of a linear layer: load this adapter with PEFT."
-            )
-        state[f"{module}.{name.removeprefix('lora_')}"] = tensor
     inject(model, config)
     try:
-        for name, layer in adapter_layers(model).items():
-            state[f"{name}.scaling"] = torch.tensor(layer.scaling, dtype=torch.float64)
         return use_adapter(model, state)
     except Exception:
         unload(model)

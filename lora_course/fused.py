@@ -128,7 +128,10 @@ class FusedLoRALinear(LoRALinear):
             if isinstance(self.lora_dropout, nn.Dropout) and self.lora_dropout.training
             else 0.0
         )
-        return FusedLoRA.apply(x, *self.factors()[:2], self.base_layer, self.scaling, p)
+        A, B, scaling = self.factors()
+        # Rows in and out: a view made inside a custom function could not be changed in place, as ReLU(inplace=True) does.
+        y = FusedLoRA.apply(as_rows(x), A, B, self.base_layer, scaling, p)
+        return y.view(*x.shape[:-1], self.out_features)
 
 
 def as_rows(x: Tensor) -> Tensor:

@@ -171,7 +171,7 @@ def cut(model: nn.Module, b: int, *, weighted: bool = True) -> AdapterState:
 class RankSampler(ModelCallback):
     """Random truncation: before each step the adapter is cut at a rank drawn from the layers' `ranks`, all equally likely.
 
-    In a loop: `sampler.begin(t); …backward(); optimizer.step(); sampler.end()`, t from 1 on. With a Trainer:
+    In a loop: `sampler.begin_step(t); …backward(); optimizer.step(); sampler.end_step()`, t from 1 on. With a Trainer:
     `callbacks=[sampler]`, which does the same. The rank of a step depends on seed and step alone, so that a resumed run goes
     on as it was; micro-batches of one step share it. Between steps, and so in evaluation, the adapter is whole.
 
@@ -199,11 +199,19 @@ class RankSampler(ModelCallback):
                 "These layers have Matryoshka weighting, which trains all cuts in each step: leave the sampler out, or inject with weighting='equal'."
             )
 
+    def settings(self) -> dict[str, Any]:
+        """Seed, and what is trained of a cut."""
+        return {"seed": self.seed, "only_last": self.only_last, "hold": self.hold}
+
+    def stopped(self) -> None:
+        """The adapter is whole again."""
+        self.end_step()
+
     def rank(self, t: int) -> int:
         """The rank of step t."""
         return random.Random(f"{self.seed}/{t}").choice(self.ranks)
 
-    def begin(self, t: int) -> int:
+    def begin_step(self, t: int) -> int:
         """Cuts the adapter for step t (the first is 1), to be called before its forward pass; returns the rank."""
         b = self.rank(t)
         _set(self.layers, b, True, self.only_last)
@@ -222,7 +230,7 @@ class RankSampler(ModelCallback):
         return b
 
     @torch.no_grad()
-    def end(self) -> None:
+    def end_step(self) -> None:
         """After the optimiser's step: puts back what was to be held, and makes the adapter whole again."""
         for part, value in self.held:
             part.copy_(value)
@@ -232,14 +240,14 @@ class RankSampler(ModelCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
-        """`begin`, once a step."""
-        self.begin(state.global_step + 1)
+        """`begin_step`, once a step."""
+        self.begin_step(state.global_step + 1)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
-        """`end`, before the step is evaluated or saved."""
-        self.end()
+        """`end_step`, before the step is evaluated or saved."""
+        self.end_step()
 
 
 def _set(layers: list[NestedLoRALinear], b: int, weighted: bool, only_last: bool) -> None:

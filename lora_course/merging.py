@@ -51,8 +51,9 @@ def average_factors(
     """
     weights = _check(states, weights, default=1 / max(1, len(states)))
     merged: AdapterState = {}
-    for key, first in states[0].items():
+    for key in dict.fromkeys(key for state in states for key in state):
         tensors = [state[key] for state in states if key in state]
+        first = tensors[0]
         shapes = [list(state[key].shape) if key in state else None for state in states]
         if any(shape != list(first.shape) for shape in shapes):
             raise ValueError(
@@ -83,6 +84,7 @@ def ties(
 ) -> Merged:
     """TIES: trim each update, elect a sign for each entry, average the entries that have it.
 
+        (sign 0 = +1, as in PEFT)
         τₖ = the `density` · numel largest entries of ΔWₖ, else 0        γ = sign Σₖ τₖ
         ΔW = Σ_{k: sign τₖ = γ} wₖ τₖ / #{k: sign τₖ = γ}
 

@@ -11,13 +11,13 @@ import hashlib
 import json
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
 
-from lora_course.descriptions import describe_adapter, differences
+from lora_course.descriptions import UNKNOWN, describe_adapter, differences
 
 COMPLETE = "complete.json"
 """Written into a checkpoint's folder when all else is in it."""
@@ -37,19 +37,29 @@ def describe_run(trainer: Any, method: dict[str, Any]) -> dict[str, Any]:
 
     method: what the trainer's class adds. A callback adds what its method `settings()` returns, if it has one.
     """
-    callbacks = {
-        type(callback).__name__: callback.settings()
-        for callback in trainer.callback_handler.callbacks
-        if hasattr(callback, "settings")
+    given = {
+        "callbacks": trainer.callback_handler.callbacks,
+        "auxiliary_loss": getattr(trainer, "auxiliary_loss", None),
     }
     return {
         "adapter": describe_adapter(trainer.model),
         "trainer": type(trainer).__name__,
         "method": method,
-        "callbacks": callbacks,
-        "auxiliary_loss": name_of(getattr(trainer, "auxiliary_loss", None)),
+        **describe_arguments(given),
         "schedule": describe_schedule(trainer.args),
         "rows": fingerprint(trainer.train_dataset),
+    }
+
+
+def describe_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
+    """`callbacks` (those with settings) and `auxiliary_loss` of what a trainer is given."""
+    return {
+        "callbacks": {
+            type(callback).__name__: callback.settings()
+            for callback in given.get("callbacks") or ()
+            if hasattr(callback, "settings")
+        },
+        "auxiliary_loss": name_of(given.get("auxiliary_loss")),
     }
 
 
@@ -65,10 +75,10 @@ def describe_schedule(args: TrainingArguments) -> dict[str, Any]:
     return fields
 
 
-def fingerprint(rows: Any) -> str | None:
-    """A hash of the number of rows and of `SAMPLE` of them; None for what has no length or changes from call to call."""
+def fingerprint(rows: Any) -> str:
+    """A hash of the number of rows and of `SAMPLE` of them; `UNKNOWN` for what has no length or changes from call to call."""
     if rows is None or not hasattr(rows, "__len__") or not len(rows):
-        return None
+        return UNKNOWN
     step = max(1, len(rows) // SAMPLE)
 
     def digest() -> str:
@@ -78,13 +88,11 @@ def fingerprint(rows: Any) -> str | None:
         return found.hexdigest()[:16]
 
     first = digest()
-    return first if digest() == first else None
+    return first if digest() == first else UNKNOWN
 
 
 def check_same_run(folder: Path, found: dict[str, Any], asked: dict[str, Any]) -> None:
     """Raise ValueError, with every difference, where the run in `folder` is another than the one that is asked for."""
-    if None in (found.get("rows"), asked.get("rows")):  # rows that can't be told apart
-        found, asked = found | {"rows": None}, asked | {"rows": None}
     if lines := differences(found, asked):
         raise ValueError(
             f"{folder} holds another run: {'; '.join(lines)}. Give another folder, or overwrite=True to start anew in this one."

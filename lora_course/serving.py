@@ -17,12 +17,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
+from lora_course.folders import read_factors
 from lora_course.injection import inject, injection_of, layers_of
 from lora_course.lora import AdapterState, LoRALinear, update_dtype
 from lora_course.states import concatenate, split_state
@@ -132,12 +134,12 @@ class AdapterBatchLinear(LoRALinear):
         self.factors()
 
 
-def load_adapters(model: nn.Module, states: Mapping[str, AdapterState]) -> nn.Module:
+def load_adapters(model: nn.Module, states: Mapping[str, AdapterState | str | Path]) -> nn.Module:
     """Put several adapters on the plain `model`, in place; `unload(model)` takes them off again.
 
     Args:
         model: a base without an adapter.
-        states: by name, plain LoRA factors as `factor_state` gives them: any rank, scale and set of modules.
+        states: by name, plain LoRA factors as `factor_state` gives them, or a folder of them (`read_factors`): any rank, scale and set of modules.
 
     Raises:
         ValueError: no state, a state that is no plain LoRA or was made for another base, a model that carries an adapter.
@@ -146,7 +148,9 @@ def load_adapters(model: nn.Module, states: Mapping[str, AdapterState]) -> nn.Mo
     if not states:
         raise ValueError("states is empty: give {name: factor_state(model), …}.")
     # One state's concatenation is that state with its scale inside B, checked.
-    plain = {name: split_state(concatenate([state])) for name, state in states.items()}
+    plain = {
+        name: split_state(concatenate([read_factors(state)])) for name, state in states.items()
+    }
     modules = dict.fromkeys(module for adapter in plain.values() for module in adapter)
     linears = dict(model.named_modules())
     for name, adapter in plain.items():

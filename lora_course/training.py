@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import (
+    EarlyStoppingCallback,
     PrinterCallback,
     Trainer,
     TrainerState,
@@ -19,6 +20,8 @@ from transformers import (
 )
 from transformers.trainer_utils import TrainOutput
 
+from lora_course.arguments import one_device
+from lora_course.callbacks import ModelCallback
 from lora_course.checkpoint import restore_adapter, save_adapter
 from lora_course.files import replace_file
 from lora_course.injection import adapter_layers, trainable_parameters
@@ -54,9 +57,11 @@ class AdapterTrainer(Trainer):
 
     After `train` the model is given back as it came: without autocast around its `forward`, its cache switched on again.
 
-    model, args, train_dataset, …: as for `Trainer`; args are best made by `training_arguments`.
+    model, args, train_dataset, …: as for `Trainer`; args are best made by `training_arguments`. With `disable_tqdm=True` it
+    is silent: `history` has the losses; `callbacks=[PrinterCallback()]` prints them.
     auxiliary_loss: called with the model at each micro-batch after its forward pass; returns a scalar tensor.
-    Raises ValueError for a model without adapters, with merged ones, or with nothing to train.
+    Raises ValueError for a model without adapters, with merged ones, with nothing to train, and for one that lies on
+    another kind of device than the arguments train on: no model is moved without a word.
     """
 
     model: Any  # Trainer's own type is for models that may be missing
@@ -79,7 +84,7 @@ class AdapterTrainer(Trainer):
                 "No parameter of this model requires a gradient (inference_mode=True?): inject with inference_mode=False to train."
             )
         if args.parallel_mode.value == "not_distributed":
-            args._n_gpu = 1  # several GPUs in one process mean DataParallel, which copies the model at every step
+            one_device(model, args)
         use_cache = self._use_cache(model)
         # Trainer refuses a 4-bit base unless it takes its adapters for PEFT's; saving a model looks at the mark too.
         model._hf_peft_config_loaded = True  # type: ignore[assignment]  # no module, no tensor
@@ -129,7 +134,7 @@ class AdapterTrainer(Trainer):
         folder = folder_to_resume(
             self.args.output_dir, resume_from_checkpoint, self.described, overwrite
         )
-        if folder is not None and (finished := self._finished(folder)):
+        if folder is not None and (finished := self._take_over(folder)):
             return finished
         before = {name: vars(self.model)[name] for name in PREPARED if name in vars(self.model)}
         use_cache = self._use_cache(self.model)
@@ -139,16 +144,29 @@ class AdapterTrainer(Trainer):
                 resume_from_checkpoint=str(folder) if folder else None, **arguments
             )
         finally:
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, ModelCallback):
+                    callback.stopped()
             for name in PREPARED:
                 vars(self.model).pop(name, None)
             vars(self.model).update(before)
             self._set_use_cache(use_cache)
         last = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save and (last / COMPLETE).is_file():
-            self._mark_complete(last, finished=True)
+            self._mark_complete(last, finished=self._is_finished())
         return output
 
-    def _finished(self, folder: Path) -> TrainOutput | None:
+    def _is_finished(self) -> bool:
+        """At its last step, or stopped early. What stopped it otherwise (a limit of time) lets it go on."""
+        stoppers = [
+            c for c in self.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)
+        ]
+        return self.state.global_step >= self.state.max_steps or any(
+            stopper.early_stopping_patience_counter >= stopper.early_stopping_patience
+            for stopper in stoppers
+        )
+
+    def _take_over(self, folder: Path) -> TrainOutput | None:
         """Takes over a checkpoint that ended its run; from there Trainer would train one step too many."""
         state = TrainerState.load_from_json(str(folder / TRAINER_STATE))
         steps = self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]

@@ -10,7 +10,7 @@ from lora_course.classroom.chapter_3_2 import (
     check_repair,
 )
 from lora_course.distillation import DistillationConfig, distillation_loss, mixture_log_probs
-from tests.exercises import (  # noqa: F401
+from tests.first_exercises import (  # noqa: F401
     pytest_generate_tests,
     test_right_answers_pass_and_stubs_are_not_attempted,
     test_wrong_answers_are_rejected_with_messages_of_their_own,

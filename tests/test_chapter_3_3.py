@@ -9,7 +9,7 @@ from lora_course.classroom.chapter_3_3 import (
     check_reservoir,
 )
 from lora_course.continual import metrics
-from tests.exercises import (  # noqa: F401
+from tests.first_exercises import (  # noqa: F401
     pytest_generate_tests,
     test_right_answers_pass_and_stubs_are_not_attempted,
     test_wrong_answers_are_rejected_with_messages_of_their_own,

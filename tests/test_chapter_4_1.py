@@ -12,7 +12,7 @@ from lora_course.classroom.chapter_4_1 import (
     check_proximal_step,
 )
 from lora_course.sparse import scatter
-from tests.exercises import (  # noqa: F401
+from tests.first_exercises import (  # noqa: F401
     pytest_generate_tests,
     test_right_answers_pass_and_stubs_are_not_attempted,
     test_wrong_answers_are_rejected_with_messages_of_their_own,

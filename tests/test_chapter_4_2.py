@@ -4,7 +4,7 @@ import torch
 
 from lora_course.classroom.chapter_4_2 import check_branches, check_cut, check_weights
 from lora_course.hierarchical import matryoshka_weights
-from tests.exercises import (  # noqa: F401
+from tests.first_exercises import (  # noqa: F401
     pytest_generate_tests,
     test_right_answers_pass_and_stubs_are_not_attempted,
     test_wrong_answers_are_rejected_with_messages_of_their_own,

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from lora_course.classroom.chapter_4_3 import check_pack, check_quantize, check_straight_through
 from lora_course.quantized import pack, quantize
-from tests.exercises import (  # noqa: F401
+from tests.first_exercises import (  # noqa: F401
     pytest_generate_tests,
     test_right_answers_pass_and_stubs_are_not_attempted,
     test_wrong_answers_are_rejected_with_messages_of_their_own,

@@ -7,7 +7,7 @@ import statistics
 from itertools import takewhile
 
 from lora_course.classroom.chapter_5_1 import check_front, check_paired, check_rank
-from tests.exercises import (  # noqa: F401
+from tests.first_exercises import (  # noqa: F401
     pytest_generate_tests,
     test_right_answers_pass_and_stubs_are_not_attempted,
     test_wrong_answers_are_rejected_with_messages_of_their_own,

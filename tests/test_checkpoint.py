@@ -1,8 +1,13 @@
 """`lora_course.checkpoint`: what is saved comes back, and the wrong base is refused."""
 
 import copy
+import importlib
 import json
+import os
+import subprocess
+import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -10,9 +15,11 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from lora_course.checkpoint import load_adapter, read_extra, restore_adapter, save_adapter
+from lora_course.checkpoint import HOMES, load_adapter, read_extra, restore_adapter, save_adapter
 from lora_course.export import export_peft, load_peft
 from lora_course.injection import adapter_layers, inject, injection_of, merge
+from lora_course.lora import LAYERS
+from lora_course.sparse import SparseLoRALinear
 from lora_course.states import adapter_state, concatenate, use_adapter
 from tests.models import batch, config, qwen, randomize
 
@@ -134,3 +141,106 @@ def test_other_files_in_the_folder_survive_and_a_second_save_replaces_the_first(
     assert torch.equal(logits(load_adapter(qwen(), tmp_path)), logits(model))
     assert (tmp_path / "notes.txt").read_text() == "mine"
     assert isinstance(injection_of(model).config, LoraConfig)
+
+
+class Killed(BaseException):
+    """No error that a program handles: as when the process is gone."""
+
+
+@pytest.mark.parametrize("step", range(12))
+def test_a_save_that_is_killed_at_any_step_leaves_the_old_adapter_or_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    old, new = (randomize(inject(qwen(), config(r=r)), seed=r) for r in (3, 5))
+    save_adapter(old, tmp_path)
+    calls = 0
+
+    def counted(module: object, name: str) -> None:
+        real = getattr(module, name)
+
+        def call(*arguments: object, **keywords: object) -> object:
+            nonlocal calls
+            calls += 1
+            if calls == step + 1:
+                raise Killed
+            return real(*arguments, **keywords)
+
+        monkeypatch.setattr(module, name, call)
+
+    for name in ("replace", "link", "fsync", "unlink"):
+        counted(os, name)
+    try:
+        save_adapter(new, tmp_path)
+    except Killed:
+        pass
+    else:
+        assert step >= calls  # all of its steps were tried
+    monkeypatch.undo()
+    found = logits(load_adapter(qwen(), tmp_path))
+    assert any(torch.equal(found, logits(model)) for model in (old, new))
+    save_adapter(new, tmp_path)
+    assert torch.equal(logits(load_adapter(qwen(), tmp_path)), logits(new))
+    assert {p.name for p in tmp_path.iterdir()} == {"adapter.json", "adapter.safetensors"}
+
+
+def test_several_writers_at_once_leave_one_whole_adapter(tmp_path: Path) -> None:
+    models = [randomize(inject(qwen(), config(r=r)), seed=r) for r in (2, 3, 4)]
+    with ThreadPoolExecutor(len(models)) as pool:
+        for _ in range(5):
+            list(pool.map(lambda model: save_adapter(model, tmp_path), models))
+            found = logits(load_adapter(qwen(), tmp_path))
+            assert any(torch.equal(found, logits(model)) for model in models)
+
+
+def test_a_diverged_adapter_does_not_replace_a_good_one(tmp_path: Path) -> None:
+    model = randomize(inject(qwen(), config()))
+    expected = logits(load_adapter(qwen(), save_adapter(model, tmp_path)))
+    with torch.no_grad():
+        next(iter(adapter_layers(model).values())).A[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        save_adapter(model, tmp_path)
+    assert torch.equal(logits(load_adapter(qwen(), tmp_path)), expected)
+
+
+@pytest.mark.parametrize(
+    "change", [{"r": 5}, {"lora_alpha": 7}, {"use_rslora": True}, {"lora_dropout": 0.5}], ids=str
+)
+def test_an_adapter_of_another_configuration_is_not_put_into_an_injected_model(
+    tmp_path: Path, change: dict
+) -> None:
+    save_adapter(randomize(inject(qwen(), config())), tmp_path)
+    model = inject(qwen(), config(**change))
+    before = adapter_state(model)
+    with pytest.raises(ValueError, match=rf"config\.{next(iter(change))} is"):
+        restore_adapter(model, tmp_path)
+    assert all(torch.equal(before[key], value) for key, value in adapter_state(model).items())
+
+
+def test_a_layer_is_known_before_its_module_was_imported(tmp_path: Path) -> None:
+    model = inject(qwen(), config(), SparseLoRALinear, sparsity=0.5)
+    save_adapter(model, tmp_path)
+    qwen().save_pretrained(tmp_path / "base")
+    code = (
+        "import sys; from transformers import Qwen2ForCausalLM; from lora_course import load_adapter\n"
+        f"model = load_adapter(Qwen2ForCausalLM.from_pretrained({str(tmp_path / 'base')!r}), {str(tmp_path)!r})\n"
+        "assert type(model.lora_course.layer).__name__ and 'lora_course.sparse' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
+def test_every_layer_of_the_package_has_its_home() -> None:
+    for name, module in HOMES.items():
+        importlib.import_module(f"lora_course.{module}")
+        assert LAYERS[name].__module__.startswith(f"lora_course.{module}")
+    ours = {n for n, layer in LAYERS.items() if layer.__module__.startswith("lora_course.")}
+    assert ours == {*HOMES, "LoRALinear"}
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "{", '{"format_version": 1}', "null"])
+def test_a_description_that_is_none_is_refused_in_a_sentence(tmp_path: Path, text: str) -> None:
+    save_adapter(inject(qwen(), config()), tmp_path)
+    (tmp_path / "adapter.json").write_text(text)
+    model = qwen()
+    with pytest.raises(ValueError, match=r"adapter\.json is no description of an adapter"):
+        load_adapter(model, tmp_path)
+    assert not hasattr(model, "lora_course")

@@ -1,5 +1,6 @@
 """`lora_course.files`: a file is written whole or not at all."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ def test_a_write_that_fails_leaves_the_old_file(
     def full(*_: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="no space"):
         replace_file(path, b"new")
     assert path.read_bytes() == b"old"
+    assert [p.name for p in path.parent.iterdir()] == ["adapter.json"]

@@ -273,3 +273,19 @@ def test_a_4bit_base_refuses_to_merge() -> None:
     model = randomize(inject(quantize_model(qwen()), config(), layer=FusedLoRALinear))
     with pytest.raises(TypeError, match="4-bit"):
         merge(model)
+
+
+def test_what_follows_may_change_the_output_in_place() -> None:
+    torch.manual_seed(0)
+    ours, plain = (
+        nn.Sequential(kind(nn.Linear(12, 10), r=3, lora_alpha=6), nn.ReLU(inplace=True))
+        for kind in (FusedLoRALinear, LoRALinear)
+    )
+    ours.load_state_dict(plain.state_dict())
+    for model in (ours, plain):
+        nn.init.normal_(model[0].B, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(2, 5, 12)
+    for model in (ours, plain):
+        model(x).square().sum().backward()
+    torch.testing.assert_close(ours(x), plain(x), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(ours[0].A.grad, plain[0].A.grad, atol=1e-5, rtol=1e-5)

@@ -326,10 +326,10 @@ def test_ranks_are_drawn_by_seed_and_step_alone_and_about_equally() -> None:
     ]
     # 200 of each are expected, with a deviation of 11.5
     assert set(drawn) == set(RANKS) and all(150 < drawn.count(b) < 250 for b in RANKS)
-    assert first.begin(3) == drawn[2] and all(
+    assert first.begin_step(3) == drawn[2] and all(
         layer.rank == drawn[2] for layer in adapter_layers(model).values()
     )
-    first.end()
+    first.end_step()
     assert all(layer.rank == 5 for layer in adapter_layers(model).values())
 
 
@@ -358,8 +358,8 @@ def test_the_callback_does_what_the_loop_does(
     assert len({sampler.rank(t) for t in range(1, 10)}) > 1
     assert seen == ([sampler.rank(t) for t in range(1, 10)] if accumulation == 2 else [])
     for t in range(1, 10):
-        b = sampler.begin(t)
-        sampler.end()
+        b = sampler.begin_step(t)
+        sampler.end_step()
         with at_rank(reference, b, only_last=only_last):
             for micro in batches[(t - 1) * accumulation : t * accumulation]:
                 (reference(**micro).loss / accumulation).backward()
@@ -382,12 +382,12 @@ def test_rows_that_a_step_does_not_train_are_held_against_momentum_and_decay(
         )
         sampler = RankSampler(model, 0, only_last=only_last, hold=hold)
         for t in range(1, 13):
-            A, B, b = layer.A.detach().clone(), layer.B.detach().clone(), sampler.begin(t)
+            A, B, b = layer.A.detach().clone(), layer.B.detach().clone(), sampler.begin_step(t)
             kept = max((c for c in RANKS if c < b), default=0) if only_last else 0
             model(**rows(t)).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            sampler.end()
+            sampler.end_step()
             changed = {
                 i
                 for i in range(5)
@@ -434,11 +434,11 @@ def test_training_by_truncation_orders_what_slicing_a_plain_adapter_does_not() -
         sampler, optimizer = RankSampler(model), torch.optim.Adam(model.parameters(), lr=0.02)
         for t in range(1, 501):
             if sampled:
-                sampler.begin(t)
+                sampler.begin_step(t)
             (model(x) - x @ target.T).square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
-            sampler.end()
+            sampler.end_step()
         for b in (1, 2, 3):
             with at_rank(model, b):
                 best = torch.tensor([4.0, 2.0, 1.0, 0.5])[b:].norm()
@@ -530,3 +530,24 @@ def test_what_has_no_such_cut_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="needs rank 5"):
         use_adapter(model, adapter_state(inject(qwen(), config(r=4), layer=NestedLoRALinear)))
     assert isinstance(next(iter(adapter_layers(model).values())), LoRALinear)
+
+
+def test_a_training_that_was_stopped_by_hand_leaves_the_adapter_whole(tmp_path: Path) -> None:
+    class Stop(TrainerCallback):
+        def on_substep_end(self, args, state, control, **_) -> None:
+            raise KeyboardInterrupt
+
+    torch.manual_seed(0)
+    model = inject(qwen(), config(r=8), NestedLoRALinear, ranks=(1, 2, 4, 8))
+    data = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}] * 4
+    args = training_arguments(
+        tmp_path, device="cpu", bf16=False, max_steps=1, gradient_accumulation_steps=2, save_strategy="no",
+        per_device_train_batch_size=1,
+    )  # fmt: skip
+    sampler = RankSampler(
+        model, seed=next(s for s in range(9) if RankSampler(model, s).rank(1) < 8)
+    )
+    trainer = AdapterTrainer(model, args, train_dataset=data, callbacks=[sampler, Stop()])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert {layer.rank for layer in adapter_layers(model).values()} == {8}

@@ -181,6 +181,14 @@ def test_ties_at_density_one_with_agreeing_signs_is_the_mean() -> None:
     assert relative_error(ties(states, None, 1.0).state, concatenate(states, [1 / 3] * 3)) > 0.3
 
 
+def test_factors_of_adapters_with_other_modules_are_not_averaged_in_any_order() -> None:
+    states = make()
+    partial = {key: value for key, value in states[1].items() if "v_proj" in key}
+    for given in ([states[0], partial], [partial, states[0]]):
+        with pytest.raises(ValueError, match="one rank"):
+            average_factors(given)
+
+
 def test_the_cut_loses_what_it_says() -> None:
     states = make((3, 3))
     full = ties(states, None, 0.2)

@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+from docutils import nodes
+from docutils.utils import new_document
 
 from tools import pages
 from tools.run_chapters import ROOT, Result
-from tools.sphinx_extension import escape, render
+from tools.sphinx_extension import Search, escape, first_sentences, mark_chinese, render
 
 CLAIM = {
     "id": "a",
@@ -30,10 +32,13 @@ def project(tmp_path: Path) -> tuple[Path, list[Result]]:
     (folder / "claims" / "1_1_qlora.json").write_text(
         json.dumps(
             {
+                "chapter": "1_1_qlora",
                 "profile": "tiny",
                 "claims": [
                     CLAIM,
-                    CLAIM | {"id": "b", "holds": False, "explanation": "too small a model"},
+                    CLAIM
+                    | {"id": "b", "holds": False, "explanation": "too small a model"}
+                    | {"kind": "chosen", "evidence": "smol"},
                 ],
             }
         )
@@ -56,12 +61,18 @@ def project(tmp_path: Path) -> tuple[Path, list[Result]]:
     return tmp_path, [Result("1_1_qlora", folder, 150.0, fresh=False)]
 
 
-def test_the_ledger_says_of_each_claim_whether_it_holds_and_why_not(
+def test_the_ledger_has_a_line_a_claim_that_opens_with_anchor_and_classes_for_the_filter(
     project: tuple[Path, list[Result]],
 ) -> None:
     text = pages.ledger(*project)
-    assert "1 of 2 hold" in text and "✓ NF4 beats" in text and "✗ NF4 beats" in text
-    assert "`mean(a) < mean(b)`" in text and "a: 1, 2" in text and "too small a model" in text
+    assert "1 of 2 hold" in text
+    held, failed = text.split("::::{dropdown} ")[1:]
+    assert held.startswith("a · ✓ holds · NF4 beats | FP4\n:name: claim-a\n")
+    assert ":class-container: claim chapter-1-1 verdict-holds model-tiny" in held
+    assert failed.startswith("b · ✗ does not hold here") and "verdict-fails model-smol" in failed
+    assert "`mean(a) < mean(b)`" in held and "a: 1, 2" in held and "too small a model" in failed
+    assert "chosen after seeing" in failed and "chosen after seeing" not in held
+    assert 'href="../notebooks/1_1_qlora.html#claim-b"' in failed
 
 
 def test_run_times_name_each_chapter_and_add_up(project: tuple[Path, list[Result]]) -> None:
@@ -118,3 +129,36 @@ def test_an_indented_block_of_a_docstring_stays_as_it_is_written() -> None:
         "One \\|x\\|.\n\n::\n\n    y = *A* x\n    for a_ in b:\n        use(a_)\n\n\nThen ``c``.\n\n"
         "Args:\n    x: a \\*b\\*.\n\n    y: of x."
     )
+
+
+def test_search_knows_the_parts_of_chinese_terms_and_english_as_before() -> None:
+    search = Search({})
+    assert {"持续学习", "持续", "续学", "学习", "continual"} <= set(
+        search.split("continual 持续学习")
+    )
+    assert search.split("LoRA is low") == ["LoRA", "is", "low"]
+
+
+def paragraph(*texts: str) -> nodes.document:
+    document = new_document("page")
+    for text in texts:
+        document += nodes.paragraph("", "", nodes.Text(text))
+    return document
+
+
+def test_chinese_is_marked_for_screen_readers() -> None:
+    page = paragraph("adapter (适配器) and LoRA")
+    mark_chinese(None, page, "page")
+    (marked,) = page.findall(nodes.inline)
+    assert marked.astext() == "适配器" and marked["classes"] == ["language-zh"]
+    assert page.astext() == "adapter (适配器) and LoRA"
+
+
+def test_a_description_is_the_first_paragraph_of_prose_cut_between_words() -> None:
+    badges = "Open in Colab · Open in Kaggle · Executed notebook · Source, and much more of it here"
+    text = "One adapter learns one thing well. " * 8
+    page = paragraph(badges, text)
+    page.children[1].insert(0, nodes.raw("", '<a class="term">', format="html"))
+    described = first_sentences(page)
+    assert described.startswith("One adapter learns") and described.endswith(" …")
+    assert len(described) <= 162

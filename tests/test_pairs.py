@@ -5,6 +5,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from lora_course.lab.claims import BOOK
 from tests.test_chapters import TOY
 from tools import pairs
 from tools.run_chapters import ROOT, chapters
@@ -51,6 +52,13 @@ def test_solutions_fold_on_colab_and_in_jupyterlab(toy: Path) -> None:
     solution = notebook.cells[-1].metadata
     assert solution["cellView"] == "form" and solution["jupyter"] == {"source_hidden": True}
     assert "cellView" not in notebook.cells[1].metadata
+
+
+def test_links_between_pages_lead_to_the_book_from_colab(toy: Path) -> None:
+    source = toy / "notebooks" / "9_9_toy.md"
+    source.write_text(SOLUTION.replace("# A toy", "# A toy\n\n[0.1](0_1_lora.md#the-idea)"))
+    notebook = nbformat.reads(pairs.notebook_text(source), as_version=4)
+    assert f"[0.1]({BOOK}/notebooks/0_1_lora.html#the-idea)" in notebook.cells[0].source
 
 
 def test_an_edit_of_either_side_is_seen(toy: Path) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import EarlyStoppingCallback
 
 from lora_course.arguments import training_arguments
+from lora_course.descriptions import UNKNOWN
 from lora_course.injection import adapter_layers, inject
 from lora_course.runs import COMPLETE, fingerprint, name_of, read_mark
 from lora_course.states import adapter_state
@@ -146,8 +147,8 @@ def test_a_fingerprint_tells_rows_apart_and_leaves_out_what_changes_by_itself() 
     one, other = rows(), rows(count=11)
     assert fingerprint(one) == fingerprint(rows()) != fingerprint(other)
     assert fingerprint(one.with_format("torch")) == fingerprint(one)
-    assert fingerprint(Random()) is None and fingerprint(None) is None
-    assert fingerprint(iter([])) is None
+    assert fingerprint(Random()) == fingerprint(None) == UNKNOWN
+    assert fingerprint(iter([])) == UNKNOWN
 
 
 def test_a_function_is_named_with_what_is_fixed_of_it() -> None:

@@ -180,11 +180,11 @@ def test_gradient_checkpointing_gives_the_same_weights(tmp_path: Path) -> None:
     for checkpointing in (False, True):
         model = injected(dropout=0.2)
         trainer = AdapterTrainer(
-            model, arguments(tmp_path, activation_checkpointing=checkpointing), train_dataset=rows()
+            model, arguments(tmp_path, gradient_checkpointing=checkpointing), train_dataset=rows()
         )
         trainer.train()
         states.append(adapter_state(model))
-        assert model.is_activation_checkpointing == checkpointing
+        assert model.is_gradient_checkpointing == checkpointing
     assert_same(*states, tolerance=1e-6)
     assert difference(states[0], adapter_state(injected(dropout=0.2))) > 1e-3
 
@@ -411,18 +411,6 @@ def test_the_best_adapter_is_kept_and_brought_back_at_the_end(tmp_path: Path) ->
 
 
 # --- what it shows ------------------------------------------------------------------------------------------------------
-
-
-def test_progress_goes_to_the_error_stream_with_the_loss(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    trainer = AdapterTrainer(
-        injected(), arguments(tmp_path, disable_tqdm=False), train_dataset=rows()
-    )
-    trainer.train()
-    shown = capsys.readouterr()
-    assert "6/6" in shown.err and "loss=" in shown.err
-    assert shown.out == ""
 
 
 def test_a_loss_that_is_not_finite_is_shown_as_such(tmp_path: Path) -> None:

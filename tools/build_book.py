@@ -1,15 +1,18 @@
 """Executes what changed, stages the book under build/book and builds it into _build/html.
 
-    python -m tools.build_book
+    python -m tools.build_book                    the whole book
+    python -m tools.build_book --only 2_1_experts  a preview with some chapters, under build/preview-html
 
 The stage is the repository's own layout (book/, notebooks/, _config.yml, _toc.yml), with executed chapters in the place of
 sources and with the generated parts of the pages filled in. Files that did not change are not touched, so that Sphinx reads
 only what did; where nothing changed at all, Sphinx is not started.
 """
 
+import argparse
 import hashlib
 import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,65 +20,54 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import nbformat
-
-from tools import pages, run_chapters
+from tools import pages, published, run_chapters
+from tools.crosslinks import with_uses
+from tools.playpage import pack
 from tools.run_chapters import ROOT, Result, say
-
-
-def published(result: Result) -> str:
-    """An executed chapter as the book shows it and offers it for download: no progress bars, no traces of the execution."""
-    notebook = nbformat.read(result.notebook, as_version=4)
-    for cell in notebook.cells:
-        cell.metadata.pop("execution", None)
-        if "skip-execution" in cell.metadata.get("tags", []):
-            cell.metadata["tags"] = [
-                tag for tag in cell.metadata["tags"] if tag != "skip-execution"
-            ]
-        if "solution" in cell.metadata.get("tags", []):
-            cell.metadata["mystnb"] = {
-                "code_prompt_show": "Show the solution",
-                "code_prompt_hide": "Hide the solution",
-            }
-        if cell.cell_type == "code":
-            cell.outputs = [out for out in cell.outputs if out.get("name") != "stderr"]
-    notebook.metadata.pop("jupytext", None)
-    notebook.metadata["kernelspec"] = {
-        "display_name": "Python 3",
-        "language": "python",
-        "name": "python3",
-    }
-    return nbformat.writes(notebook) + "\n"
 
 
 def staged_files(root: Path, results: list[Result]) -> Iterator[tuple[str, bytes]]:
     """Path in the stage → content, of every file that the book is built from."""
-    for name in ("_config.yml", "_toc.yml"):
-        yield name, (root / name).read_bytes()
+    yield "_config.yml", (root / "_config.yml").read_bytes()
+    toc = contents((root / "_toc.yml").read_text(), {result.stem for result in results})
+    yield "_toc.yml", toc.encode()
     for path in sorted((root / "book").rglob("*")):
         name = path.relative_to(root)
         if path.is_dir() or "_data" in name.parts:
             continue
         content = path.read_bytes()
-        yield (
-            name.as_posix(),
-            pages.fill(content.decode(), root, results).encode()
-            if path.suffix == ".md"
-            else content,
-        )
+        if path.suffix == ".md":
+            text = pages.fill(content.decode(), root, results)
+            if path.name == "glossary.md":
+                sources = pages.sources(root, results)
+                text = with_uses(text, {stem: path.read_text() for stem, path in sources.items()})
+            content = text.encode()
+        yield name.as_posix(), content
+    for name, content in pack.packed(root):
+        yield f"book/_static/play/data/{name}", content
     for module in pages.api_modules(root):
         yield f"book/api/{pages.api_stem(module)}.md", pages.api_page(module).encode()
+    for name in ("lab.css", "moving.js"):  # outputs carry them; the pages load them once instead
+        yield f"book/_static/{name}", (ROOT / "lora_course" / "lab" / name).read_bytes()
+    there = {result.stem for result in results}
     for result in results:
-        yield f"notebooks/{result.stem}.ipynb", published(result).encode()
+        yield f"notebooks/{result.stem}.ipynb", published.notebook(result, root, there).encode()
 
 
-def stage(root: Path, results: list[Result]) -> tuple[str, str]:
-    """Write the stage, touching only what changed; return a hash of everything the book is made from, and one of its frame.
+def contents(text: str, there: set[str]) -> str:
+    """The table of contents with the chapters of this build alone."""
+    lines = text.splitlines(keepends=True)
+    files = [re.search(r"file: notebooks/(\w+)", line) for line in lines]
+    kept = "".join(line for line, file in zip(lines, files) if not file or file[1] in there)
+    return re.sub(r"  - caption: .*\n    chapters:\n(?!      )", "", kept)
+
+
+def stage(root: Path, results: list[Result], target: Path) -> tuple[str, str]:
+    """Write the stage into `target`, touching only what changed; return a hash of everything the book is made from, and one of its frame.
 
     The frame is what shapes every page: settings, theme, and which pages there are. When it changes, Sphinx starts afresh,
     as it would leave pages in place that it does not think of as changed.
     """
-    target = root / "build" / "book"
     digest, frame = hashlib.sha256(), hashlib.sha256()
     for distribution in (
         "jupyter-book",
@@ -104,50 +96,48 @@ def stage(root: Path, results: list[Result]) -> tuple[str, str]:
     return digest.hexdigest(), frame.hexdigest()
 
 
-def build(root: Path = ROOT) -> Path:
-    """Execute, stage and build; return the start page.
+def build(root: Path = ROOT, only: list[str] | None = None) -> Path:
+    """Execute, stage and build; return the start page. only: these chapters alone, as a preview beside the book.
 
     Raises:
         run_chapters.ChapterFailed: a chapter does not run.
         subprocess.CalledProcessError: the build printed a warning or an error.
     """
     start = time.perf_counter()
-    results = run_chapters.execute_all(root)
-    digest, frame = stage(root, results)
-    html = root / "_build" / "html"
-    stamp = root / "build" / "book.sha256"
+    results = run_chapters.execute_all(root, only)
+    stamp = root / "build" / ("preview.sha256" if only else "book.sha256")
+    staged = root / "build" / ("preview" if only else "book")
+    output = root / "build" / "preview-html" if only else root
+    digest, frame = stage(root, results, staged)
+    html = output / "_build" / "html"
     built = stamp.read_text() if stamp.exists() and (html / "index.html").exists() else ""
     if built == f"{digest}\n{frame}\n":
         say(f"the book is up to date ({time.perf_counter() - start:.0f} s)")
     else:
         stamp.unlink(missing_ok=True)
         if not built.endswith(f"{frame}\n"):
-            shutil.rmtree(root / "_build", ignore_errors=True)
+            shutil.rmtree(output / "_build", ignore_errors=True)
         say("building the pages")
+        program = str(Path(sys.executable).with_name("jupyter-book"))
         subprocess.run(
-            [
-                str(Path(sys.executable).with_name("jupyter-book")),
-                "build",
-                str(root / "build" / "book"),
-                "--path-output",
-                str(root),
-                "--warningiserror",
-                "--keep-going",
-            ],
+            [program, "build", str(staged), "--path-output", str(output)]
+            + ["--warningiserror", "--keep-going"],
             env=os.environ | {"PYTHONPATH": str(root), "HF_HUB_OFFLINE": "1"},
             cwd=root,
             check=True,
         )
         stamp.write_text(f"{digest}\n{frame}\n")
-        say(
-            f"built in {time.perf_counter() - start:.0f} s, of which chapters {sum(r.seconds for r in results if r.fresh):.0f} s"
-        )
+        ran = sum(r.seconds for r in results if r.fresh)
+        say(f"built in {time.perf_counter() - start:.0f} s, of which chapters {ran:.0f} s")
     return html / "index.html"
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", metavar="STEM", help="a preview with these chapters")
+    only = parser.parse_args().only
     try:
-        index = build()
+        index = build(only=only)
     except run_chapters.ChapterFailed as failure:
         raise SystemExit(str(failure)) from None
     except subprocess.CalledProcessError:

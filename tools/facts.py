@@ -12,6 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BRANCH = "main"
+CLAIMS = "lora_course/lab/claims.py"  # its table links to the ledger, also from Colab
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Facts:
     name: str
     version: str
     url: str
+    book: str
 
     @property
     def slug(self) -> str:
@@ -28,14 +30,19 @@ class Facts:
         return self.url.removeprefix("https://github.com/")
 
 
+def project(root: Path = ROOT) -> dict:
+    """The table `[project]` of pyproject.toml."""
+    return tomllib.loads((root / "pyproject.toml").read_text())["project"]
+
+
 def read(root: Path = ROOT) -> Facts:
-    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
-    url = project["urls"]["Repository"].rstrip("/")
+    stated = project(root)
+    url, book = (stated["urls"][key].rstrip("/") for key in ("Repository", "Documentation"))
     if not re.fullmatch(r"https://github\.com/[\w.-]+/[\w.-]+", url):
         raise SystemExit(
             f"pyproject.toml: Repository = {url!r}; expected https://github.com/<owner>/<repository>"
         )
-    return Facts(project["name"], project["version"], url)
+    return Facts(stated["name"], stated["version"], url, book)
 
 
 def chapter_badges(facts: Facts, stem: str) -> str:
@@ -44,8 +51,16 @@ def chapter_badges(facts: Facts, stem: str) -> str:
     return (
         f"[Open in Colab](https://colab.research.google.com/github/{path}) · "
         f"[Open in Kaggle](https://kaggle.com/kernels/welcome?src=https://github.com/{path}) · "
-        f"[View on GitHub](https://github.com/{path})"
+        f"[Executed notebook]({facts.book}/_sources/notebooks/{stem}.ipynb) · "
+        f"[Source](https://github.com/{path.removesuffix('.ipynb')}.md)"
     )
+
+
+def setup_cell(facts: Facts) -> str:
+    """The first code cell of every chapter, from tools/setup_cell.py; folded in the book."""
+    code = (ROOT / "tools" / "setup_cell.py").read_text().rstrip()
+    code = code.replace("OWNER/REPOSITORY", facts.slug).replace("VERSION", facts.version)
+    return f"```{{code-cell}} ipython3\n:tags: [hide-input]\n\n{code}\n```"
 
 
 def readme_badges(facts: Facts) -> str:
@@ -78,6 +93,7 @@ def updated(root: Path = ROOT) -> dict[Path, str]:
             (r"(?<=^  url: ).*$", facts.url),
             (r"(?<=^    release: ).*$", f'"{facts.version}"'),
         ],
+        CLAIMS: [(r"(?<=^BOOK = ).*$", f'"{facts.book}"')],
         "CITATION.cff": [
             (r"(?<=^version: ).*$", facts.version),
             (r"(?<=^repository-code: ).*$", facts.url),
@@ -96,14 +112,18 @@ def updated(root: Path = ROOT) -> dict[Path, str]:
         root / "CONTRIBUTING.md",
         root / "_config.yml",
         root / "CITATION.cff",
+        root / CLAIMS,
         *sorted((root / "book").glob("**/*.md")),
         *sorted((root / "notebooks").glob("*.md")),
     ]
     for path in texts:
         text = path.read_text().replace(known[1], facts.slug)
-        chosen = rules.get(path.name, []) if path.parent == root else []
+        chosen = rules.get(path.relative_to(root).as_posix(), [])
         if path.parent.name == "notebooks":
-            chosen = [(r"^\[Open in Colab\].*$", chapter_badges(facts, path.stem))]
+            chosen = [
+                (r"^\[Open in Colab\].*$", chapter_badges(facts, path.stem)),
+                (r"^```\{code-cell\} ipython3\n(?s:.*?)^```$", setup_cell(facts)),
+            ]
         for pattern, replacement in chosen:
             text, count = re.subn(
                 pattern, lambda _, new=replacement: new, text, count=1, flags=re.MULTILINE

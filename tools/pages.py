@@ -1,6 +1,5 @@
 """The generated parts of the book's pages: a line `<!-- generated: NAME -->` in book/*.md is replaced by what NAME makes."""
 
-import html
 import json
 import re
 from collections.abc import Callable
@@ -11,7 +10,10 @@ from xml.etree import ElementTree
 import yaml
 
 from benchmarks import report
-from tools.run_chapters import Result
+from tools import record_runs
+from tools.ledger import ledger
+from tools.playpage import tables as playpage
+from tools.run_chapters import Result, title
 
 MARKER = re.compile(r"^<!-- generated: ([a-z ]+) -->$", re.MULTILINE)
 ARXIV = re.compile(r"arxiv\.org/(?:abs|pdf)/(\d{4}\.\d{4,5})")
@@ -32,14 +34,6 @@ def fill(text: str, root: Path, results: list[Result]) -> str:
 
 def data(root: Path, name: str) -> list[dict]:
     return yaml.safe_load((root / "book" / "_data" / name).read_text())
-
-
-def title(chapter: Path) -> str:
-    """The first heading of a chapter."""
-    found = re.search(r"^# (.+)$", chapter.read_text(), re.MULTILINE)
-    if not found:
-        raise ValueError(f"{chapter.name}: no line `# Title`")
-    return found[1]
 
 
 def sources(root: Path, results: list[Result]) -> dict[str, Path]:
@@ -154,68 +148,6 @@ def bibliography(root: Path, results: list[Result]) -> str:
     return "\n".join(lines) or "*No chapter yet.*"
 
 
-def ledger(root: Path, results: list[Result]) -> str:
-    """Every claim of every chapter: what was expected, what came out, whether it holds."""
-    parts = []
-    for result in results:
-        for path in result.claims:
-            record = json.loads(path.read_text())
-            claims = record["claims"]
-            held = sum(claim["holds"] for claim in claims)
-            parts.append(
-                f"## {title(root / 'notebooks' / f'{result.stem}.md')}\n\n"
-                f"{held} of {len(claims)} hold, under the profile `{record['profile']}`. "
-                f"[Read the chapter](../notebooks/{result.stem}.ipynb)\n"
-            )
-            parts += [claim_card(claim) for claim in claims]
-    return "\n".join(parts) or "*No chapter yet.*"
-
-
-def claim_card(claim: dict) -> str:
-    mark, word = ("✓", "holds") if claim["holds"] else ("✗", "does not hold here")
-    rows = [
-        f"**{mark} {one_line(claim['statement'])}**",
-        "",
-        f"| source | {cell(claim['source'])} |",
-        "|---|---|",
-        f"| expected | {cell(claim['expected'])} |",
-        f"| came out | {cell(claim['outcome'])} |",
-        f"| verdict | {word}: `{cell(claim['predicate'])}` |",
-        f"| values | {values(claim['values'])} |",
-    ]
-    if claim.get("explanation"):
-        rows.append(f"| explanation | {cell(claim['explanation'])} |")
-    kind = "holds" if claim["holds"] else "fails"
-    return f":::{{div}} claim {kind}\n" + "\n".join(rows) + "\n:::\n"
-
-
-def values(named: dict[str, list]) -> str:
-    return "<br>".join(
-        f"{cell(name)}: {', '.join(number(value) for value in flat(series))}"
-        for name, series in named.items()
-    )
-
-
-def flat(series: object) -> list:
-    return (
-        [leaf for item in series for leaf in flat(item)] if isinstance(series, list) else [series]
-    )
-
-
-def number(value: object) -> str:
-    if not isinstance(value, float):
-        return html.escape(str(value))
-    return f"{value:,.0f}" if 1e5 <= abs(value) < 1e15 else f"{value:.5g}"
-
-
-def one_line(text: str) -> str:
-    return " ".join(str(text).split())
-
-
-def cell(text: str) -> str:
-    return one_line(text).replace("|", "\\|")
-
-
 def api_modules(root: Path) -> list[str]:
     """The modules that get an API page: the ground floor, the variants that exist, merging, the studies' core, and the lab."""
     first = ["lora", "injection", "states", "checkpoint", "export", "training"]
@@ -256,9 +188,12 @@ PARTS: dict[str, Callable[[Path, list[Result]], str]] = {
     "picture": picture,
     "chapters": chapter_list,
     "run times": run_times,
+    "recorded runs": lambda root, results: record_runs.table(root),
     "coverage": coverage,
     "bibliography": bibliography,
     "ledger": ledger,
     "api": api_list,
     "benchmarks": benchmarks,
+    "play": playpage.tables,
+    "play tasks": playpage.tasks,
 }

@@ -12,6 +12,8 @@ from pathlib import Path
 import jupytext
 import nbformat
 
+from tools import crosslinks, facts
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -19,7 +21,7 @@ def notebook_text(chapter: Path) -> str:
     """The .ipynb of a chapter, without outputs; the same text on every call and every machine.
 
     Cell ids come from the cells' text, so that a small edit makes a small diff. Solutions fold on Colab (`cellView`) and in
-    JupyterLab (`source_hidden`).
+    JupyterLab (`source_hidden`). Links between pages lead to the published book, since beside a notebook on Colab there is none.
     """
     notebook = jupytext.read(chapter)
     notebook.metadata = nbformat.from_dict(
@@ -31,6 +33,8 @@ def notebook_text(chapter: Path) -> str:
     )
     seen: Counter[str] = Counter()
     for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = crosslinks.for_notebook(cell.source, chapter.stem, facts.read().book)
         digest = hashlib.sha256(f"{cell.cell_type}\n{cell.source}".encode()).hexdigest()[:12]
         cell.id = digest if not seen[digest] else f"{digest}-{seen[digest]}"
         seen[digest] += 1

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,6 +68,14 @@ def chapters(root: Path = ROOT) -> list[Path]:
         (root / "notebooks").glob("[0-9]*.md"),
         key=lambda path: [int(n) for n in path.stem.split("_")[:2]],
     )
+
+
+def title(chapter: Path) -> str:
+    """The first heading of a chapter."""
+    found = re.search(r"^# (.+)$", chapter.read_text(), re.MULTILINE)
+    if not found:
+        raise ValueError(f"{chapter.name}: no line `# Title`")
+    return found[1]
 
 
 def key(chapter: Path, root: Path = ROOT) -> str:
@@ -190,6 +199,8 @@ def environment(root: Path, staged: Path) -> dict[str, str]:
         "PYTHONHASHSEED": "0",
         "TOKENIZERS_PARALLELISM": "false",
     }
+    if at_once() > 1:
+        settings |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     if profile() not in GPU_PROFILES:
         settings |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     return os.environ | settings
@@ -226,19 +237,32 @@ def execute_all(root: Path = ROOT, stems: list[str] | None = None) -> list[Resul
         raise SystemExit(
             f"no chapter {sorted(unknown)}; there are {[path.stem for path in chapters(root)]}"
         )
-    results, failures = [], []
-    for number, chapter in enumerate(wanted, start=1):
+    failures: list[str] = []
+
+    def run(numbered: tuple[int, Path]) -> Result | None:
+        number, chapter = numbered
         try:
-            results.append(execute(chapter, root, label=f"[{number}/{len(wanted)}] "))
+            return execute(chapter, root, label=f"[{number}/{len(wanted)}] ")
         except ChapterFailed as failure:
             failures.append(str(failure))
             say(f"FAILED {failure}")
+            return None
+
+    with ThreadPoolExecutor(at_once()) as pool:
+        results = [found for found in pool.map(run, enumerate(wanted, start=1)) if found]
     if failures:
         raise ChapterFailed(
             f"{len(failures)} of {len(wanted)} chapters failed:\n"
             + "\n".join("  " + failure.splitlines()[0] for failure in failures)
         )
     return results
+
+
+def at_once() -> int:
+    """How many chapters run at a time: two with one thread each where there are two cores, which take less time together
+    than one after the other with two threads (a step of nano: 1.38 s on one thread, 0.84 s on two). One on a GPU.
+    """
+    return 1 if profile() in GPU_PROFILES or (os.cpu_count() or 1) < 2 else 2
 
 
 def say(text: str) -> None:

@@ -1,21 +1,36 @@
-"""A Sphinx extension with two adjustments of the book.
+"""A Sphinx extension with the book's adjustments.
 
 Docstrings are plain text with `code` in single backticks, as they are read in an editor: what reStructuredText would take for
 markup (`|x|`, `*`, `x_`) is escaped, and single backticks become literals. What is indented under a blank line, before any
 `Args:`, is an equation or an example, and stays as it is written.
 
+Pages: a description and a card for those who send a link; Kaggle in the launch menu; Chinese marked as such for screen
+readers; search that finds parts of Chinese terms and puts chapters before the API. Outputs carry their style and script for
+Colab; a page of the book loads both once from `_static`.
+
 sphinx-thebe, which Jupyter Book always loads, is taken out: it writes its script twice into each page (a console error), with
 the address of a CDN in it.
 """
 
+import html
 import re
+from pathlib import Path
 from typing import Any
 
+from docutils import nodes
 from sphinx.application import Sphinx
+from sphinx.search import SearchEnglish, languages
+
+from tools import facts
 
 CODE = re.compile(r"(``[^`]+``|`[^`]+`)")
 SECTION = re.compile(r"^\w+:$", re.MULTILINE)
 BLOCK = re.compile(r"(?<=\n\n)((?: {4}.*\n|\n(?= {4}))+)")
+CHINESE = re.compile(r"([\u4e00-\u9fff][\u3000-\u303f\u4e00-\u9fff\uff00-\uffef]*)")
+CARRIED = re.compile(r"<(style|script) data-lab>.*?</\1>", re.DOTALL)
+BOOK = facts.read().book
+KAGGLE = "https://kaggle.com/kernels/welcome?src="
+LENGTH = 160  # characters of a description that search engines show
 MARKUP = re.compile(r"([*|\\]|(?<=\w)_(?=\W|$))")
 
 
@@ -55,7 +70,86 @@ def drop_thebe(app: Sphinx, config: Any) -> None:
     ]
 
 
+def load_once(app: Sphinx, doctree: nodes.document) -> None:
+    """Take out the style and script that outputs carry; `_config.yml` loads them as files."""
+    for raw in list(doctree.findall(nodes.raw)):
+        if "data-lab" in raw.astext():
+            raw.children[:] = [nodes.Text(CARRIED.sub("", raw.astext()))]
+
+
+def mark_chinese(app: Sphinx, doctree: nodes.document, docname: str) -> None:
+    """Chinese in running text gets lang="zh": docutils makes that of the class language-zh."""
+    for text in list(doctree.findall(nodes.Text)):
+        parts = CHINESE.split(text.astext())
+        if len(parts) == 1 or isinstance(
+            text.parent, nodes.literal | nodes.literal_block | nodes.raw
+        ):
+            continue
+        text.parent.replace(
+            text,
+            [
+                nodes.inline(part, part, classes=["language-zh"]) if i % 2 else nodes.Text(part)
+                for i, part in enumerate(parts)
+                if part
+            ],
+        )
+
+
+class Search(SearchEnglish):
+    """English, with each pair of neighbouring signs of a Chinese term as a word of its own."""
+
+    def split(self, input: str) -> list[str]:
+        words = super().split(input)
+        runs = [run for word in words for run in re.findall(r"[\u4e00-\u9fff]+", word)]
+        pairs = [run[i : i + 2] for run in runs for i in range(len(run) - 1)]
+        return list(dict.fromkeys([*words, *runs, *pairs])) if runs else words
+
+
+def describe(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
+    """Description and Open Graph tags from the page's first paragraph of text, and Kaggle beside Colab."""
+    if doctree is not None:
+        title = html.escape(re.sub(r"<[^>]+>", "", context.get("title", "")), quote=True)
+        text = html.escape(first_sentences(doctree), quote=True)
+        context["metatags"] = context.get("metatags", "") + "".join(
+            f'<meta {key}="{name}" content="{value}">\n'
+            for key, name, value in [
+                ("name", "description", text),
+                ("property", "og:type", "article"),
+                ("property", "og:site_name", html.escape(app.config.html_title, quote=True)),
+                ("property", "og:title", title),
+                ("property", "og:description", text),
+                ("property", "og:url", f"{BOOK}/{page}.html"),
+            ]
+        )
+    for group in context.get("header_buttons", []):
+        if group.get("label") == "launch-buttons":
+            for colab in [link for link in group["buttons"] if link.get("text") == "Colab"]:
+                repository = "https://github.com/" + colab["url"].split("/github/")[1]
+                group["buttons"].append(
+                    colab | {"text": "Kaggle", "tooltip": "Launch on Kaggle", "icon": "fab fa-kaggle", "url": KAGGLE + repository}
+                )  # fmt: skip
+
+
+def first_sentences(doctree: nodes.document) -> str:
+    """As much of the first paragraph of prose (no line of links) as a search engine shows."""
+    for paragraph in doctree.findall(nodes.paragraph):
+        words = [t for t in paragraph.findall(nodes.Text) if not isinstance(t.parent, nodes.raw)]
+        text = " ".join("".join(words).split())
+        if len(text) > 60 and text.count(" · ") < 2:
+            return text if len(text) <= LENGTH else text[:LENGTH].rsplit(" ", 1)[0] + " …"
+    return ""
+
+
+def use_own_search(app: Sphinx, config: Any) -> None:
+    languages["en"] = Search
+    config.html_search_scorer = str(Path(app.srcdir) / "book" / "_static" / "scorer.js")
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("autodoc-process-docstring", process, priority=400)  # before napoleon, at 500
     app.connect("config-inited", drop_thebe)
+    app.connect("config-inited", use_own_search)
+    app.connect("doctree-read", load_once)
+    app.connect("doctree-resolved", mark_chinese)
+    app.connect("html-page-context", describe, priority=900)  # after the theme's buttons
     return {"parallel_read_safe": True}

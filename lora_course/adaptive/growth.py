@@ -91,6 +91,10 @@ class RankGrower(ModelCallback):
         self.layers = layers_of(model, GrowingLoRALinear)
         self.check()
 
+    def settings(self) -> dict[str, Any]:
+        """The schedule's fields."""
+        return dataclasses.asdict(self.schedule)
+
     @property
     def ranks(self) -> dict[str, int]:
         """The rank of each layer now."""

@@ -1,153 +1,215 @@
 """Checks of the exercises in chapter 0.1, LoRA in one sitting."""
 
+import copy
 import math
 
 import torch
 from torch import nn
 
-from lora_course.classroom.exercises import exercise, mistake
-from lora_course.lora import LoRALinear
+from lora_course.classroom.exercises import Draw, case, exercise, mistake
 
 
-@exercise("0.1-a", points=1)
-def check_alpha(learner):
-    """`learner(new_r, r, lora_alpha, use_rslora=False)` → the new α."""
-    close = lambda a, b: abs(a - b) < 1e-6  # noqa: E731
-    found = learner(48, 8, 12)
-    mistake(
-        close(found, 12),
-        "The old α: with it the scale falls from {:g} to {:g}, since it is divided by the new rank.",
-        12 / 8,
-        12 / 48,
-    )
-    mistake(
-        close(found, 12 / 8),
-        "This is the scale s = α/r; the α that gives it at the new rank is asked for.",
-    )
-    mistake(
-        close(found, 12 * 8 / 48),
-        "The wrong way round: a higher rank divides by more, so it needs a larger α.",
-    )
-    mistake(close(found, 96), "α = 2r is a habit, not this run: here α/r was {:g}, not 2.", 12 / 8)
-    mistake(
-        not close(found, 72),
-        "From r = 8, α = 12 to r = 48 the scale α/r stays {:g} with α = 72, not {:g}.",
-        12 / 8,
-        found,
-    )
-    stabilised = learner(48, 8, 12, use_rslora=True)
-    mistake(
-        close(stabilised, 72),
-        "`use_rslora=True` divides by √r: α then grows with √(new_r / r) only.",
-    )
-    mistake(
-        close(stabilised, 12),
-        "rsLoRA's scale still falls with the rank, by √r: α must grow to hold it.",
-    )
-    mistake(
-        not close(stabilised, 12 * math.sqrt(6)),
-        "With rsLoRA, from r = 8, α = 12 to r = 48, α/√r stays with α = {:.3f}, not {:g}.",
-        12 * math.sqrt(6),
-        stabilised,
-    )
-    mistake(
-        not close(learner(3, 6, 5), 2.5),
-        "From r = 6 to r = 3 with α = 5 the answer is 2.5: α may be a fraction.",
+def alpha_for(new_r, r, lora_alpha, use_rslora=False):
+    return lora_alpha * (math.sqrt(new_r / r) if use_rslora else new_r / r)
+
+
+ALPHA_MISTAKES = {
+    "This is the old α: with it the scale changes, since it is divided by another rank.":
+        lambda new_r, r, lora_alpha, use_rslora=False: lora_alpha,
+    "This is the scale s of the old run; the α that gives it at the new rank is asked for.":
+        lambda new_r, r, lora_alpha, use_rslora=False: lora_alpha / (math.sqrt(r) if use_rslora else r),
+    "The wrong way round: a higher rank divides by more, so it needs a larger α.":
+        lambda new_r, r, lora_alpha, use_rslora=False: alpha_for(r, new_r, lora_alpha, use_rslora),
+    "α = 2r is a habit, not this run: here α/r was something else.":
+        lambda new_r, r, lora_alpha, use_rslora=False: 2 * new_r,
+    "`use_rslora` is not used: with it the scale is divided by √r.":
+        lambda new_r, r, lora_alpha, use_rslora=False: alpha_for(new_r, r, lora_alpha),
+    "Both rules are turned round: `use_rslora=True` divides by √r, the default by r.":
+        lambda new_r, r, lora_alpha, use_rslora=False: alpha_for(new_r, r, lora_alpha, not use_rslora),
+    "The root is there always: without `use_rslora` the scale is divided by r itself.":
+        lambda new_r, r, lora_alpha, use_rslora=False: alpha_for(new_r, r, lora_alpha, True),
+    "With `use_rslora=True` the old α stays: rsLoRA's scale falls with the rank too, by √r.":
+        lambda new_r, r, lora_alpha, use_rslora=False: (
+            lora_alpha if use_rslora else alpha_for(new_r, r, lora_alpha)),
+    "α is rounded to a whole number: it may be a fraction.": lambda *a, **k: round(alpha_for(*a, **k)),
+}  # fmt: skip
+
+
+@exercise(
+    "0.1-a",
+    right=alpha_for,
+    mistakes=ALPHA_MISTAKES,
+    otherwise="With your α the new run has another scale than the old one.",
+)
+def check_alpha(draw: Draw):
+    """The new α of a run, under either rule."""
+    for _ in range(3):
+        r, new_r = sorted(draw.sizes(2, 2, 64))
+        alpha = draw.integer(2, 64) + 0.5  # so that it is never 2r, nor a whole number
+        hint = "With `use_rslora=True` your α gives another scale: it divides by √r."
+        yield case(new_r, r, alpha)
+        yield case(r, new_r, alpha, hint="For a smaller new rank your α gives another scale.")
+        yield case(new_r, r, alpha, use_rslora=True, hint=hint)
+        yield case(r, new_r, int(alpha), use_rslora=True, hint=hint)
+    yield case(7, 7, 3, hint="With the same rank as before α stays as it is.")
+    yield case(1, 24, 0.5, use_rslora=False, hint="A small α goes wrong: nothing is to be rounded.")
+
+
+def parameters(layers):
+    return sum(i + o for i, o in layers)
+
+
+def ranks_that_fit(everywhere, targets, r):
+    return r * parameters(everywhere) / parameters(targets)
+
+
+def matching_rank(everywhere, targets, r):
+    return max(1, round(ranks_that_fit(everywhere, targets, r)))
+
+
+RANK_MISTAKES = {
+    "This is the same rank: on other layers it gives another number of parameters.":
+        lambda everywhere, targets, r: r,
+    "You counted in · out, the weights of the layers; an adapter has r · (in + out) parameters.":
+        lambda everywhere, targets, r: max(
+            1, round(r * sum(i * o for i, o in everywhere) / sum(i * o for i, o in targets))),
+    "You counted layers; they differ in size, and an adapter has r · (in + out) parameters on each.":
+        lambda everywhere, targets, r: max(1, round(r * len(everywhere) / len(targets))),
+    "The wrong way round: fewer layers need a higher rank.":
+        lambda everywhere, targets, r: matching_rank(targets, everywhere, r),
+    "A fraction is no rank: the nearest whole number is asked for.": ranks_that_fit,
+    "You always round down; the next rank above may be nearer.":
+        lambda everywhere, targets, r: max(1, math.floor(ranks_that_fit(everywhere, targets, r))),
+    "You always round up; the next rank below may be nearer.":
+        lambda everywhere, targets, r: max(1, math.ceil(ranks_that_fit(everywhere, targets, r))),
+    "This is a number of parameters; the rank is asked for.":
+        lambda everywhere, targets, r: r * parameters(everywhere),
+    "A rank is 1 or more, also where even rank 1 has too many parameters.":
+        lambda everywhere, targets, r: round(ranks_that_fit(everywhere, targets, r)),
+}  # fmt: skip
+
+
+@exercise(
+    "0.1-b",
+    points=2,
+    right=matching_rank,
+    mistakes=RANK_MISTAKES,
+    otherwise="Another rank has a number of parameters that is nearer to that of the adapter on `everywhere`.",
+)
+def check_matching_rank(draw: Draw):
+    """The rank on some layers that costs what a rank on others costs. No case is a tie."""
+    for low, high in [(0.05, 0.3), (0.7, 0.95), (0.38, 0.47), (0.53, 0.62)] * 2:
+        rest = -1.0
+        while not low < rest < high:
+            everywhere = [tuple(draw.sizes(2, 8, 400)) for _ in range(draw.integer(4, 7))]
+            targets = everywhere[: draw.integer(1, 3)]
+            r = draw.integer(2, 16)
+            rest = ranks_that_fit(everywhere, targets, r) % 1
+        yield case(everywhere, targets, r)
+    yield case(everywhere, everywhere, 5, hint="On the very same layers the rank is the same.")
+    few, wide = [(draw.integer(4, 6), 5)] * 2, [tuple(draw.sizes(2, 300, 400))]
+    hint = "A rank is 1 or more, also where even rank 1 has too many parameters."
+    yield case(few, wide, 1, hint=hint)
+    pair = tuple(draw.sizes(2, 20, 40))
+    yield case([pair] * 9, [pair] * 3, 4, hint="A layer that is listed twice counts twice.")
+
+
+def merged_at(layer, strength):
+    merged = copy.deepcopy(layer.base_layer)
+    with torch.no_grad():
+        merged.weight += strength * layer.scaling * layer.B @ layer.A
+    return merged
+
+
+def _with_weight(layer, weight):
+    merged = copy.deepcopy(layer.base_layer)
+    merged.weight.data = weight.detach()
+    return merged
+
+
+def _times(factor):
+    """Merges B A with another factor than strength · scaling."""
+    return lambda layer, strength: _with_weight(
+        layer, layer.base_layer.weight + factor(layer, strength) * layer.B @ layer.A
     )
 
 
-@exercise("0.1-b", points=2)
-def check_matching_rank(learner):
-    """`learner(everywhere, targets, r)` → the rank, a whole number."""
-    attention = [(256, 256), (256, 128), (256, 128), (256, 256)]
-    mlp = [(256, 704), (256, 704), (704, 256)]
-    everywhere = attention + mlp
-    found = learner(everywhere, attention, 8)
-    mistake(found == 8, "The same rank: on fewer layers it gives fewer parameters, not as many.")
-    mistake(
-        found == round(8 * sum(i * o for i, o in everywhere) / sum(i * o for i, o in attention)),
-        "You counted in · out, the weights of the layers; an adapter has r · (in + out) parameters.",
-    )
-    mistake(
-        found == round(8 * len(everywhere) / len(attention)),
-        "You counted layers; they differ in size, and an adapter has r · (in + out) parameters on each.",
-    )
-    mistake(
-        isinstance(found, float) and not found.is_integer(),
-        "{:g} is no rank: a whole number is expected, the nearest.",
-        found,
-    )
-    mistake(
-        found == 20,
-        "You round down: 8 · 4,672 parameters against 1,792 a rank are 20.9 ranks, so 21 is nearest.",
-    )
-    mistake(
-        found != 21,
-        "On nano's attention layers, rank 8 on all linear layers is matched by rank 21, not {}.",
-        found,
-    )
-    mistake(
-        learner(everywhere, everywhere[:1] * 9, 8) != 8,
-        "You round up: 8 · 4,672 parameters against 4,608 a rank are 8.1 ranks, so 8 is nearest.",
-    )
-    mistake(
-        learner([(10, 8)], [(10, 10)], 3) != 3,
-        "3 · 18 parameters against 20 a rank are 2.7 ranks: 3 is nearest: round, from a half on upwards.",
-    )
-    mistake(
-        learner([(4, 4)], [(400, 400)], 1) < 1,
-        "A rank is 1 or more, also where even rank 1 has too many parameters.",
-    )
-
-
-@exercise("0.1-c", points=2)
-def check_merged_linear(learner):
-    """`learner(layer)` → an `nn.Linear` that computes what the layer computes."""
-    generator = torch.Generator().manual_seed(0)
-    base = nn.Linear(24, 40)
-    for parameter in base.parameters():
-        parameter.data.normal_(generator=generator)
-    layer = LoRALinear(base, r=4, lora_alpha=12)
-    layer.A.data.normal_(generator=generator)
-    layer.B.data.normal_(generator=generator)
-    before = {name: p.detach().clone() for name, p in layer.named_parameters()}
-    delta = (layer.B @ layer.A).detach()
-    found = learner(layer)
+def _use_merged(found, layer, strength, note):
+    """The weight of the layer that was returned, and what it makes of the inputs in `note`."""
+    base = layer.base_layer
+    mistake(found is base, "This is the layer's own base; a new nn.Linear is asked for.")
+    kind = type(found).__name__
     mistake(
         not isinstance(found, nn.Linear),
-        "An nn.Linear is expected, not a {}.",
-        type(found).__name__,
+        "An nn.Linear is expected; what you return is of type {}.",
+        kind,
     )
-    changed = [name for name, p in layer.named_parameters() if not torch.equal(p, before[name])]
     mistake(
-        bool(changed) or layer.merged,
-        "Your function changed the layer it was given ({}): its update now counts twice. Work on a copy.",
-        ", ".join(changed) or "merged",
-    )
-    mistake(found is layer.base_layer, "This is the layer's own base, not a new nn.Linear.")
-    mistake(
-        found.weight.shape != (40, 24),
-        "The weight has shape {}; [40, 24] is expected, [out, in].",
+        found.weight.shape != base.weight.shape,
+        "The weight has shape {}; [out, in] is expected, {}.",
         list(found.weight.shape),
-    )
-    close = lambda a, b: bool((a - b).norm() / b.norm() < 1e-4)  # noqa: E731
-    weight = before["base_layer.weight"]
-    mistake(close(found.weight, weight), "This is the base alone: the adapter's update is missing.")
-    mistake(
-        close(found.weight, weight + delta), "The scale is missing: the update is scaling · B A."
+        list(base.weight.shape),
     )
     mistake(
-        close(found.weight, weight + 12 * delta),
-        "You multiplied by α; the scale is α / r, which the layer keeps in `scaling`.",
+        found.weight.dtype != base.weight.dtype,
+        "The weight is {}; it must have the base's type, or the model's next layer stops.",
+        str(found.weight.dtype).removeprefix("torch."),
     )
-    mistake(close(found.weight, 3 * delta), "This is the update alone: the base weight is missing.")
-    mistake(
-        not close(found.weight, weight + 3 * delta),
-        "The weight is not W₀ + scaling · B A; relative error {:.2g}.",
-        ((found.weight - weight - 3 * delta).norm() / weight.norm()).item(),
-    )
-    bias = before["base_layer.bias"]
-    mistake(
-        found.bias is None or not close(found.bias, bias),
-        "The weight is right; the bias of the base layer is missing or another one.",
-    )
+    mistake(base.bias is not None and found.bias is None, "The bias of the base layer is missing.")
+    return [found.weight, found(note)]
+
+
+MERGE_MISTAKES = {
+    "This is the base alone: the adapter's update is missing.": _times(lambda layer, strength: 0),
+    "The scale is missing: the update is scaling · B A.": _times(lambda layer, strength: strength),
+    "You multiplied by α; the scale is what the layer keeps in `scaling`.":
+        _times(lambda layer, strength: strength * layer.lora_alpha),
+    "You divided α by r, which is not the scale under rsLoRA: the layer keeps it in `scaling`.":
+        _times(lambda layer, strength: strength * layer.lora_alpha / layer.r),
+    "`strength` is not used: the whole update is merged.": _times(lambda layer, strength: layer.scaling),
+    "`strength` divides the update; it multiplies it.":
+        _times(lambda layer, strength: layer.scaling / strength if strength else 0),
+    "The update is subtracted.": _times(lambda layer, strength: -strength * layer.scaling),
+    "Base and merged layer are mixed with their shares exchanged.":
+        _times(lambda layer, strength: (1 - strength) * layer.scaling),
+    "The base is scaled too: it stays whole, `strength` is for the update.":
+        lambda layer, strength: _with_weight(
+            layer, strength * (layer.base_layer.weight + layer.scaling * layer.B @ layer.A)),
+    "This is the update alone: the base weight is missing.":
+        lambda layer, strength: _with_weight(layer, strength * layer.scaling * layer.B @ layer.A),
+}  # fmt: skip
+
+
+@exercise(
+    "0.1-c",
+    points=2,
+    right=merged_at,
+    look=_use_merged,
+    fresh=True,
+    draws=True,
+    mistakes=MERGE_MISTAKES,
+    otherwise="Your layer's weight or bias is not that of a layer which computes what is asked for.",
+)
+def check_merged_at(draw: Draw):
+    """A plain layer that computes the base with a share of its adapter."""
+    for strength, arguments, hint in [
+        (draw.number(0.2, 0.9), {}, ""),
+        (
+            draw.number(1.1, 3),
+            {"use_rslora": True},
+            "With an rsLoRA layer it goes wrong: see `scaling`.",
+        ),
+        (draw.number(0.2, 0.9), {"bias": False}, "With a base without a bias it goes wrong."),
+        (
+            draw.number(0.2, 0.9),
+            {"lora_dropout": 0.5},
+            "With dropout it goes wrong: it is not merged.",
+        ),
+        (-draw.number(0.2, 0.9), {}, "With a negative strength it goes wrong."),
+        (0.0, {}, "With a strength of 0 it goes wrong: the base is asked for, in a new nn.Linear."),
+        (1, {}, "With a strength of 1 it goes wrong."),
+    ]:
+        inputs, outputs, r = draw.sizes(3, 2, 24)
+        layer = draw.lora(inputs, outputs, r, **arguments)
+        layer.train(draw.choice([True, False]))
+        yield case(layer, strength, hint=hint, note=draw.normal(5, inputs))

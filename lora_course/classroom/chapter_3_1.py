@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from lora_course.classroom.exercises import exercise, mistake
+from lora_course.classroom.first_exercises import exercise, mistake
 
 
 @exercise("3.1-a", points=1)

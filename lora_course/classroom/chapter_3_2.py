@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_course.classroom.exercises import exercise, mistake
+from lora_course.classroom.first_exercises import exercise, mistake
 
 
 def _logits(*shape: int, seed: int) -> Tensor:

@@ -5,7 +5,7 @@ import random
 
 import torch
 
-from lora_course.classroom.exercises import exercise, mistake
+from lora_course.classroom.first_exercises import exercise, mistake
 
 
 @exercise("3.3-a", points=1)

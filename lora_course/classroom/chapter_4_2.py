@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from lora_course.classroom.exercises import exercise, mistake
+from lora_course.classroom.first_exercises import exercise, mistake
 
 
 def _close(found: Tensor, expected: Tensor) -> bool:

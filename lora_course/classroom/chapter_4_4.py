@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_course.classroom.exercises import exercise, mistake
+from lora_course.classroom.first_exercises import exercise, mistake
 
 
 class Shapes(TorchDispatchMode):

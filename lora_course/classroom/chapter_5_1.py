@@ -3,7 +3,7 @@
 import math
 import statistics
 
-from lora_course.classroom.exercises import exercise, mistake
+from lora_course.classroom.first_exercises import exercise, mistake
 from lora_course.lab.evidence import pareto
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,20 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import TrainingArguments, default_data_collator
+from transformers import PrinterCallback, TrainingArguments, default_data_collator
 
 from lora_course.continual.memory import Rows
 from lora_course.continual.strategies import Sequential
+from lora_course.descriptions import describe_adapter
 from lora_course.files import make_folder, replace_file
 from lora_course.injection import layers_of
+from lora_course.runs import check_same_run, describe_arguments, describe_schedule, fingerprint
 from lora_course.training import AdapterTrainer
 
 RECORD = "continual.json"
-TRAINED_WITH = (
-    "seed", "learning_rate", "max_steps", "num_train_epochs", "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-)  # fmt: skip
-"""The training arguments that a record holds, so that results of different settings can't end up in one matrix."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +53,7 @@ def learn(
     tasks: Sequence[Task],
     strategy: Sequential,
     args: TrainingArguments,
+    overwrite: bool = False,
     **trainer: Any,
 ) -> Results:
     """Train `model` on one task after another and score it on all of them before, between and after.
@@ -70,15 +69,25 @@ def learn(
         strategy: it holds what the method keeps, such as `Replay.memory`.
         args: from `training_arguments`; `args.output_dir` will hold `continual.json` (R and the settings) and `stage-i`, the
             adapter and memory after i tasks: JSON and safetensors. Checkpoints within a task go when it is done.
+        overwrite: delete what `args.output_dir` holds of another run, and start anew.
         trainer: passed on to `AdapterTrainer`, such as `data_collator` or `callbacks`.
 
     Raises:
-        ValueError: no adapter, another layer, tasks without or of equal names; a folder that holds something else.
+        ValueError: no adapter, another layer, tasks without or of equal names; a folder that holds something else: another
+            adapter, strategy, schedule, or other rows under a task's name.
     """
     _check(model, tasks, strategy)
     folder, names = Path(str(args.output_dir)), [task.name for task in tasks]
-    settings = {**strategy.settings(), **{name: getattr(args, name) for name in TRAINED_WITH}}
-    record = _open_record(folder, names, settings)
+    asked = {
+        "adapter": describe_adapter(model),
+        "strategy": strategy.settings(),
+        "schedule": describe_schedule(args),
+        "trainer": describe_arguments(trainer),
+        "rows": {task.name: fingerprint(task.train) for task in tasks},
+    }
+    if overwrite:
+        _remove_another_run(folder, names, asked)
+    record = _open_record(folder, names, asked)
     stages = [folder / f"stage-{i}" for i in range(len(tasks) + 1)]
     record["matrix"] += [{} for _ in stages[len(record["matrix"]) :]]
     for i, stage in enumerate(stages):
@@ -145,7 +154,8 @@ def score_task(model: nn.Module, task: Task) -> float:
 
 @torch.no_grad()
 def mean_loss(model: nn.Module, rows: Rows, batch_size: int = 8) -> float:
-    """Mean −log p a token over `rows` of equal length, in nats; labels of −100 don't count. The mode is left as it was."""
+    """Mean −log p a token over `rows` of equal length, in nats; labels of −100 don't count, and without any other the
+    mean is NaN. The mode is left as it was."""
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
     total, tokens = 0.0, 0
@@ -155,10 +165,11 @@ def mean_loss(model: nn.Module, rows: Rows, batch_size: int = 8) -> float:
     for batch in DataLoader(found, batch_size, collate_fn=default_data_collator):
         count = int((batch["labels"][:, 1:] != -100).sum())
         batch = {name: value.to(device) for name, value in batch.items()}
-        total += model(**batch, use_cache=False).loss.item() * count
-        tokens += count
+        if count:
+            total += model(**batch, use_cache=False).loss.item() * count
+            tokens += count
     model.train(was_training)
-    return total / tokens
+    return total / tokens if tokens else math.nan
 
 
 def _train_on(
@@ -176,6 +187,7 @@ def _train_on(
     trainer = AdapterTrainer(
         model, own, train_dataset=rows, auxiliary_loss=strategy.penalty, **arguments
     )
+    trainer.remove_callback(PrinterCallback)  # R is what comes out
     trainer.train(resume_from_checkpoint=True)
     strategy.after_task(model, index, task.train)
 
@@ -189,7 +201,7 @@ def _check(model: nn.Module, tasks: Sequence[Task], strategy: Sequential) -> Non
         )
 
 
-def _open_record(folder: Path, names: list[str], settings: dict[str, Any]) -> dict[str, Any]:
+def _open_record(folder: Path, names: list[str], asked: dict[str, Any]) -> dict[str, Any]:
     path = folder / RECORD
     if not path.exists():
         if found := sorted(
@@ -199,16 +211,38 @@ def _open_record(folder: Path, names: list[str], settings: dict[str, Any]) -> di
                 f"{folder} holds {found[:3]} but no {RECORD}: give a new output_dir, or empty this one."
             )
         make_folder(folder)
-        record = {"tasks": names, "settings": settings, "stages": 0, "matrix": []}
+        record = {"tasks": names, "run": asked, "stages": 0, "matrix": []}
         _write_record(folder, record)
         return record
     record = json.loads(path.read_text())
-    if record["settings"] != settings or names[: len(record["tasks"])] != record["tasks"]:
+    _check_same(path, record, names, asked)
+    return record | {"tasks": names, "run": asked}
+
+
+def _check_same(
+    path: Path, record: dict[str, Any], names: list[str], asked: dict[str, Any]
+) -> None:
+    """Raise ValueError unless the record is of this run, or of one with fewer tasks at its end."""
+    if names[: len(record["tasks"])] != record["tasks"]:
         raise ValueError(
-            f"{path} is of the tasks {record['tasks']} with {record['settings']}; asked for are {names} with {settings}. "
-            "Tasks may be added at the end; for anything else give a new output_dir."
+            f"{path} is of the tasks {record['tasks']}, asked for are {names}: tasks may be added at the end. "
+            "Give another output_dir, or overwrite=True to start anew in this one."
         )
-    return record | {"tasks": names}
+    rows = {name: asked["rows"][name] for name in record["tasks"]}
+    check_same_run(path, record.get("run", {}), asked | {"rows": rows})
+
+
+def _remove_another_run(folder: Path, names: list[str], asked: dict[str, Any]) -> None:
+    path = folder / RECORD
+    if not path.exists():
+        return
+    try:
+        _check_same(path, json.loads(path.read_text()), names, asked)
+    except ValueError:
+        path.unlink()
+        for pattern in ("stage-*", "training-*"):
+            for found in folder.glob(pattern):
+                shutil.rmtree(found)
 
 
 def _write_record(folder: Path, record: dict[str, Any]) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from lora_course.distillation.loss import (
     empty_mixture,
     normalised_weights,
 )
+from lora_course.folders import read_factors
 from lora_course.injection import adapter_layers, disabled
 from lora_course.lora import AdapterState, LoRALinear
 from lora_course.states import split_state
@@ -36,7 +39,7 @@ class Teachers:
     Args:
         model: injected and not merged.
         states: by name, each teacher as plain factors: `factor_state` of a model, also of one that `load_adapter` or
-            `load_peft` read from a folder.
+            `load_peft` read from a folder, or the folder itself (`folders.read_factors`).
         weights: of the teachers in the order of `states`, `[K]`, or by domain, `[D, K]`: row d for the rows of a batch
             whose `domain` is d. Relative to each other, equal by default. A teacher whose weight is 0 does not run.
 
@@ -50,7 +53,7 @@ class Teachers:
     def __init__(
         self,
         model: nn.Module,
-        states: Mapping[str, AdapterState],
+        states: Mapping[str, AdapterState | str | Path],
         weights: Tensor | Sequence[float] | Sequence[Sequence[float]] | None = None,
     ) -> None:
         if (
@@ -67,7 +70,18 @@ class Teachers:
             raise ValueError(
                 f"weights are {list(self.weights.shape)} for {len(states)} teachers {self.names}: [K] or [domains, K] is expected."
             )
-        self.layers = [self._build(name, state) for name, state in states.items()]
+        factors = {name: read_factors(state) for name, state in states.items()}
+        self.layers = [self._build(name, state) for name, state in factors.items()]
+
+    def fingerprint(self) -> str:
+        """A hash of the weights and of every teacher's factors."""
+        digest = hashlib.sha256(repr(self.weights.tolist()).encode())
+        for name, layers in zip(self.names, self.layers, strict=True):
+            digest.update(name.encode())
+            for layer in layers.values():
+                for factor in layer.factors()[:2]:
+                    digest.update(factor.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def __len__(self) -> int:
         return len(self.names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -84,6 +85,13 @@ class DistillationTrainer(AdapterTrainer):
         self.teachers, self.distillation = teachers, config
         self._target: Tensor | None = None
         self._sums = torch.zeros(3)  # of divergence, of task loss, of tokens, since the last log
+
+    def method_settings(self) -> dict[str, Any]:
+        """The configuration, and a hash of the teachers."""
+        return {
+            "distillation": dataclasses.asdict(self.distillation),
+            "teachers": self.teachers.fingerprint(),
+        }
 
     @property
     def history(self) -> list[dict[str, float]]:

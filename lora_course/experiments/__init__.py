@@ -29,7 +29,7 @@ A study is written like this, in `lora_course/experiments/ranks.py`, with its na
         for arm in arms:
             compete(runs, arm, Kept(trained, arm), score, SETTINGS["first"], SETTINGS["search_seeds"], agree=2)
 
-    WITNESS = Witness(("r8/0.008/0/test",), {"bits_per_byte": 5e-3, "parameters": 0}, "bf16 against fp32 moved it by 0.002")
+    WITNESS = Witness(("r8/0.008/0/test",), {"bits_per_byte": 5e-3, "parameters": 0}, ROUNDING)
     STUDY = Study("0_2_ranks", "LoRA of two ranks", SETTINGS, body, WITNESS)
 
 A task that is scored otherwise differs in `rows` (any dataset of `input_ids` and `labels`) and in `score`, whose dictionary
@@ -59,7 +59,7 @@ from lora_course.experiments.arms import (
     train,
 )
 from lora_course.experiments.record import Record
-from lora_course.experiments.study import Runs, Study, Witness
+from lora_course.experiments.study import ROUNDING, Runs, Study, Witness
 
 NAMES = {
     "0_1_lora": "lora",
@@ -99,6 +99,7 @@ def get(name: str) -> Study:
 
 __all__ = [
     "NAMES",
+    "ROUNDING",
     "UNDER_WAY",
     "Arm",
     "Kept",

@@ -20,6 +20,7 @@ from lora_course.adalora import (
     regularizer,
 )
 from lora_course.experiments import (
+    ROUNDING,
     Arm,
     Kept,
     Runs,
@@ -140,7 +141,7 @@ def body(runs: Runs) -> None:
 WITNESS = Witness(
     ("adalora/0.032/0/test",),
     {"bits_per_byte": 0.005},
-    "Sums in another order (other code, threads or processors, fp32 in place of bf16) move a training; this arm's seeds lie 0.006 apart",
+    ROUNDING,
     chapter="1_2_adalora",
 )
 STUDY = Study(

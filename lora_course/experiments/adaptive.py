@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 
 from lora_course.adaptive import GrowingLoRALinear, GrowthSchedule, RankGrower, rank_history
 from lora_course.experiments import (
+    ROUNDING,
     Arm,
     Kept,
     Runs,
@@ -195,7 +196,7 @@ def body(runs: Runs) -> None:
 WITNESS = Witness(
     ("grown/0.016/0/test",),
     {"bits_per_byte": 0.004},
-    "Sums in another order (other code, threads or processors, fp32 in place of bf16) move a training; this arm's seeds lie 0.004 apart",
+    ROUNDING,
     chapter="3_1_adaptive",
 )
 STUDY = Study(

@@ -10,7 +10,17 @@ from typing import Any
 import torch
 
 from lora_course.adaptive import GrowingLoRALinear, GrowthSchedule, RankGrower
-from lora_course.experiments import Arm, Kept, Runs, Study, Trained, Witness, adaptive, compete
+from lora_course.experiments import (
+    ROUNDING,
+    Arm,
+    Kept,
+    Runs,
+    Study,
+    Trained,
+    Witness,
+    adaptive,
+    compete,
+)
 
 SETTINGS = adaptive.SETTINGS | {
     "learning_rates": {"small": [4e-3, 8e-3, 1.6e-2, 3.2e-2], "random": [8e-3, 1.6e-2, 3.2e-2]},
@@ -51,7 +61,7 @@ def body(runs: Runs) -> None:
 WITNESS = Witness(
     ("random/0.016/0/test",),
     {"bits_per_byte": 0.004, "parameters": 0},
-    "Sums in another order (other code, threads or processors, fp32 in place of bf16) move a training; this arm's seeds lie 0.004 apart",
+    ROUNDING,
 )
 STUDY = Study(
     "3_1_controls",

@@ -26,6 +26,7 @@ from torch import nn
 from lora_course import lab
 from lora_course.arguments import compute_dtype
 from lora_course.experiments import (
+    ROUNDING,
     Kept,
     Runs,
     Study,
@@ -186,7 +187,7 @@ def plus_minus(values: Sequence[float]) -> str:
 WITNESS = Witness(
     ("lora/python/0.008/0/test",),
     {"bits_per_byte": 0.005, "own_domain": 0.02, "parameters": 0, "file_bytes": 0},
-    "Sums in another order (other code, threads or processors, fp32 in place of bf16) move a training; this arm's seeds lie 0.022 apart (0.045 on the base's own domain)",
+    ROUNDING,
     chapter="5_1_comparison",
 )
 STUDY = Study(

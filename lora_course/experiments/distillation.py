@@ -18,6 +18,7 @@ from typing import Any
 from torch import nn
 
 from lora_course.experiments import (
+    ROUNDING,
     Runs,
     Study,
     Witness,
@@ -133,7 +134,7 @@ def body(runs: Runs) -> None:
 WITNESS = Witness(
     ("merged/0.25/0/test",),
     {"bits_per_byte": 0.005},
-    "Sums in another order (other code, threads or processors, fp32 in place of bf16) move a training; this arm's seeds lie 0.017 apart",
+    ROUNDING,
     chapter="3_2_distillation",
 )
 STUDY = Study(

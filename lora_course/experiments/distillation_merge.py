@@ -48,7 +48,7 @@ def body(runs: Runs) -> None:
 WITNESS = Witness(
     ("pair/0/test",),
     {"bits_per_byte": 0.005, "own_teacher": 0.005},
-    "Sums in another order (other code, threads or processors, fp32 in place of bf16) move three trainings of 16 to 24 steps by thousandths",
+    "sums in another order (other code, threads or processors, fp32 in place of bf16) move three trainings of 16 to 24 steps by thousandths",
     chapter="3_2_distillation",
 )
 STUDY = Study(

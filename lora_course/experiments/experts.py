@@ -17,6 +17,7 @@ from torch import nn
 
 from lora_course import experts, lab
 from lora_course.experiments import (
+    ROUNDING,
     Kept,
     Runs,
     Study,
@@ -204,7 +205,7 @@ def body(runs: Runs) -> None:
 WITNESS = Witness(
     ("joint/0.008/0/test",),
     {"bits_per_byte": 0.005, "parameters": 0},
-    "Sums in another order (other code, threads or processors, fp32 in place of bf16) move a training; this arm's seeds lie 0.008 apart",
+    ROUNDING,
     chapter="2_1_experts",
 )
 STUDY = Study(

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from lora_course.experiments import (
+    ROUNDING,
     Arm,
     Kept,
     Runs,
@@ -122,7 +123,7 @@ def body(runs: Runs) -> None:
 WITNESS = Witness(
     ("truncation/cut/0.016/0/test",),
     {"bits_per_byte": 0.005},
-    "Sums in another order (other code, threads or processors, fp32 in place of bf16) move a training; this arm's seeds lie 0.027 apart",
+    ROUNDING,
     chapter="4_2_hierarchical",
 )
 STUDY = Study(

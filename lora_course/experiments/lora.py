@@ -14,6 +14,7 @@ from torch import nn
 
 from lora_course import lab
 from lora_course.experiments import (
+    ROUNDING,
     Arm,
     Kept,
     Runs,
@@ -103,7 +104,7 @@ def body(runs: Runs) -> None:
 WITNESS = Witness(
     ("r2/0.016/0/test",),
     {"bits_per_byte": 0.005, "own_domain": 0.02, "parameters": 0},
-    "Sums in another order (other code, threads or processors, fp32 in place of bf16) move a training; this arm's seeds lie 0.013 apart (0.046 on the base's own domain)",
+    ROUNDING,
     chapter="0_1_lora",
 )
 STUDY = Study(

@@ -20,6 +20,7 @@ from lora_course import progressive
 from lora_course.arguments import training_arguments
 from lora_course.checkpoint import save_adapter
 from lora_course.experiments import (
+    ROUNDING,
     Kept,
     Runs,
     Study,
@@ -140,7 +141,7 @@ def body(runs: Runs) -> None:
 WITNESS = Witness(
     ("stack/0.016/0/test",),
     {"bits_per_byte": 0.005},
-    "Sums in another order (other code, threads or processors, fp32 in place of bf16) move a training; this arm's seeds lie 0.024 apart",
+    ROUNDING,
     chapter="2_2_progressive",
 )
 STUDY = Study(

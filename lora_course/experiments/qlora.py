@@ -14,6 +14,7 @@ from torch import nn
 
 from lora_course import qlora
 from lora_course.experiments import (
+    ROUNDING,
     Arm,
     Kept,
     Runs,
@@ -94,7 +95,7 @@ def body(runs: Runs) -> None:
 WITNESS = Witness(
     ("qlora/0.008/0/test",),
     {"bits_per_byte": 0.005, "merged": 0.005, "parameters": 0},
-    "Sums in another order (other code, threads or processors, fp32 in place of bf16) move a training; this arm's seeds lie 0.018 apart",
+    ROUNDING,
     chapter="1_1_qlora",
 )
 STUDY = Study(

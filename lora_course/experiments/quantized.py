@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from lora_course.experiments import (
+    ROUNDING,
     Arm,
     Kept,
     Runs,
@@ -117,7 +118,7 @@ def body(runs: Runs) -> None:
 WITNESS = Witness(
     ("4 group/0.008/0/test",),
     {"bits_per_byte": 0.005, "bytes": 64},
-    "Sums in another order (other code, threads or processors, fp32 in place of bf16) move a training; this arm's seeds lie 0.007 apart; the file's header names more than it did",
+    ROUNDING + "; the file's header names more than it did",
     chapter="4_3_quantized",
 )
 STUDY = Study(

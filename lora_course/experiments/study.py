@@ -15,6 +15,11 @@ from lora_course.experiments.record import Record, as_json, beginning, commit, l
 from lora_course.lab.study import STUDIES
 
 Compute = Callable[..., Mapping[str, Any]]
+ROUNDING = (
+    "sums in another order (other code, threads or processors, fp32 in place of bf16) move a training; what is allowed is less "
+    "than the seeds of the arm lie apart"
+)
+"""The reason of a training's tolerance."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -153,7 +153,9 @@ def latest_gates(model: nn.Module) -> dict[str, Tensor]:
 def fixed_gates(model: nn.Module, gates: Tensor | Sequence[float]) -> Iterator[nn.Module]:
     """Within the block all routers give these gates: `[E]`, `[B, 1, E]` or `[B, T, E]`; one-hot ones choose one expert.
 
-    Raises ValueError where their last dimension is not the number of experts.
+    Within another such block these gates hold, and after it the outer ones again.
+
+    Raises ValueError where their last dimension is not the number of experts, or one of them is negative or not finite.
     """
     gates = torch.as_tensor(gates, dtype=torch.float32)
     routers = _routers(model)
@@ -161,13 +163,18 @@ def fixed_gates(model: nn.Module, gates: Tensor | Sequence[float]) -> Iterator[n
         raise ValueError(
             f"gates has the shape {list(gates.shape)}; [E], [B, 1, E] or [B, T, E] with E = {routers[0].owner.num_experts} is expected."
         )
+    if not bool((torch.isfinite(gates) & (gates >= 0)).all()):
+        raise ValueError(
+            "gates holds numbers that are negative, NaN or infinite: weights of 0 or more are expected."
+        )
+    before = [router.fixed for router in routers]
     for router in routers:
         router.fixed = gates
     try:
         yield model
     finally:
-        for router in routers:
-            router.fixed = None
+        for router, fixed in zip(routers, before, strict=True):
+            router.fixed = fixed
 
 
 def mask_prefix(labels: Tensor, prefix: int, attention_mask: Tensor | None = None) -> Tensor:

@@ -38,6 +38,16 @@ class CurrentForward:
             given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
         )
         mask, cache = given.get("attention_mask"), given.get("past_key_values")
+        positions = given.get("position_ids")
+        if (
+            self.layer.gate_by == "sequence"
+            and positions is not None
+            and bool((positions.diff(dim=-1) < 0).any())
+        ):
+            raise ValueError(
+                "position_ids start again within a row: it holds several packed documents, and a sequence gate would route "
+                "all of them by the first. Pad instead of packing, or use gate_by='token'."
+            )
         rows, length = tokens.shape[:2]
         past = int(cache.get_seq_length()) if cache is not None else 0
         if mask is not None and (

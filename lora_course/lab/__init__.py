@@ -11,10 +11,12 @@ from lora_course.lab.corpora import (
     load_text,
 )
 from lora_course.lab.display import fails, say, show_source
+from lora_course.lab.estimate import estimate_memory
 from lora_course.lab.memory import peak_memory, process_peak, tensor_bytes
 from lora_course.lab.models import base_path, evaluating, generate, load_base
 from lora_course.lab.plots import band, bars, figure, show, style
-from lora_course.lab.profiles import Profile, estimate_memory, pick_profile, preflight
+from lora_course.lab.precision import check_fp16
+from lora_course.lab.profiles import Profile, pick_profile, preflight
 
 __all__ = [
     "DOMAINS",
@@ -25,6 +27,7 @@ __all__ = [
     "base_path",
     "bits_per_byte",
     "blocks",
+    "check_fp16",
     "describe",
     "estimate_memory",
     "evaluating",

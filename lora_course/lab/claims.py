@@ -1,40 +1,35 @@
 """Claims of a chapter: what a paper or the text says, the numbers that came out, and a check that could have failed."""
 
-import ast
 import html
 import importlib.metadata
-import itertools
 import json
 import math
 import os
 import platform
 import statistics
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-Values = dict[str, list[float]]
-FUNCTIONS: dict[str, Callable] = {
-    "mean": statistics.fmean,
-    "std": lambda values: statistics.stdev(values) if len(values) > 1 else 0.0,
-    "min": min, "max": max, "abs": abs, "all": all, "any": any, "zip": zip, "len": len, "sum": sum, "sorted": sorted,
-}  # fmt: skip
-FORBIDDEN = (
-    ast.Attribute,
-    ast.Lambda,
-    ast.NamedExpr,
-    ast.Await,
-    ast.Yield,
-    ast.YieldFrom,
-    ast.JoinedStr,
-)
+from lora_course.lab.plots import stylesheet
+from lora_course.lab.predicates import FUNCTIONS, Values, evaluate, flips
+
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "datasets")
+BOOK = "https://lora-course.github.io/lora-course"
+KINDS = {
+    "claim": "",
+    "observation": "observed, too few seeds for a claim",
+    "chosen": "chosen after seeing the numbers",
+}
+EVIDENCE = {"tiny": "nano", "smol": "SmolLM2-135M", "gpu": "a GPU"}
 
 
 @dataclass(frozen=True)
 class Claim:
-    """One measured statement. `values` are the raw numbers, one a seed; `predicate` a Python expression over their names."""
+    """One measured statement. `values` are the raw numbers, one a seed; `predicate` a Python expression over their names.
+
+    kind, evidence and effect: see `Claims.add`. A record from before they were kept reads as a claim on nano.
+    """
 
     id: str
     statement: str
@@ -45,94 +40,21 @@ class Claim:
     outcome: str
     holds: bool
     explanation: str = ""
+    kind: str = "claim"
+    evidence: str = "tiny"
+    effect: str = ""
 
-    def _repr_markdown_(self) -> str:
-        mark = "✓ holds" if self.holds else "✗ does not hold here"
-        lines = [
-            f"**Claim {self.id}: {mark}.** {self.statement}",
-            f"- Source: {self.source}. Expected: {self.expected}.",
-        ]
-        lines.append(f"- Came out: {self.outcome}. Checked: `{self.predicate}`.")
-        return "\n".join(lines + ([f"- {self.explanation}"] if self.explanation else []))
+    @property
+    def verdict(self) -> str:
+        """In words beside the sign, with what kind of statement it is."""
+        if self.kind == "observation":
+            return "✓ seen" if self.holds else "✗ not seen"
+        return "✓ holds" if self.holds else "✗ does not hold here"
 
-    def __str__(self) -> str:
-        return self._repr_markdown_().replace("**", "")
-
-
-def evaluate(predicate: str, values: Values) -> bool:
-    """Whether a predicate holds. It may use the names in `values`, arithmetic, comparisons, comprehensions and the
-    functions mean, std, min, max, abs, all, any, zip, len, sum and sorted; nothing else, attributes included.
-
-    Raises ValueError for what is no expression, uses another name, compares a list with a number, or comes to something
-    that is not True or False.
-    """
-    try:
-        tree = ast.parse(predicate, mode="eval")
-    except SyntaxError as error:
-        raise ValueError(
-            f"predicate {predicate!r} is not a Python expression: {error.msg}"
-        ) from None
-    for node in ast.walk(tree):
-        if isinstance(node, FORBIDDEN):
-            raise ValueError(
-                f"predicate {predicate!r} uses {type(node).__name__}, which claims don't allow"
-            )
-    bound = {
-        node.id
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
-    }
-    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-    if unknown := used - bound - set(values) - set(FUNCTIONS):
-        raise ValueError(
-            f"predicate {predicate!r} uses {', '.join(sorted(unknown))}; it knows the values {', '.join(values)} "
-            f"and the functions {', '.join(FUNCTIONS)}"
-        )
-    try:
-        verdict = eval(
-            compile(tree, "<predicate>", "eval"), {"__builtins__": {}, **FUNCTIONS, **values}
-        )
-    except TypeError as error:
-        raise ValueError(
-            f"predicate {predicate!r}: {error}; each value is a list, one number a seed: take mean(…) or […][0]"
-        ) from None
-    if not isinstance(verdict, bool):
-        raise ValueError(f"predicate {predicate!r} came to {verdict!r}; expected True or False")
-    return verdict
-
-
-def perturbations(values: Values) -> list[Values]:
-    """The values changed in every way that a wrong result might change them: each series scaled, shifted, negated or
-    set to zero, one seed of it scaled, and each two series swapped."""
-    changed = []
-    for name, series in values.items():
-        scaled = [
-            [factor * value for value in series]
-            for factor in (0.9, 1.1, 0.5, 2, 0.1, 10, -1, 0, 1e-3, 1e3)
-        ]
-        shifted = [[value + shift for value in series] for shift in (-1, 1)]
-        single = (
-            [[factor * series[0], *series[1:]] for factor in (0.1, 10)] if len(series) > 1 else []
-        )
-        changed += [{**values, name: new} for new in scaled + shifted + single]
-    changed += [
-        {**values, a: values[b], b: values[a]} for a, b in itertools.combinations(values, 2)
-    ]
-    return changed
-
-
-def flips(claim: Claim) -> bool:
-    """Whether some perturbation of the raw values turns the claim's verdict: a check that can't fail checks nothing.
-
-    A perturbation on which the predicate can't be computed (a division by zero) says nothing and is passed over.
-    """
-    for values in perturbations(claim.values):
-        try:
-            if evaluate(claim.predicate, values) != claim.holds:
-                return True
-        except (ArithmeticError, statistics.StatisticsError):
-            continue
-    return False
+    @property
+    def anchor(self) -> str:
+        """`claim-2-1-b` for the claim 2.1-b, in its chapter's table and in the ledger."""
+        return f"claim-{self.id.replace('.', '-')}"
 
 
 class Claims:
@@ -155,13 +77,25 @@ class Claims:
         values: dict[str, list[float]],
         predicate: str,
         explanation: str = "",
-    ) -> Claim:
-        """Checks a claim and keeps it; the returned claim displays itself. Adding an id again (a cell run twice) replaces it.
+        *,
+        kind: str = "claim",
+        evidence: str = "",
+        effect: str = "",
+    ) -> None:
+        """Checks a claim and keeps it for `table`; shows nothing. Adding an id again (a cell run twice) replaces it.
 
         values: the raw numbers of each quantity, one a seed (a single number counts as one). predicate: see `evaluate`.
         explanation: needed where the claim doesn't hold, to say why; may be added once that is seen.
-        Raises ValueError for empty or non-finite values, and for a predicate whose verdict no change of them turns.
+        kind: "claim", "observation" (too few seeds for a verdict) or "chosen" (after seeing the numbers, or the best of many).
+        evidence: the model it rests on, "tiny", "smol" or "gpu"; by default what the profile runs.
+        effect: how much, with its unit, for the table; by default the values' means and ranges.
+        Raises ValueError for empty or non-finite values, for a predicate whose verdict no change of them turns, and for
+        another kind or evidence.
         """
+        evidence = evidence or {"tiny": "tiny", "smol": "smol"}.get(self.profile, "gpu")
+        for name, value, known in (("kind", kind, KINDS), ("evidence", evidence, EVIDENCE)):
+            if value not in known:
+                raise ValueError(f"claim {id}: {name}={value!r}; choose one of {', '.join(known)}")
         raw: Values = {}
         for name, series in values.items():
             if not name.isidentifier() or name in FUNCTIONS:
@@ -177,8 +111,10 @@ class Claims:
                 )
         outcome = "; ".join(_summary(name, series) for name, series in raw.items())
         holds = evaluate(predicate, raw)
-        claim = Claim(id, statement, source, expected, predicate, raw, outcome, holds, explanation)
-        if not flips(claim):
+        claim = Claim(
+            id, statement, source, expected, predicate, raw, outcome, holds, explanation, kind, evidence, effect
+        )  # fmt: skip
+        if not flips(predicate, raw):
             raise ValueError(
                 f"claim {id}: no change of the values turns the verdict of {predicate!r}, so it checks nothing; "
                 "compare the values with each other or with a bound"
@@ -188,7 +124,6 @@ class Claims:
             self.claims[ids.index(id)] = claim
         else:
             self.claims.append(claim)
-        return claim
 
     def save(self) -> Path:
         """Writes `<chapter>.json` into the folder LORA_COURSE_CLAIMS, ./claims by default; whole or not at all."""
@@ -210,41 +145,46 @@ class Claims:
         return path
 
     def table(self) -> "ClaimTable":
-        """All claims as a table: HTML in a notebook, text elsewhere."""
+        """All claims as one compact table: HTML in a notebook, text elsewhere."""
         return ClaimTable(self.claims)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ClaimTable:
-    """Displays claims, a row each. Whether one holds is said in words beside the sign."""
+    """Claims, a row each: id, sentence, verdict, effect; the id leads to the ledger, where the raw values are."""
 
     claims: list[Claim]
 
     def _repr_html_(self) -> str:
-        head = "".join(
-            f'<th scope="col" style="text-align:left">{name}</th>' for name in self._columns()
+        head = "".join(f'<th scope="col">{name}</th>' for name in COLUMNS)
+        body = "".join(self._row(claim) for claim in self.claims)
+        return (
+            f'{stylesheet()}<table class="claims"><thead><tr>{head}</tr></thead>'
+            f"<tbody>{body}</tbody></table>"
         )
-        body = "".join(
-            "<tr>"
-            + "".join(f'<td style="text-align:left">{html.escape(cell)}</td>' for cell in row)
-            + "</tr>"
-            for row in self._rows()
-        )
-        return f'<div style="overflow-x:auto"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
-    def __str__(self) -> str:
-        return "\n".join(" | ".join(row) for row in [self._columns(), *self._rows()])
+    def __repr__(self) -> str:
+        return "\n".join(" | ".join(row) for row in [COLUMNS, *map(_cells, self.claims)])
 
     @staticmethod
-    def _columns() -> tuple[str, ...]:
-        return ("claim", "statement", "source", "expected", "came out", "verdict")
+    def _row(claim: Claim) -> str:
+        id, verdict, statement, effect = (html.escape(cell) for cell in _cells(claim))
+        link = f'<a href="{BOOK}/book/ledger.html#{claim.anchor}">{id}</a>'
+        return (
+            f'<tr id="{claim.anchor}"><td>{link}</td><td class="verdict">{verdict}</td>'
+            f"<td>{statement}</td><td>{effect}</td></tr>"
+        )
 
-    def _rows(self) -> list[tuple[str, ...]]:
-        return [
-            (c.id, c.statement, c.source, c.expected, c.outcome, ("✓ holds" if c.holds else "✗ does not hold")
-             + (f": {c.explanation}" if c.explanation else ""))
-            for c in self.claims
-        ]  # fmt: skip
+
+COLUMNS = ("claim", "verdict", "what was claimed", "what came out")
+
+
+def _cells(claim: Claim) -> tuple[str, ...]:
+    """One row in words. What is no full claim says so; what rests on another model than nano says on which."""
+    marks = [KINDS[claim.kind], f"on {EVIDENCE[claim.evidence]}" if claim.evidence != "tiny" else ""]  # fmt: skip
+    marks = ", ".join(filter(None, marks))
+    statement = f"{claim.statement} ({marks})" if marks else claim.statement
+    return claim.id, claim.verdict, statement, claim.effect or claim.outcome
 
 
 def load_claims(folder: str | Path) -> list[dict[str, Any]]:
@@ -256,10 +196,11 @@ def load_claims(folder: str | Path) -> list[dict[str, Any]]:
 
 
 def _summary(name: str, series: list[float]) -> str:
-    """`name 1.234 ± 0.012 (n = 3)`."""
+    """`name 1.234 (1.221 to 1.246, n = 3)`: with few values their range says more than a deviation."""
     if len(series) == 1:
         return f"{name} {number(series[0])}"
-    return f"{name} {number(statistics.fmean(series))} ± {number(statistics.stdev(series), 2)} (n = {len(series)})"
+    low, high = number(min(series)), number(max(series))
+    return f"{name} {number(statistics.fmean(series))} ({low} to {high}, n = {len(series)})"
 
 
 def number(value: float, digits: int = 4) -> str:

@@ -47,28 +47,38 @@ def tensor_bytes(model: nn.Module) -> int:
 def peak_memory(function: Callable[[], Result]) -> tuple[Result, int]:
     """Runs `function()` and returns its result and the peak, in bytes, of the tensors it allocated on top of what was there.
 
-    On a GPU: `torch.cuda.max_memory_allocated`. On a CPU: every allocation and release of torch's allocator, from the
-    profiler; the same run gives the same number to the byte, which a process's resident memory does not.
-    Memory that is not torch's (Python objects, the allocator's slack) is left out: see `process_peak`.
-    The profiler keeps every event, so pass one training step, not a thousand.
+    It is the GPU's peak if the function allocated anything there (`torch.cuda.max_memory_allocated`), else the CPU's:
+    every allocation and release of torch's allocator, from the profiler; the same run gives the same number to the byte,
+    which a process's resident memory does not. Memory that is not torch's (Python objects, the allocator's slack) is left
+    out: see `process_peak`. The profiler keeps every event, so pass one training step, not a thousand.
     """
+    before = 0
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        result = function()
-        torch.cuda.synchronize()
-        return result, torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recording:
         result = function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        on_gpu = torch.cuda.max_memory_allocated() - before
+        if on_gpu:
+            return result, on_gpu
+    return result, _cpu_peak(recording)
+
+
+def _cpu_peak(recording: profile) -> int:
+    """Of a profile with memory: the highest sum of what was allocated and not yet released. GPU events are left out."""
     events = [
-        event for event in recording.profiler.kineto_results.events() if event.name() == "[memory]"
+        event
+        for event in recording.profiler.kineto_results.events()
+        if event.name() == "[memory]" and event.device_type() == torch.autograd.DeviceType.CPU
     ]
     level = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         level += event.nbytes()
         peak = max(peak, level)
-    return result, peak
+    return peak
 
 
 @dataclass(frozen=True)

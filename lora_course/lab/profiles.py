@@ -2,59 +2,21 @@
 
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 
 from lora_course.arguments import compute_dtype
+from lora_course.lab.estimate import MemoryEstimate, Shape, estimate_memory
 
 GIB = 2**30
 CUDA_CONTEXT = GIB // 2  # what CUDA itself takes on a GPU before the first tensor
-NANO_CONFIG = Path(__file__).resolve().parents[1] / "data" / "nano" / "config.json"
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of a Llama- or Qwen2-like model. `width` is the hidden size, `kv_width` that of keys and values together
-    over their heads, `intermediate` that of the MLP."""
-
-    layers: int
-    width: int
-    intermediate: int
-    kv_width: int
-    vocabulary: int
-    tied: bool
-
-    @classmethod
-    def of(cls, config: dict) -> "Shape":
-        """From a model's `config.to_dict()` or config.json."""
-        head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-        return cls(
-            layers=config["num_hidden_layers"],
-            width=config["hidden_size"],
-            intermediate=config["intermediate_size"],
-            kv_width=config["num_key_value_heads"] * head,
-            vocabulary=config["vocab_size"],
-            tied=config["tie_word_embeddings"],
-        )
-
-    @property
-    def linear(self) -> int:
-        """Parameters of the linear layers inside the blocks, which are those that LoRA adapts and 4 bits shrink."""
-        attention = 2 * self.width * (self.width + self.kv_width)
-        return self.layers * (attention + 3 * self.width * self.intermediate)
-
-    @property
-    def embedding(self) -> int:
-        """Parameters of the embedding, and of the output layer where it is not tied."""
-        return self.vocabulary * self.width * (1 if self.tied else 2)
-
-    def adapter(self, r: int) -> int:
-        """Parameters of LoRA of rank r on all linear layers: r·(in + out) each."""
-        attention = 4 * self.width + 2 * (self.width + self.kv_width)
-        return self.layers * r * (attention + 3 * (self.width + self.intermediate))
+AMOUNTS = ("steps", "batch", "length")
+DATA = Path(__file__).resolve().parents[1] / "data"
 
 
 @dataclass(frozen=True)
@@ -62,7 +24,8 @@ class Profile:
     """Model, precision, device and amounts of one way to run a chapter.
 
     dtype: of the base's weights (and of the computation, for `quantize`). quantize: the linear layers are in 4 bits.
-    batch: rows a step; length: tokens a row; steps: optimiser steps of one training; seeds: of repeated trainings.
+    batch: rows a step; length: tokens a row; steps: optimiser steps of the chapter's live training.
+    copies: bases that the chapter holds at once.
     """
 
     name: str
@@ -74,81 +37,8 @@ class Profile:
     batch: int
     length: int
     steps: int
-    seeds: tuple[int, ...]
     gradient_checkpointing: bool = False
-
-
-@dataclass(frozen=True)
-class MemoryEstimate:
-    """Bytes of a LoRA training step, by what they are for."""
-
-    weights: int
-    adapters: int
-    gradients: int
-    moments: int
-    activations: int
-    logits: int
-
-    @property
-    def total(self) -> int:
-        """All of it, in bytes."""
-        return (
-            self.weights
-            + self.adapters
-            + self.gradients
-            + self.moments
-            + self.activations
-            + self.logits
-        )
-
-
-def estimate_memory(
-    n_params: int,
-    bits: float,
-    *,
-    adapter_params: int,
-    tokens: int,
-    layers: int,
-    width: int,
-    intermediate: int,
-    vocabulary: int,
-    compute_bytes: int = 4,
-    embedding_params: int = 0,
-    embedding_bytes: int = 4,
-    moment_bytes: float = 8,
-    checkpointing: bool = False,
-) -> MemoryEstimate:
-    """Memory of one LoRA training step on all linear layers of a Llama- or Qwen2-like model, in bytes.
-
-    With N = `n_params` weights of `bits` bits each, E `embedding_params`, P `adapter_params`, T `tokens` a step
-    (batch × length), L `layers`, d `width`, f `intermediate`, V `vocabulary` and c `compute_bytes` a number:
-
-    - weights: N·bits/8 + E·embedding_bytes;
-    - adapters and their gradients, in fp32: 4·P each; Adam's two moments: `moment_bytes`·P (8 in fp32, 2 in 8 bits);
-    - activations kept for the backward pass: c·T·(8d + 4f) a layer: per block two residuals and two normed inputs (4d),
-      queries, attention's output and its copy (3d), keys and values with what is small (d), and the MLP's gate, its SiLU,
-      up and their product (4f). With checkpointing c·T·d a layer, and one layer's activations while it is recomputed;
-    - logits: the logits (c·T·V) and, in fp32, a copy if c < 4, their log-softmax and the gradient.
-
-    Dropout (one more mask and copy of each linear's input) and attention that stores its T×T weights are left out.
-    """
-    layer = compute_bytes * tokens * (8 * width + 4 * intermediate)
-    logits = (
-        tokens * vocabulary * (compute_bytes + 8 + (4 + compute_bytes if compute_bytes < 4 else 0))
-    )
-    if checkpointing:
-        # A block is recomputed when the logits are gone, so only the larger of the two counts.
-        activations = compute_bytes * tokens * width * layers + max(0, layer - logits)
-    else:
-        activations = layers * layer
-    return MemoryEstimate(
-        weights=int(n_params * bits / 8) + embedding_params * embedding_bytes,
-        adapters=4 * adapter_params,
-        gradients=4 * adapter_params,
-        moments=int(moment_bytes * adapter_params),
-        activations=activations,
-        logits=logits,
-    )
+    copies: int = 1
 
 
 def estimate(profile: Profile, r: int = 8) -> MemoryEstimate:
@@ -174,51 +64,18 @@ def estimate(profile: Profile, r: int = 8) -> MemoryEstimate:
 
 def profiles() -> dict[str, Profile]:
     """The four profiles by name, with the precision of this machine's devices."""
-    gpu = compute_dtype("cuda")
-    nano = Shape.of(json.loads(NANO_CONFIG.read_text()))
-    return {
-        profile.name: profile
-        for profile in (
-            Profile("tiny", "nano", nano, torch.float32, False, "cpu", 16, 128, 60, (0, 1, 2)),
-            Profile(
-                "smol",
-                "smol",
-                Shape(30, 576, 1536, 192, 49152, True),
-                torch.float32,
-                False,
-                "cpu",
-                4,
-                128,
-                40,
-                (0, 1, 2),
-            ),
-            Profile(
-                "t4",
-                "Qwen/Qwen2.5-0.5B",
-                Shape(24, 896, 4864, 128, 151936, True),
-                gpu,
-                False,
-                "cuda",
-                8,
-                256,
-                200,
-                (0, 1, 2),
-            ),
-            Profile(
-                "large",
-                "Qwen/Qwen2.5-7B",
-                Shape(28, 3584, 18944, 512, 152064, False),
-                gpu,
-                True,
-                "cuda",
-                4,
-                256,
-                100,
-                (0,),
-                True,
-            ),
-        )
-    }
+    gpu, full = compute_dtype("cuda"), torch.float32
+    nano = Shape.of(json.loads((DATA / "nano" / "config.json").read_text()))
+    smol = Shape(30, 576, 1536, 192, 49152, True)
+    half = Shape(24, 896, 4864, 128, 151936, True)  # Qwen2.5-0.5B
+    seven = Shape(28, 3584, 18944, 512, 152064, False)  # Qwen2.5-7B
+    known = (
+        Profile("tiny", "nano", nano, full, False, "cpu", 8, 128, 60),
+        Profile("smol", "smol", smol, full, False, "cpu", 4, 128, 40),
+        Profile("t4", "Qwen/Qwen2.5-0.5B", half, gpu, False, "cuda", 8, 256, 60),
+        Profile("large", "Qwen/Qwen2.5-7B", seven, gpu, True, "cuda", 4, 256, 60, True),
+    )
+    return {profile.name: profile for profile in known}
 
 
 def free_memory(device: str) -> int:
@@ -233,17 +90,34 @@ def free_memory(device: str) -> int:
 
 
 def needed_memory(profile: Profile, r: int = 8) -> int:
-    """Bytes a profile's training needs on its device: the estimate, and CUDA's own share on a GPU."""
-    return estimate(profile, r).total + (CUDA_CONTEXT if profile.device == "cuda" else 0)
+    """Bytes that a chapter needs on its device: the training step's estimate, the other bases that it holds, and CUDA's own
+    share on a GPU."""
+    step = estimate(profile, r)
+    others = (profile.copies - 1) * (step.weights + step.adapters)
+    return step.total + others + (CUDA_CONTEXT if profile.device == "cuda" else 0)
 
 
-def pick_profile(name: str | None = None) -> Profile:
+def usable_gpu() -> bool:
+    """Whether torch sees a GPU that this build of torch has kernels for: today's have none for a P100 (Kaggle)."""
+    if not torch.cuda.is_available():
+        return False
+    major, minor = torch.cuda.get_device_capability()
+    built = [name.rpartition("_")[2].rstrip("af") for name in torch.cuda.get_arch_list()]
+    return any(int(name[:-1]) == major and int(name[-1]) <= minor for name in built)
+
+
+def pick_profile(
+    name: str | None = None, *, copies: int = 1, training: Mapping[str, Any] | None = None
+) -> Profile:
     """The profile to run: the one named here or in LORA_COURSE_PROFILE; else, by the GPU and its free memory, `large` where
     it fits and the GPU computes in bf16 (an older one would take hours), or `t4` where that fits; else `tiny`.
 
+    copies: bases that the chapter holds at once. training: `steps`, `batch` and `length` of the chapter's live training,
+    such as a study's settings; what it leaves out is the profile's. Both count in the memory that must be free.
     Raises ValueError for an unknown name, listing the names.
     """
-    known = profiles()
+    amounts = {key: value for key, value in (training or {}).items() if key in AMOUNTS}
+    known = {key: replace(profile, copies=copies, **amounts) for key, profile in profiles().items()}
     name = name or os.environ.get("LORA_COURSE_PROFILE")
     if name:
         if name not in known:
@@ -251,7 +125,7 @@ def pick_profile(name: str | None = None) -> Profile:
                 f"LORA_COURSE_PROFILE={name!r} is no profile; there are {', '.join(known)}"
             )
         return known[name]
-    if torch.cuda.is_available():
+    if usable_gpu():
         candidates = ("large", "t4") if compute_dtype("cuda") == torch.bfloat16 else ("t4",)
         for candidate in (known[name] for name in candidates):
             if needed_memory(candidate) <= free_memory("cuda"):
@@ -259,24 +133,34 @@ def pick_profile(name: str | None = None) -> Profile:
     return known["tiny"]
 
 
-def preflight(
-    profile: Profile,
-    minutes: dict[str, float],
-    peak_gib: dict[str, float] | None = None,
-    r: int = 8,
-) -> None:
-    """Prints what the chapter will run on and what it will take; raises RuntimeError, before any work, if that can't be.
+def recorded_run(profile: str, chapter: str) -> dict[str, Any] | None:
+    """What a chapter was measured to take under a profile: `minutes`, `device` and `date`, and `peak_gib` where a GPU counted
+    it; None where it was never run. `tools.record_runs` writes these."""
+    path = DATA / "runs" / f"{profile}.json"
+    record = json.loads(path.read_text()) if path.exists() else {"chapters": {}}
+    run = record["chapters"].get(chapter)
+    return run and {"device": record["device"], "date": record["date"], **run}
 
-    minutes, peak_gib: by profile's name, what the chapter was measured to take; without a measured peak the estimate
-    for LoRA of rank r stands in. It is refused when the device is missing, or has less free memory than the peak.
+
+def preflight(
+    profile: Profile, minutes: Mapping[str, float], r: int = 8, chapter: str | None = None
+) -> None:
+    """Prints what the chapter will run on and what it will take; raises RuntimeError, before any work or download, if that
+    can't be.
+
+    minutes: by profile's name, a guess, printed as one where the chapter was never timed under that profile.
+    r: rank of the adapters that the estimate counts. chapter: its file's name without the ending, under which times and
+    peaks are recorded. It is refused when the device is missing, or has less free memory than the measured peak, or
+    without one than the estimate.
     """
     if profile.name not in minutes:
         raise ValueError(
             f"minutes has no entry for the profile {profile.name!r}; it has {', '.join(minutes)}"
         )
-    measured = (peak_gib or {}).get(profile.name)
-    need = int(measured * GIB) if measured is not None else needed_memory(profile, r)
-    present = profile.device != "cuda" or torch.cuda.is_available()
+    run = recorded_run(profile.name, chapter or "") or {}
+    peak = run.get("peak_gib")
+    need = needed_memory(profile, r) if peak is None else int(peak * GIB)
+    present = profile.device != "cuda" or usable_gpu()
     free = free_memory(profile.device) if present else 0
     device = (
         profile.device if profile.device == "cpu" or not present else torch.cuda.get_device_name()
@@ -284,19 +168,27 @@ def preflight(
     bits = (
         f"4 bits, computing in {_name(profile.dtype)}" if profile.quantize else _name(profile.dtype)
     )
+    size = (profile.shape.linear + profile.shape.embedding) / 1e6
+    held = f", {profile.copies} at once" if profile.copies > 1 else ""
+    takes = (
+        f"{run['minutes']:.2g} min, as measured on {run['device']} ({run['date']})"
+        if run
+        else f"{minutes[profile.name]:g} min: a guess, never measured"
+    )
+    origin = "estimated" if peak is None else "measured"
     rows = {
         "profile": profile.name,
-        "model": f"{profile.model}, {(profile.shape.linear + profile.shape.embedding) / 1e6:,.1f}M parameters, {bits}",
+        "model": f"{profile.model}, {size:,.1f}M parameters, {bits}{held}",
         "device": device if present else f"{device} (missing)",
-        "a training": f"{profile.steps} steps of {profile.batch} × {profile.length} tokens, {len(profile.seeds)} seed(s)",
-        "takes about": f"{minutes[profile.name]:g} min",
-        "peak memory": f"{need / GIB:.1f} GiB ({'measured' if measured is not None else 'estimated'}); free: {free / GIB:.1f} GiB",
+        "a training": f"{profile.steps} steps of {profile.batch} × {profile.length} tokens",
+        "takes about": takes,
+        "peak memory": f"{need / GIB:.1f} GiB ({origin}); free: {free / GIB:.1f} GiB",
     }
     print("\n".join(f"{key:<12}  {value}" for key, value in rows.items()))
     if not present:
         raise RuntimeError(
-            f"the profile {profile.name!r} needs an NVIDIA GPU and torch sees none: choose a GPU runtime, "
-            "or set LORA_COURSE_PROFILE=tiny to run on the CPU"
+            f"the profile {profile.name!r} needs an NVIDIA GPU that this torch has kernels for, and there is none: "
+            "choose a GPU runtime (on Kaggle T4, not P100), or set LORA_COURSE_PROFILE=tiny to run on the CPU"
         )
     if need > free:
         raise RuntimeError(

@@ -15,7 +15,8 @@ import pandas
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from lora_course.arguments import training_arguments
+from lora_course.arguments import device_of, training_arguments
+from lora_course.lab.precision import check_fp16
 from lora_course.training import AdapterTrainer
 
 STUDIES = Path(__file__).resolve().parents[1] / "data" / "studies"
@@ -36,6 +37,8 @@ def fit(
 ) -> list[float]:
     """Trains the adapter of `model` in place and returns the loss (nats a token) at each step. Nothing is kept on disk.
 
+    The model is trained where it lies. One in fp16 is first tried on a batch (`lab.precision`).
+
     One recipe for every method of the course: AdamW, 10% warm-up, then linearly to zero; the seed sets the order of the
     rows, so that two methods with one seed see the same batches. callbacks, auxiliary_loss: what a method adds to the
     training, as in `AdapterTrainer`; the losses then contain it. overrides: fields of `TrainingArguments`.
@@ -44,8 +47,9 @@ def fit(
         "learning_rate": learning_rate, "seed": seed, "max_steps": steps, "per_device_train_batch_size": batch,
         "warmup_steps": 0.1, "save_strategy": "no", "lr_scheduler_type": "linear",
     }  # fmt: skip
+    check_fp16(model, rows[:batch])
     with tempfile.TemporaryDirectory() as folder:
-        arguments = training_arguments(folder, **settings | overrides)
+        arguments = training_arguments(folder, device_of(model), **settings | overrides)
         trainer = AdapterTrainer(
             model,
             arguments,

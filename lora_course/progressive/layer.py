@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from lora_course.lora import AdapterState, LoRALinear, register
 
+HALVES = (torch.bfloat16, torch.float16)
+
 
 @register
 class StackedLoRALinear(LoRALinear):
@@ -155,10 +157,32 @@ class StackedLoRALinear(LoRALinear):
             raise RuntimeError(
                 "This layer is not merged: there is nothing to take back. Call merge() first."
             )
+        A, B, _ = self.factors()
+        self._take_out_of_base(A, B)
+
+    @classmethod
+    def before_unload(cls, model: nn.Module, layers: dict[str, Any]) -> None:
+        """Take stages out of the base where a run in mode "merge" was stopped half-way; merged, they stay in it.
+
+        Raises:
+            RuntimeError: in half precision a subtraction would not give the base back; nothing has been changed then.
+        """
+        halfway = [layer for layer in layers.values() if layer.folded and not layer.merged]
+        for layer in halfway:
+            if layer.original is None and layer.base_layer.weight.dtype in HALVES:
+                raise RuntimeError(
+                    "The base holds the stages of a run that was stopped, and in half precision they can't be subtracted "
+                    "without a trace: load the base again, or train with keep_original=True."
+                )
+        for layer in halfway:
+            layer._take_out_of_base(layer.frozen_A, layer.frozen_B)
+
+    @torch.no_grad()
+    def _take_out_of_base(self, A: Tensor, B: Tensor) -> None:
         if self.original is not None:
-            self.base_layer.weight.copy_(self.original)
+            self.base_layer.weight.data.copy_(self.original)
         else:
-            self._add_to_base(-self.delta_weight())
+            self._add_to_base(-self.scaling * (B @ A))
         self.merged = self.folded = False
 
     def check_tensors(self, name: str, tensors: AdapterState) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
@@ -14,12 +13,14 @@ import datasets
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
+from transformers import PrinterCallback
 
-from lora_course.arguments import training_arguments
+from lora_course.arguments import device_of, training_arguments
 from lora_course.checkpoint import load_adapter, read_extra, restore_adapter, save_adapter
 from lora_course.injection import adapter_layers, merge, unload
 from lora_course.linears import is_4bit
 from lora_course.progressive.stages import Stage, begin_stage, inject_stages
+from lora_course.runs import check_same_run, describe_arguments, describe_schedule, fingerprint
 from lora_course.training import AdapterTrainer
 
 Mode = Literal["stack", "merge"]
@@ -90,6 +91,7 @@ def train_stages(
     lora_dropout: float = 0.0,
     keep_original: bool = False,
     trainer: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
     **arguments: Any,
 ) -> list[dict[str, Any]]:
     """Train `model` through all stages, in place. Killed at any point, the same command goes on to the same weights.
@@ -107,32 +109,40 @@ def train_stages(
         scaling: s = α/r of every stage.    schedule: see `multiplier`.
         keep_original: for "merge", see `StackedLoRALinear`. Costs a copy of every target's weight.
         trainer: arguments of `AdapterTrainer` (`callbacks`, `data_collator`, `auxiliary_loss`, …).
+        overwrite: delete what `output_dir` holds of another plan, and start anew.
         arguments: fields of `TrainingArguments` that hold in all stages (`per_device_train_batch_size`, `save_steps`,
-            `gradient_checkpointing`, …) and `device`.
+            `gradient_checkpointing`, …) and `device`, by default the model's.
 
     Returns:
         For each stage what its folder keeps: `{"stage", "mode", "history": [{"step", "loss"}, …]}`.
 
     Raises:
         ValueError: an unknown mode or schedule, no stage, datasets that don't match, a field that the stages decide, a
-            folder of another plan; and as `inject`. TypeError: "merge" on a 4-bit base. Nothing has been changed then.
+            folder of another plan, schedule or rows; and as `inject`. TypeError: "merge" on a 4-bit base. Nothing has been changed then.
 
     Warns:
         UserWarning: "merge" on a half-precision base, or a folder begun on other base weights.
     """
     stages, folder = list(stages), Path(output_dir)
     rows = _check_plan(stages, dataset, mode, schedule, arguments)
-    plan = json.loads(json.dumps({
-        "mode": mode, "stages": [dataclasses.asdict(stage) for stage in stages], "scaling": scaling, "schedule": schedule,
-        "seed": seed, "lora_dropout": lora_dropout, "rows": [len(part) for part in rows],
-    }))  # fmt: skip
+    args = training_arguments(folder, **{"device": device_of(model), **arguments})
+    plan = {
+        "mode": mode, "scaling": scaling, "schedule": schedule, "seed": seed, "lora_dropout": lora_dropout,
+        "stages": {f"{index}": dataclasses.asdict(stage) for index, stage in enumerate(stages)},
+        "arguments": {k: v for k, v in describe_schedule(args).items() if k not in (*SET_BY_STAGES, "length")},
+        "trainer": describe_arguments(trainer or {}),
+        "rows": {f"{index}": fingerprint(part) for index, part in enumerate(rows)},
+    }  # fmt: skip
     started = (folder / "start" / "adapter.json").is_file()
-    if started and (old := read_extra(folder / "start")) != plan:
-        differing = sorted(key for key in plan if plan[key] != old.get(key))
-        raise ValueError(
-            f"{folder} was begun with another {', '.join(differing)}: {', '.join(str(old.get(key)) for key in differing)}. "
-            "Repeat the command that began it, or choose another output_dir."
-        )
+    if started:
+        try:
+            check_same_run(folder, read_extra(folder / "start"), plan)
+        except ValueError:
+            if not overwrite:
+                raise
+            for found in (*folder.glob("stage-*"), folder / "start"):
+                shutil.rmtree(found)
+            started = False
     inject_stages(model, stages, scaling, lora_dropout, keep_original)
     try:
         if mode == "merge":
@@ -159,11 +169,12 @@ def train_stages(
             learning_rate=stage.learning_rate,
             max_steps=stage.steps,
             seed=stage_seed,
-            **arguments,
+            **{"device": device_of(model), **arguments},
         )
         running = StageTrainer(
             model, args, stages, index, schedule, train_dataset=rows[index], **(trainer or {})
         )
+        running.remove_callback(PrinterCallback)  # the history is what comes out
         running.train(resume_from_checkpoint=True)
         if mode == "merge":
             merge(model)

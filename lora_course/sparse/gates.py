@@ -92,6 +92,10 @@ class GateSparsity(ModelCallback):
         self.penalty = penalty
         self.penalty_at(1)
 
+    def settings(self) -> dict[str, Any]:
+        """The penalty, or what its function is called."""
+        return {"penalty": getattr(self.penalty, "__qualname__", self.penalty)}
+
     def penalty_at(self, t: int) -> float:
         """λ at step t."""
         value = self.penalty(t) if callable(self.penalty) else self.penalty

@@ -476,7 +476,7 @@ def test_after_a_kill_in_mid_growth_the_same_command_reaches_the_same_weights(
         "tests.adaptive.test_growth",
         f"run_to_the_end(Path({str(tmp_path / 'killed')!r}), kill=True)",
     )
-    middle = restore_adapter(growing(), last_checkpoint(tmp_path / "killed"))
+    middle = restore_adapter(growing(lora_dropout=0.2), last_checkpoint(tmp_path / "killed"))
     assert (
         last_checkpoint(tmp_path / "killed").name == "checkpoint-4"
         and sum(layer.r for layer in adapter_layers(middle).values()) == 34

@@ -156,7 +156,7 @@ def test_autocast_checkpointing_and_cached_generation() -> None:
     for checkpointing in (False, True):
         model.train()
         if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         model(**batch()).loss.backward()
         gradients.append([p.grad.clone() for p in trainable(model)])
         model.zero_grad()

@@ -1,9 +1,11 @@
 """`continual.learning`: the matrix and its metrics, kills and what goes on after them, and what is refused."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from torch import Tensor, nn
@@ -269,10 +271,46 @@ def test_what_does_not_fit_is_refused_before_anything_is_done(tmp_path: Path) ->
         (tasks(2)[::-1], Sequential(), {}), (tasks(1), Sequential(), {}), (tasks(2), Replay(1000), {}),
         (tasks(2), Sequential(), {"learning_rate": 1e-4}),
     ):  # fmt: skip
-        with pytest.raises(ValueError, match="give a new output_dir"):
+        with pytest.raises(ValueError, match="(give a|Give another) (new )?(output_dir|folder)"):
             learn(
                 injected(), others, strategy, arguments(tmp_path / "a", **{"max_steps": 1} | change)
             )
     (tmp_path / "a" / learning.RECORD).unlink()
     with pytest.raises(ValueError, match=r"stage-0.*no continual.json"):
         learn(injected(), tasks(2), Sequential(), args)
+
+
+def test_other_rows_another_rank_or_schedule_under_an_old_name_are_refused_and_can_start_anew(
+    tmp_path: Path,
+) -> None:
+    settings = {"max_steps": 1}
+    learn(injected(), tasks(2), Sequential(), arguments(tmp_path, **settings))
+    others = [Task("task 0", rows(0, seed=7), rows(0, 8, seed=1)), tasks(2)[1]]
+    for model, given, change, named in (
+        (injected(), others, {}, r"rows\.task 0 is"),
+        (injected(r=5), tasks(2), {}, r"adapter\.config\.r is 3 there and 5 here"),
+        (injected(), tasks(2), {"lr_scheduler_type": "constant"}, "lr_scheduler_type"),
+        (injected(), tasks(2), {"weight_decay": 0.5}, "weight_decay"),
+    ):
+        with pytest.raises(ValueError, match=named) as caught:
+            learn(model, given, Sequential(), arguments(tmp_path, **settings | change))
+        assert "overwrite=True" in str(caught.value)
+    anew, fresh = injected(), injected()
+    found = learn(anew, others, Sequential(), arguments(tmp_path, **settings), overwrite=True)
+    expected = learn(fresh, others, Sequential(), arguments(tmp_path / "b", **settings))
+    assert torch.equal(found.matrix, expected.matrix)
+    assert same(adapter_state(anew), adapter_state(fresh))
+
+
+def test_a_batch_or_all_rows_without_a_label_do_not_make_the_mean_of_the_others_nan() -> None:
+    ids = rows(0, 4)["input_ids"][:]
+    labels = ids.clone()
+    labels[2:] = -100
+    some = datasets.Dataset.from_dict({"input_ids": ids.numpy(), "labels": labels.numpy()})
+    scored = datasets.Dataset.from_dict({"input_ids": ids[:2].numpy(), "labels": ids[:2].numpy()})
+    model = decided()
+    assert mean_loss(model, some, batch_size=2) == pytest.approx(mean_loss(model, scored))
+    none = datasets.Dataset.from_dict(
+        {"input_ids": ids.numpy(), "labels": torch.full_like(ids, -100).numpy()}
+    )
+    assert math.isnan(mean_loss(model, none))

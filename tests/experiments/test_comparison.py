@@ -77,7 +77,7 @@ def test_pefts_layers_in_transformers_trainer_go_the_way_of_ours(
 ) -> None:
     # The same function, start, rows, order and schedule: what differs between two methods is the method. fp32, since bf16
     # rounds at other places in the two implementations.
-    monkeypatch.setattr("lora_course.training.compute_dtype", lambda device=None: torch.float32)
+    monkeypatch.setattr("lora_course.arguments.compute_dtype", lambda device=None: torch.float32)
     alpha = SETTINGS["scaling"] * math.sqrt(SETTINGS["r"])
     makes = {
         "ours": comparison_arms.make_lora,

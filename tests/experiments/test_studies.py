@@ -1,12 +1,13 @@
 """All studies of `lora_course.experiments`: their records are whole, and each has a witness that can be run."""
 
 import json
+from statistics import fmean
 from typing import Any
 
 import pytest
 
 from lora_course import experiments
-from lora_course.experiments import Runs
+from lora_course.experiments import ROUNDING, Runs
 from lora_course.experiments.record import Record, as_json
 from lora_course.lab import study as reading
 
@@ -58,6 +59,26 @@ def test_a_record_says_where_each_run_was_made_and_when_it_last_held(name: str) 
     assert verified["within"] == dict(study.witness.within)
     assert study.witness.chapter in ("", *(p.stem for p in reading.STUDIES.parents[2].glob("notebooks/*.md")))  # fmt: skip
     assert "Verified" in reading.provenance(record)
+
+
+@pytest.mark.parametrize("name", COMPLETE)
+def test_a_tolerance_for_rounding_is_less_than_the_seeds_lie_apart(name: str) -> None:
+    witness, record = experiments.get(name).witness, reading.load_study(name)
+    if ROUNDING not in witness.reason:
+        return
+    apart = {}
+    for field in ("bits_per_byte", "own_domain", "ACC"):
+        runs = [
+            record["runs"][witness.keys[-1].replace("/0/", f"/{seed}/")]
+            if "/0/" in witness.keys[-1]
+            else record["runs"][f"{witness.keys[-1].rpartition('/')[0]}/{seed}"]
+            for seed in record["settings"]["seeds"]
+        ]
+        values = [run[field] for run in runs if field in run]
+        values = [fmean(v.values()) if isinstance(v, dict) else v for v in values]
+        if len(values) > 1 and field in witness.within:
+            apart[field] = max(values) - min(values)
+    assert apart and all(witness.within[field] < apart[field] for field in apart), apart
 
 
 @pytest.mark.parametrize("name", COMPLETE)

@@ -190,7 +190,7 @@ def test_the_mixture_equals_pefts_xlora(tmp_path: Path) -> None:
 def test_gradient_checkpointing_changes_no_gradient(arguments: dict) -> None:
     model = mixture(**arguments)
     expected = gradients(model)
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    model.gradient_checkpointing_enable({"use_reentrant": False})
     found = gradients(model)
     assert found.keys() == expected.keys() and any(name.endswith("router") for name in found)
     for name in found:
@@ -199,11 +199,11 @@ def test_gradient_checkpointing_changes_no_gradient(arguments: dict) -> None:
 
 def test_checkpointing_that_would_lose_or_mix_up_gates_is_refused() -> None:
     model = mixture()
-    model.activation_checkpointing_enable({"use_reentrant": True})
+    model.gradient_checkpointing_enable({"use_reentrant": True})
     model.enable_input_require_grads()
     with pytest.raises(RuntimeError, match="Reentrant"):
         gradients(model)
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    model.gradient_checkpointing_enable({"use_reentrant": False})
     loss = model(**batch(), use_cache=False).loss
     with disabled(model), torch.no_grad():
         model(**batch(), use_cache=False)  # the base's own pass disturbs nothing
@@ -212,7 +212,7 @@ def test_checkpointing_that_would_lose_or_mix_up_gates_is_refused() -> None:
     model(input_ids=IDS[:2].flip(1), use_cache=False)
     with pytest.raises(RuntimeError, match="later forward pass"):
         loss.backward()
-    model.activation_checkpointing_disable()
+    model.gradient_checkpointing_disable()
     loss = model(**batch(), use_cache=False).loss
     model(input_ids=IDS[:2].flip(1), use_cache=False)
     loss.backward()  # without checkpointing nothing is computed again

@@ -1,5 +1,6 @@
 """`experts.mixing`: adapters brought in and taken out, the balance loss, gates fixed."""
 
+import math
 from pathlib import Path
 
 import bitsandbytes as bnb
@@ -187,3 +188,21 @@ def test_bad_experts_and_gates_are_refused(tmp_path: Path) -> None:
     fresh = mix_experts(qwen(), [state])
     with pytest.raises(RuntimeError, match="Run the model, not the layer"):
         fresh.model.layers[0].mlp.up_proj(torch.ones(1, 2, 48))
+
+
+def test_fixed_gates_within_fixed_gates_give_the_outer_ones_back() -> None:
+    model = mixture()
+    with fixed_gates(model, [1.0, 0.0, 0.0]):
+        first = logits(model, IDS)
+        with fixed_gates(model, [0.0, 0.0, 1.0]):
+            assert not torch.allclose(logits(model, IDS), first)
+        torch.testing.assert_close(logits(model, IDS), first, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("gates", [[math.nan, 0, 1], [-1.0, 1, 1], [math.inf, 0, 0]])
+def test_gates_that_are_no_weights_are_refused(gates: list[float]) -> None:
+    with (
+        pytest.raises(ValueError, match="negative, NaN or infinite"),
+        fixed_gates(mixture(), gates),
+    ):
+        pass

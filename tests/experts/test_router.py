@@ -183,3 +183,11 @@ def test_models_without_one_stack_of_blocks_are_refused_and_left_as_they_were() 
         assert all(p.requires_grad for p in module.parameters()) and not hasattr(
             module, "lora_course"
         )
+
+
+def test_packed_documents_are_refused_by_a_gate_that_would_see_the_first_alone() -> None:
+    packed = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]] * 3)
+    model = mixture(gate_by="sequence", prefix=3)
+    with pytest.raises(ValueError, match="packed documents"):
+        model(input_ids=IDS, position_ids=packed)
+    mixture()(input_ids=IDS, position_ids=packed)

@@ -1,84 +1,33 @@
-"""Claims: predicates over raw values, verdicts that could have been otherwise, and the file they end in."""
+"""Claims: verdicts over raw values, the table they stand in, and the file they end in."""
 
 import json
 import math
 
 import pytest
 
-from lora_course.lab.claims import Claim, Claims, evaluate, flips, load_claims, perturbations
+from lora_course.lab.claims import (
+    BOOK,
+    Claim,
+    Claims,
+    ClaimTable,
+    load_claims,
+)
 
 VALUES = {"lora": [2.0, 2.2, 2.1], "qlora": [2.05, 2.21, 2.16]}
 
 
 def added(predicate: str, values=VALUES, id: str = "1", **kwargs) -> Claim:
-    return Claims("0_0_test").add(
+    claims = Claims("0_0_test", profile="tiny")
+    shown = claims.add(
         id, "QLoRA is as good as LoRA", "arXiv 2305.14314", "equal", values, predicate, **kwargs
     )
+    assert shown is None, "a claim is shown once, in the table"
+    return claims.claims[-1]
 
 
-@pytest.mark.parametrize(
-    ("predicate", "holds"),
-    [
-        ("mean(qlora) < 1.05 * mean(lora)", True),
-        ("all(q < p for p, q in zip(lora, qlora))", False),
-        ("max(lora) - min(lora) > std(qlora)", True),
-        ("sorted(lora)[1] == 2.1 and len(lora) == 3 and 2 < sum(lora) / len(lora) < 3", True),
-        ("any(abs(x - 2.2) < 1e-9 for x in qlora)", False),
-    ],
-)
-def test_a_predicate_is_evaluated_over_the_raw_values(predicate, holds) -> None:
-    assert added(predicate).holds is holds
-
-
-@pytest.mark.parametrize(
-    ("predicate", "message"),
-    [
-        ("open('x') is None", "uses open"),
-        ("().__class__ == 1", "Attribute"),
-        ("(lambda: True)()", "Lambda"),
-        ("(y := 1) == 1", "NamedExpr"),
-        ("mean(loara) < 1", "uses loara; it knows the values lora, qlora"),
-        ("mean(lora)", "came to 2.1"),
-        ("lora <", "not a Python expression"),
-        ("lora < 3", r"each value is a list.*mean\("),
-    ],
-)
-def test_what_is_no_plain_predicate_is_refused(predicate, message) -> None:
-    with pytest.raises(ValueError, match=message):
-        evaluate(predicate, VALUES)
-
-
-@pytest.mark.parametrize(
-    "predicate",
-    [
-        "len(lora) == 3",
-        "mean(lora) == mean(lora)",
-        "min(lora) <= max(lora)",
-        "1 < 2",
-        "std(lora) >= 0",
-    ],
-)
-def test_a_check_that_cannot_fail_is_refused(predicate) -> None:
+def test_a_claim_that_cannot_fail_is_refused() -> None:
     with pytest.raises(ValueError, match="no change of the values turns the verdict"):
-        added(predicate)
-
-
-def test_flips_tells_a_check_from_none() -> None:
-    claim = added("mean(qlora) < mean(lora)")
-    assert not claim.holds and flips(claim)
-    always = Claim("2", "", "", "", "len(lora) > 0", VALUES, "", True)
-    assert not flips(always)
-    division = added(
-        "1 / (mean(qlora) - mean(lora)) > 0"
-    )  # swapping and zeroing may divide by zero: passed over
-    assert flips(division)
-
-
-def test_every_series_is_perturbed_and_the_given_values_stay() -> None:
-    changed = perturbations(VALUES)
-    assert all(any(values[name] != VALUES[name] for values in changed) for name in VALUES)
-    assert {"lora": VALUES["qlora"], "qlora": VALUES["lora"]} in changed
-    assert VALUES == {"lora": [2.0, 2.2, 2.1], "qlora": [2.05, 2.21, 2.16]}
+        added("len(lora) == 3")
 
 
 @pytest.mark.parametrize("bad", [[], [1.0, math.nan], [math.inf]])
@@ -93,15 +42,38 @@ def test_a_name_that_hides_a_function_or_is_none_is_refused(name) -> None:
         added("1 < 2", {name: [1.0]})
 
 
-def test_the_row_says_what_came_out_and_whether_it_holds_in_words() -> None:
+def test_a_claim_says_what_came_out_and_whether_it_holds_in_words() -> None:
     claim = added("mean(qlora) < mean(lora)", explanation="Three seeds are too few.")
-    text = claim._repr_markdown_()
-    assert "✗ does not hold here" in text and "Three seeds are too few." in text
-    assert "lora 2.1 ± 0.1 (n = 3)" in text and "qlora 2.14 ± 0.082 (n = 3)" in text
-    assert "✓ holds" in added("mean(qlora) > mean(lora)")._repr_markdown_()
+    assert claim.verdict == "✗ does not hold here"
+    assert claim.outcome == "lora 2.1 (2 to 2.2, n = 3); qlora 2.14 (2.05 to 2.21, n = 3)"
+    assert added("mean(qlora) > mean(lora)").verdict == "✓ holds"
     assert added("mean(bits) < 5", {"bits": 4.127}).outcome == "bits 4.127"
     assert added("mean(bytes) > 5", {"bytes": 6525288448}).outcome == "bytes 6,525,288,448"
-    assert added("mean(steps) > 5", {"steps": [1000, 1500]}).outcome == "steps 1250 ± 354 (n = 2)"
+    outcome = added("mean(steps) > 5", {"steps": [1000, 1500]}).outcome
+    assert outcome == "steps 1250 (1000 to 1500, n = 2)"
+
+
+def test_an_observation_is_no_verdict_and_a_choice_is_named() -> None:
+    seen = added(
+        "mean(qlora) > mean(lora)", kind="observation", evidence="smol", effect="0.04 bits"
+    )
+    assert seen.verdict == "✓ seen"
+    (row,) = ClaimTable([seen])._repr_html_().split("<tbody>")[1].split("</tbody>")[:1]
+    assert "too few seeds for a claim, on SmolLM2-135M" in row and "0.04 bits" in row
+    assert "chosen after seeing" in repr(ClaimTable([added("mean(qlora) > 2", kind="chosen")]))
+    with pytest.raises(ValueError, match="kind='guess'; choose one of claim, observation, chosen"):
+        added("mean(qlora) > 2", kind="guess")
+    with pytest.raises(ValueError, match="evidence='7B'; choose one of tiny, smol, gpu"):
+        added("mean(qlora) > 2", evidence="7B")
+
+
+@pytest.mark.parametrize(
+    ("profile", "evidence"), [("tiny", "tiny"), ("smol", "smol"), ("t4", "gpu"), ("large", "gpu")]
+)
+def test_what_a_claim_rests_on_is_what_the_profile_runs(profile, evidence) -> None:
+    claims = Claims("0_0_test", profile=profile)
+    claims.add("a", "s", "own", "e", {"x": [1]}, "mean(x) > 2")
+    assert claims.claims[0].evidence == evidence
 
 
 def test_saved_claims_are_read_back_whole(tmp_path, monkeypatch) -> None:
@@ -116,11 +88,11 @@ def test_saved_claims_are_read_back_whole(tmp_path, monkeypatch) -> None:
     assert set(record) == {"chapter", "profile", "versions", "claims"}
     assert set(record["claims"][0]) == {
         "id", "statement", "source", "expected", "predicate", "values", "outcome", "holds", "explanation",
+        "kind", "evidence", "effect",
     }  # fmt: skip
     assert {"torch", "transformers", "peft"} <= set(record["versions"])
     (chapter,) = load_claims(path.parent)
     assert chapter["chapter"] == "0_0_test" and chapter["claims"] == claims.claims
-    assert all(flips(claim) for claim in chapter["claims"])
 
 
 def test_a_cell_that_is_run_twice_replaces_its_claim() -> None:
@@ -130,13 +102,22 @@ def test_a_cell_that_is_run_twice_replaces_its_claim() -> None:
     assert [claim.holds for claim in claims.claims] == [True]
 
 
-def test_the_table_is_html_with_escaped_text_and_words_for_verdicts() -> None:
+def test_a_record_of_before_kinds_were_kept_is_read_as_claims_on_nano(tmp_path) -> None:
+    old = {
+        "id": "1", "statement": "s", "source": "own", "expected": "e", "predicate": "mean(x) > 2",
+        "values": {"x": [3.0]}, "outcome": "x 3", "holds": True, "explanation": "",
+    }  # fmt: skip
+    (tmp_path / "0_0_test.json").write_text(json.dumps({"chapter": "0_0_test", "claims": [old]}))
+    (claim,) = load_claims(tmp_path)[0]["claims"]
+    assert (claim.kind, claim.evidence, claim.effect) == ("claim", "tiny", "")
+
+
+def test_the_table_has_a_row_a_claim_with_anchor_and_link_to_the_ledger() -> None:
     claims = Claims("0_0_test")
-    claims.add("a", "4 < 5 & more", "own", "e", {"x": [1.0]}, "mean(x) > 2", "too small")
+    claims.add("2.1-a", "4 < 5 & more", "own", "e", {"x": [1.0]}, "mean(x) > 2", "too small")
     table = claims.table()
-    assert (
-        "4 &lt; 5 &amp; more" in table._repr_html_()
-        and "✗ does not hold: too small" in table._repr_html_()
-    )
-    assert '<th scope="col"' in table._repr_html_()
-    assert "a | 4 < 5 & more | own" in str(table)
+    page = table._repr_html_()
+    assert "4 &lt; 5 &amp; more" in page and "✗ does not hold here" in page
+    assert '<tr id="claim-2-1-a">' in page and '<th scope="col"' in page
+    assert f'<a href="{BOOK}/book/ledger.html#claim-2-1-a">2.1-a</a>' in page
+    assert repr(table).splitlines()[1] == "2.1-a | ✗ does not hold here | 4 < 5 & more | x 1"

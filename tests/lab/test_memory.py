@@ -23,9 +23,20 @@ def test_the_peak_is_that_of_the_tensors_alive_at_once() -> None:
 
     result, peak = peak_memory(function)
     assert result == "2500000"
-    if not torch.cuda.is_available():
-        assert 8 * MB <= peak < 8 * MB + 1000
-        assert peak_memory(function)[1] == peak
+    assert 8 * MB <= peak < 8 * MB + 1000
+    assert peak_memory(function)[1] == peak
+
+
+def test_work_on_the_cpu_is_measured_there_on_a_machine_with_a_gpu(monkeypatch) -> None:
+    on_gpu = [100, 100]  # bytes before, and at the peak
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in ("synchronize", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: on_gpu[0])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: on_gpu[1])
+    assert MB <= peak_memory(lambda: torch.ones(250, 1000))[1] < MB + 1000
+    on_gpu[1] = 612
+    assert peak_memory(lambda: torch.ones(250, 1000))[1] == 512
 
 
 def test_freeing_what_was_there_before_does_not_hide_what_is_added() -> None:

@@ -20,23 +20,86 @@ def _close():
 
 
 @pytest.fixture
-def shown(monkeypatch) -> list[str]:
-    outputs: list[str] = []
-    monkeypatch.setattr(plots, "display", lambda output: outputs.append(output._repr_html_()))
+def shown(monkeypatch) -> list[dict[str, str]]:
+    outputs: list[dict[str, str]] = []
+    monkeypatch.setattr(plots, "display", lambda output: outputs.append(output.forms))
     return outputs
 
 
-def test_the_shown_figure_carries_its_alt_text_and_fits_a_phone(shown) -> None:
+def test_the_shown_figure_carries_its_alt_text_number_and_caption(shown) -> None:
     fig, ax = figure()
     ax.plot([1, 2], [3, 4])
-    show(fig, 'Loss falls from 4 to 3 & stays "low"')
-    (output,) = shown
-    assert 'alt="Loss falls from 4 to 3 &amp; stays &quot;low&quot;"' in output
-    assert 'width="700"' in output and "max-width:100%" in output
-    picture = Image.open(io.BytesIO(base64.b64decode(re.search(r"base64,([^\"]+)", output)[1])))
-    assert picture.size == (1400, 720)
-    assert picture.convert("RGB").getpixel((1, 1)) == (255, 255, 255)  # white in dark mode too
+    show(fig, 'Loss falls from 4 to 3 & stays "low"', "It falls < 4.", "2.1-3")
+    (forms,) = shown
+    page = forms["text/html"]
+    assert page.count('aria-label="Loss falls from 4 to 3 &amp; stays &quot;low&quot;"') == 2
+    assert 'id="figure-2-1-3"' in page
+    assert "<figcaption><b>Figure 2.1-3.</b> It falls &lt; 4.</figcaption>" in page
+    assert forms["text/plain"].startswith("[figure] Loss falls")
     assert not plt.get_fignums()  # or a notebook would show it a second time
+
+
+def test_paper_gets_a_sharp_figure_on_white(shown) -> None:
+    show(figure()[0], "nothing")
+    picture = Image.open(io.BytesIO(base64.b64decode(shown[0]["image/png"])))
+    assert picture.size == (1050, 540)
+    assert picture.convert("RGB").getpixel((1, 1)) == (255, 255, 255)
+
+
+def test_on_a_page_black_and_grey_follow_the_text_and_the_ground_is_transparent(shown) -> None:
+    fig, ax = figure()
+    ax.add_patch(plt.Rectangle((0, 0), 1, 1, facecolor="#EEEEEE", edgecolor="black"))
+    ax.plot([0, 1], [0, 1], color=plots.PALETTE[0])
+    show(fig, "a box")
+    page = shown[0]["text/html"]
+    assert "#0072b2" in page
+    assert not re.search(r"#000000|#eeeeee|#dddddd|fill: #ffffff", page)
+    assert "fill: color-mix(in srgb, currentColor 7%, transparent)" in page  # 17 of 255
+
+
+def test_black_on_a_coloured_cell_stays_black_in_the_dark(shown) -> None:
+    fig, ax = figure()
+    ax.imshow([[0.1, 0.2]], cmap="Blues")
+    ax.text(0, 0, "0.1", color="black")
+    show(fig, "a matrix")
+    assert plots.FIXED in shown[0]["text/html"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "stacked"), [(1, 1, True), (1, 2, True), (2, 1, False), (2, 2, False)]
+)
+def test_a_row_of_panels_is_a_column_on_a_phone(shown, rows, columns, stacked) -> None:
+    show(figure(rows, columns, height=3.6)[0], "panels")
+    page = shown[0]["text/html"]
+    sizes = [tuple(map(float, box)) for box in re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', page)]
+    assert sizes[0] == pytest.approx((7 * 72, 3.6 * 72))
+    assert len(sizes) == 1 + stacked and page.count("display:none") == stacked
+    if stacked:
+        assert 4 * 72 < sizes[1][0] < 5 * 72 and sizes[1][1] >= 2.2 * 72 * columns
+
+
+def test_a_colour_bar_keeps_its_figure_in_one_piece(shown) -> None:
+    fig, ax = figure()
+    fig.colorbar(ax.imshow([[0, 1]]), ax=ax)
+    show(fig, "a matrix with its scale")
+    assert "narrow" not in shown[0]["text/html"].split("</style>")[1]
+
+
+def test_a_legend_wider_than_a_phone_is_not_cut_off(shown) -> None:
+    fig, ax = figure()
+    for name in ("a long name", "another long name", "a third name", "the last of them"):
+        ax.plot([0, 1], [0, 1], label=name)
+    ax.legend(ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.2))
+    show(fig, "four lines")
+    narrow = float(re.findall(r'viewBox="0 0 ([\d.]+)', shown[0]["text/html"])[1])
+    assert narrow > 6 * 72
+
+
+def test_no_two_figures_share_an_id(shown) -> None:
+    for _ in range(2):
+        show(figure()[0], "the same twice")
+    ids = re.findall(r'\bid="([^"]+)"', "".join(forms["text/html"] for forms in shown))
+    assert len(ids) > 20 and len(set(ids)) == len(ids)
 
 
 def test_a_figure_without_alt_text_is_refused(shown) -> None:

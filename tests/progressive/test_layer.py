@@ -117,12 +117,12 @@ def test_checkpointed_gradients_and_cached_generation_are_those_of_the_full_pass
         name: layer.B.grad.clone() for name, layer in adapter_layers(model).items() if layer.r
     }
     model.zero_grad()
-    model.train().activation_checkpointing_enable({"use_reentrant": False})
+    model.train().gradient_checkpointing_enable({"use_reentrant": False})
     model(**batch(), use_cache=False).loss.backward()
     assert all(
         relative(adapter_layers(model)[name].B.grad, grad) < 1e-5 for name, grad in expected.items()
     )
-    model.eval().activation_checkpointing_disable()
+    model.eval().gradient_checkpointing_disable()
     ids = batch()["input_ids"][:1]
     written = [
         model.generate(

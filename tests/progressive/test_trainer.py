@@ -14,7 +14,7 @@ from lora_course import progressive
 from lora_course.arguments import training_arguments
 from lora_course.checkpoint import load_adapter, read_extra, save_adapter
 from lora_course.export import export_peft
-from lora_course.injection import adapter_layers, inject
+from lora_course.injection import adapter_layers, inject, unload
 from lora_course.progressive import (
     Stage,
     begin_stage,
@@ -326,9 +326,21 @@ def test_no_point_at_which_it_stops_changes_the_result(
 
 def test_another_plan_or_base_in_a_begun_folder_is_noticed(finished: dict) -> None:
     tmp_path, model = finished["stack"][0], qwen()
-    with pytest.raises(ValueError, match="begun with another mode, scaling: stack, 2.0"):
-        train(model, tmp_path, "merge", scaling=1.0)
-    assert not hasattr(model, "lora_course")
+    for change, named in (
+        (
+            {"mode": "merge", "scaling": 1.0},
+            "mode is 'stack' there and 'merge' here.*scaling is 2.0",
+        ),
+        ({"stages": [*STAGES[:-1], Stage(3, ["q_proj"], 1e-3, 4)]}, r"stages\.2\."),
+        ({"per_device_train_batch_size": 2}, r"rows_a_step is 4 there and 2 here"),
+        ({"weight_decay": 0.5}, r"weight_decay is 0\.0 there and 0\.5 here"),
+        ({"trainer": {"auxiliary_loss": logits}}, "auxiliary_loss is None there and 'logits' here"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            train(model, tmp_path, **change)
+        assert not hasattr(model, "lora_course")
+    with pytest.raises(ValueError, match=r"rows\.0 is"):
+        train_stages(model, STAGES, rows(20), tmp_path, per_device_train_batch_size=4, save_steps=2, device="cpu", bf16=False)  # fmt: skip
     with pytest.warns(UserWarning, match="weights are not those"):
         train(qwen(seed=5), tmp_path)
 
@@ -400,3 +412,30 @@ def test_stages_that_are_not_there_are_refused_by_number(finished: dict, tmp_pat
     with pytest.raises(FileNotFoundError, match=r"finished are \[\]"):
         load_stage(qwen(), tmp_path)
     assert read_extra(folder / "stage-0")["mode"] == "stack"
+
+
+def test_another_plan_starts_anew_when_asked_to(tmp_path: Path) -> None:
+    train(qwen(), tmp_path, stages=STAGES[:1])
+    model, fresh = qwen(), qwen()
+    train(model, tmp_path, scaling=1.0, overwrite=True)
+    train(fresh, tmp_path / "fresh", scaling=1.0)
+    assert same(adapter_state(model), adapter_state(fresh))
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_run_that_was_stopped_half_way_gives_the_base_back(tmp_path: Path, keep: bool) -> None:
+    model, expected = qwen(), logits(qwen())
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **_) -> None:
+            if "stage-1" in args.output_dir:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(model, tmp_path, "merge", keep_original=keep, trainer={"callbacks": [Stop()]})
+    assert relative(logits(unload(model)), expected) < (1e-12 if keep else 1e-5)
+    half = qwen().to(torch.bfloat16)
+    with pytest.warns(UserWarning, match="rounds"), pytest.raises(KeyboardInterrupt):
+        train(half, tmp_path / "half", "merge", trainer={"callbacks": [Stop()]})
+    with pytest.raises(RuntimeError, match="load the base again"):
+        unload(half)

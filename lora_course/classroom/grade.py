@@ -1,0 +1,151 @@
+"""A class graded: every submission its own line, whatever it is; stopped and started again as one likes."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+import torch
+
+from lora_course.classroom.assignment import Assignment
+from lora_course.classroom.confinement import Kind, Limits
+from lora_course.classroom.grading import Record, grade_submission
+from lora_course.classroom.report import write_feedback, write_report
+from lora_course.classroom.roster import Roster
+from lora_course.classroom.submissions import Entry, collect, digest, file_of
+
+Say = Callable[[str], None]
+
+
+def grade(
+    homework: Path,
+    submissions: Path,
+    out: Path,
+    kind: Kind,
+    roster: Path | None = None,
+    only: Sequence[str] = (),
+    jobs: int = 2,
+    fresh: bool = False,
+    column: str = "",
+    limits: Limits | None = None,
+    say: Say = print,
+) -> dict[str, Record]:
+    """Grades what isn't graded yet, then writes roster, report and feedback. Returns every record by student.
+
+    only: problems to grade again; the others keep their lines.
+    fresh: grade everything again. Each run draws inputs of its own.
+    """
+    assignment = Assignment.load(homework)
+    if unknown := set(only) - set(assignment.problems):
+        raise ValueError(
+            f"{assignment.name} has no problem {', '.join(sorted(unknown))}; it has {', '.join(assignment.problems)}."
+        )
+    table = Roster.read(roster) if roster else None
+    if assignment.per_student and table is None:
+        raise ValueError(
+            f"each student of {assignment.name} has problems of their own: give --roster."
+        )
+    entries, strangers = assign_entries(collect(submissions), table)
+    folder = out / "records"
+    folder.mkdir(parents=True, exist_ok=True)
+    done = {} if fresh else load_records(folder)
+    todo = {
+        who: entry
+        for who, entry in entries.items()
+        if only or who not in done or done[who].digest != digest(entry.path) or missing(done[who], assignment)
+    }  # fmt: skip
+    records = {who: done[who] for who in entries if who in done and who not in todo}
+    run = secrets.token_hex(8)
+    say(f"{len(entries)} submissions of {assignment.name}: {len(todo)} to grade, {len(records)} graded before.")  # fmt: skip
+    torch.set_num_threads(1)
+    start = time.monotonic()
+    stop = threading.Event()
+
+    def one(who: str, entry: Entry) -> Record | None:
+        if stop.is_set():
+            return None
+        before = done.get(who)
+        return grade_submission(assignment, who, entry, run, kind, limits or Limits(), only, before)
+
+    with ThreadPoolExecutor(max_workers=jobs) as pool:
+        waiting = {pool.submit(one, who, entry): who for who, entry in todo.items()}
+        try:
+            for count, future in enumerate(as_completed(waiting), 1):
+                who, record = waiting[future], future.result()
+                save_record(folder, who, record)
+                records[who] = record
+                passed = time.monotonic() - start
+                left = passed / count * (len(todo) - count)
+                say(
+                    f"{count:>4}/{len(todo)}  {who}: {record.points:g} of {assignment.points}"
+                    f"{'  ' + record.reason if record.reason else ''}   about {left / 60:.0f} min left"
+                )
+        except BaseException:
+            stop.set()
+            raise
+    records = {who: records[who] for who in entries}
+    if todo:
+        rate = len(todo) / (time.monotonic() - start) * 60
+        say(f"{len(todo)} graded, {rate:.1f} a minute with {jobs} at a time.")
+    grades = {who: f"{record.points:g}" for who, record in records.items()}
+    if table is not None:
+        filled = table.write(out / roster.name, column or assignment.name, grades, assignment.points)  # fmt: skip
+        say(f"{out / roster.name}: column {filled!r} filled for {len(grades)} students.")
+    absent = [who for who in table.students() if who not in records] if table else []
+    write_report(out / "report.html", assignment, records, absent, strangers)
+    write_feedback(out / "feedback", assignment, records)
+    for name in strangers:
+        say(f"{name} belongs to nobody on the roster: it isn't graded; the report lists it.")
+    say(f"{out / 'report.html'}: the report. {out / 'feedback'}: a file for each student.")
+    return records
+
+
+def assign_entries(
+    entries: Sequence[Entry], table: Roster | None
+) -> tuple[dict[str, Entry], list[str]]:
+    """Each student's submission, and the names of those that belong to nobody. Of two of a student the later file counts."""
+    found: dict[str, Entry] = {}
+    strangers = []
+    for entry in entries:
+        who = table.match(entry.name) if table else entry.name.removesuffix(".ipynb")
+        if who is None:
+            strangers.append(entry.name)
+            continue
+        if who in found:
+            both = sorted(
+                (found[who], entry), key=lambda e: e.path.stat().st_mtime if e.path else 0
+            )
+            flag = f"two submissions, {both[0].name} and {both[1].name}: the later one counts"
+            entry = Entry(both[1].name, both[1].path, (*both[1].flags, flag))
+        found[who] = entry
+    return found, strangers
+
+
+def missing(record: Record, assignment: Assignment) -> bool:
+    return set(record.problems) != set(assignment.problems)
+
+
+def save_record(folder: Path, who: str, record: Record) -> None:
+    """Whole or not at all, so that a run that is stopped can go on."""
+    path = folder / f"{file_of(who)}.json"
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(record.as_json(), indent=1, ensure_ascii=True) + "\n")
+    os.replace(part, path)
+
+
+def load_records(folder: Path) -> dict[str, Record]:
+    """What was graded before; a file that can't be read is graded again."""
+    found = {}
+    for path in sorted(folder.glob("*.json")):
+        try:
+            record = Record.from_json(json.loads(path.read_text()))
+        except (ValueError, TypeError, KeyError):
+            continue
+        found[record.student] = record
+    return found

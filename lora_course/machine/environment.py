@@ -1,0 +1,165 @@
+"""What must be installed beside the course, and how it is mended without touching anything else."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import subprocess
+import sys
+from collections.abc import Iterable
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+COURSE = "lora-course"
+# PEFT raises ImportError at the first plain linear where it finds an older torchao; Colab and Kaggle preinstall 0.10.
+# Where torchao is not installed, nobody needs it.
+REFUSED_WHEN_OLDER = (Requirement("torchao>=0.16.0"),)
+KEPT = ("torch", "numpy")  # an image's own builds: nothing may replace them
+RESTART = (
+    "restart the session (Colab: Runtime > Restart session; Kaggle: Run > Restart) and run it again"
+)
+
+
+def installed() -> dict[str, str]:
+    """Distribution → version of all that Python finds, in the form `canonicalize_name` gives; the first on the path counts."""
+    versions: dict[str, str] = {}
+    for distribution in importlib.metadata.distributions():
+        name = distribution.metadata["Name"]
+        if name:
+            versions.setdefault(canonicalize_name(name), distribution.version)
+    return versions
+
+
+def wanting(versions: dict[str, str] | None = None) -> list[Requirement]:
+    """Requirements of the course that are not met here, and those of PEFT on what happens to be here. Empty: all is well.
+
+    versions: `installed()` by default.
+    """
+    versions = installed() if versions is None else versions
+    needed = _requirements(COURSE)
+    optional = [need for need in REFUSED_WHEN_OLDER if canonicalize_name(need.name) in versions]
+    return [need for need in [*needed, *optional] if not _met(need, versions)]
+
+
+def _requirements(name: str) -> list[Requirement]:
+    """What an installed distribution requires here, without its extras."""
+    needs = [Requirement(text) for text in importlib.metadata.requires(name) or []]
+    return [need for need in needs if not need.marker or need.marker.evaluate({"extra": ""})]
+
+
+def _met(need: Requirement, versions: dict[str, str]) -> bool:
+    version = versions.get(canonicalize_name(need.name))
+    return version is not None and need.specifier.contains(version, prereleases=True)
+
+
+def install(needs: Iterable[Requirement]) -> None:
+    """Installs what is asked for, then what that lacks, and nothing else: pip resolves nothing, so it replaces nothing.
+
+    Of a package that is there already, what is lacking stays in its major version, which its other users ask for.
+    Raises RuntimeError with one sentence where that can't be: no network, no such version, or another torch would be needed.
+    """
+    needs = list(needs)
+    while needs:
+        kept = [need for need in needs if canonicalize_name(need.name) in KEPT]
+        if kept:
+            raise RuntimeError(
+                f"the course would need {listed(kept)}, and {kept[0].name} {installed()[kept[0].name]} is here: take a newer "
+                "runtime, or set LORA_COURSE_SOURCE to an older release of the course"
+            )
+        _pip([_in_major(need) for need in needs])
+        needs = _lacking({canonicalize_name(need.name) for need in needs})
+
+
+def _pip(packages: list[str]) -> None:
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--upgrade", "--no-deps"]
+    run = subprocess.run(
+        [*command, *packages], capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
+    if run.returncode:
+        errors = [line for line in run.stderr.splitlines() if line.startswith("ERROR")]
+        raise RuntimeError(
+            f"pip could not install {', '.join(packages)}. On Kaggle, switch the internet on (Session options > Internet). "
+            f"pip said: {(errors or ['nothing'])[-1]}"
+        )
+
+
+def _lacking(names: set[str]) -> list[Requirement]:
+    """What installed distributions require and don't find; one requirement for each package."""
+    versions = installed()
+    found: dict[str, Requirement] = {}
+    for name in sorted(names):
+        for need in _requirements(name):
+            if not _met(need, versions):
+                key = canonicalize_name(need.name)
+                together = found[key].specifier & need.specifier if key in found else need.specifier
+                found[key] = Requirement(f"{need.name}{together}")
+    return list(found.values())
+
+
+def _in_major(need: Requirement) -> str:
+    """A requirement as pip reads it, kept below the next major version of what is there, unless it asks for more."""
+    version = installed().get(canonicalize_name(need.name))
+    if version is None:
+        return str(need)
+    bound = Requirement(f"{need.name}{need.specifier},<{Version(version).major + 1}")
+    lowest = [Version(part.version) for part in need.specifier if part.operator in (">=", "==")]
+    above = any(low.major > Version(version).major for low in lowest)
+    return str(need if above else bound)
+
+
+def prepare(version: str, hosted: bool) -> None:
+    """The second half of a chapter's set-up cell: mends what is missing or refused, and says in one line what it did.
+
+    version: the course's, that the chapter was written with. hosted: on Colab or Kaggle, where packages are installed
+    without asking; elsewhere the line to paste is printed instead.
+    Raises SystemExit with one sentence where the chapter can't go on.
+    """
+    before = installed()
+    if COURSE not in before:
+        return print("lora-course runs from a folder on the path.")
+    if before[COURSE] != version:
+        print(f"This chapter was written with lora-course {version}; {before[COURSE]} is here.")
+    needs = wanting(before)
+    if needs and not hosted:
+        sys.exit(f"The course needs {listed(needs)}. Paste: {pip_line(map(str, needs))}")
+    if needs:
+        try:
+            install(needs)
+        except RuntimeError as error:
+            sys.exit(str(error))
+        forget_what_was_looked_up()
+    after = installed()
+    news = [
+        f"{need.name} {after[canonicalize_name(need.name)]}"
+        f" ({'new' if canonicalize_name(need.name) not in before else f'was {before[canonicalize_name(need.name)]}'})"
+        for need in needs
+    ]
+    kept = ", ".join(f"{name} {after[name]}" for name in ("torch", "numpy", "transformers"))
+    print(
+        f"lora-course {before[COURSE]}: installed {', '.join(news)}; as they were: {kept}."
+        if news
+        else f"lora-course {before[COURSE]} is ready."
+    )
+    old = [need.name for need in needs if need.name in sys.modules]
+    if old:
+        sys.exit(f"An older {old[0]} is loaded in this session: {RESTART}.")
+
+
+def forget_what_was_looked_up() -> None:
+    """transformers keeps what it found installed when it first looked; after an installation it must look again."""
+    importlib.invalidate_caches()
+    for name in ("transformers.utils.import_utils", "peft.import_utils"):
+        for looked_up in vars(sys.modules.get(name, object)).values():
+            if hasattr(looked_up, "cache_clear"):
+                looked_up.cache_clear()
+
+
+def pip_line(packages: Iterable[str]) -> str:
+    """What to paste into a notebook's cell to install packages: `%pip` takes the notebook's own Python."""
+    return "%pip install --upgrade " + " ".join(f'"{package}"' for package in packages)
+
+
+def listed(needs: Iterable[Requirement]) -> str:
+    return ", ".join(str(need) for need in needs)

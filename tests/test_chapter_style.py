@@ -1,0 +1,123 @@
+"""The measurable part of a chapter's style (DESIGN, "A chapter, second edition"), for the chapters that have it."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tools import chapter_style
+from tools.chapter_style import CELL, COLUMNS, ORDER, TIME, WORDS, Chapter
+from tools.run_chapters import ROOT
+
+SECOND_EDITION: tuple[str, ...] = ()  # stems of the chapters rewritten so far
+CHAPTERS = [Chapter(ROOT / "notebooks" / f"{stem}.md") for stem in SECOND_EDITION]
+each = pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda chapter: chapter.path.stem)
+
+
+@each
+def test_no_visible_line_is_wider_than_a_page(chapter: Chapter) -> None:
+    assert not chapter.wide, f"wider than {COLUMNS} columns: {chapter.wide}"
+
+
+@each
+def test_a_visible_cell_is_one_thought(chapter: Chapter) -> None:
+    assert not chapter.long, f"cells of more than {CELL} lines begin with: {chapter.long}"
+
+
+@each
+def test_claims_are_checked_in_folded_cells(chapter: Chapter) -> None:
+    flow = [line for lines in chapter.visible for line in lines if "claims.add(" in line]
+    assert not flow, "fold the cells that check claims (hide-input)"
+
+
+@each
+def test_a_chapter_is_read_in_one_sitting(chapter: Chapter) -> None:
+    assert chapter.words <= WORDS
+
+
+@each
+def test_sections_stand_in_the_order_of_every_chapter(chapter: Chapter) -> None:
+    found = [name for heading in chapter.headings for name in ORDER if heading.startswith(name)]
+    assert found == list(ORDER), f"{found} of {chapter.headings}"
+
+
+@each
+def test_every_claim_is_linked_from_the_sentence_that_states_it(chapter: Chapter) -> None:
+    wanted = {f"claim-{id.replace('.', '-')}" for id in chapter.claims}
+    assert wanted and wanted <= chapter.linked, f"no link to {sorted(wanted - chapter.linked)}"
+
+
+@each
+def test_figures_are_numbered_in_order_and_one_moves(chapter: Chapter) -> None:
+    assert chapter.figures == list(range(1, len(chapter.figures) + 1))
+    source = chapter.path.read_text()
+    assert len(re.findall(r"\b(?:lab|moving)\.show\(", source)) == len(chapter.figures)
+    assert "moving.show(" in source
+
+
+@each
+def test_the_time_it_takes_is_the_rules(chapter: Chapter) -> None:
+    stated = TIME.search(chapter.prose)
+    assert stated, "state **Time**: N minutes to read, M for the exercises"
+    assert (int(stated[1]), int(stated[2])) == chapter.minutes
+
+
+TOY = """---
+jupytext:
+  formats: ipynb,md:myst
+kernelspec:
+  display_name: Python 3
+  language: python
+  name: python3
+---
+
+# 9.9 A toy
+
+One two `three four` $five$ [six](#claim-9-9-a).
+
+```{code-cell} ipython3
+x = 1
+
+y = 2
+```
+
+```{code-cell} ipython3
+:tags: [hide-input]
+
+claims.add(
+    "9.9-a", "s", "own", "e", {"x": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]}, "mean(x) > 2 and mean(x) < 100"
+)
+lab.show(fig, "x", number="9.9-1")
+```
+
+## Exercises
+
+**Exercise 9.9-a: one** (easy, 5 minutes). Do it.
+
+**Exercise 9.9-b: two** (hard, 20 minutes). Do it.
+"""
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Path:
+    path = tmp_path / "9_9_toy.md"
+    path.write_text(TOY)
+    return path
+
+
+def test_what_is_measured_is_what_a_reader_sees(toy: Path) -> None:
+    chapter = Chapter(toy)
+    assert chapter.visible == [["x = 1", "y = 2"]] and not chapter.wide and not chapter.long
+    assert chapter.claims == {"9.9-a"} and chapter.linked == {"claim-9-9-a"}
+    assert chapter.figures == [1] and chapter.headings == ["Exercises"]
+    assert chapter.words == 26 and chapter.minutes == (5, 25)
+
+
+def test_wide_lines_long_cells_and_long_chapters_are_found(toy: Path) -> None:
+    cell = "\n".join(["z = 3"] * CELL)
+    toy.write_text(TOY.replace("y = 2", f"{cell}\n{'w' * (COLUMNS + 1)}") + "word " * WORDS)
+    chapter = Chapter(toy)
+    assert chapter.wide == ["w" * (COLUMNS + 1)] and chapter.long == ["x = 1"]
+    assert chapter.words > WORDS
+    reading = chapter.words / chapter_style.WORDS_A_MINUTE
+    assert reading < chapter.minutes[0] <= reading + 2 + 5

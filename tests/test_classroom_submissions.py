@@ -1,0 +1,173 @@
+"""What students hand in and what instructors keep: cells found, names matched, tables filled, bytes distrusted."""
+
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lora_course.classroom import wire
+from lora_course.classroom.grade import assign_entries
+from lora_course.classroom.remote import put_back
+from lora_course.classroom.roster import Roster
+from lora_course.classroom.runner import needed, plain_python
+from lora_course.classroom.submissions import (
+    Entry,
+    Unreadable,
+    collect,
+    file_of,
+    find_answer,
+    look_alike,
+    read_cells,
+)
+
+CANVAS = "Student,ID,SIS User ID,SIS Login ID,Section,hw1 (991)\n    Points Possible,,,,,25\nstudent01,101,s1,one,A,\nstudent02,102,s2,two,A,7\n"
+MOODLE = "\ufeffIdentifier;Full name;Email address;Grade\r\nParticipant 5001;Student, 01;one@example.org;\r\nParticipant 5002;Student 02;two@example.org;\r\n"
+
+
+def table(tmp_path: Path, text: str) -> Roster:
+    path = tmp_path / "roster.csv"
+    path.write_bytes(text.encode())
+    return Roster.read(path)
+
+
+def test_canvas_keeps_its_columns_and_its_row_of_points(tmp_path: Path) -> None:
+    roster = table(tmp_path, CANVAS)
+    assert roster.kind == "canvas" and len(roster.students()) == 2
+    assert roster.match("student02_102_77101_hw1.ipynb") == "102"
+    assert (
+        roster.match("student01_LATE_101_102_hw1-1.ipynb") == "101"
+    )  # the first number is the student's
+    assert roster.match("two.ipynb") == "102" and roster.match("103_hw1.ipynb") is None
+    name = roster.write(tmp_path / "out.csv", "hw1", {"101": "25"}, 25)
+    assert name == "hw1 (991)"
+    assert (tmp_path / "out.csv").read_text() == CANVAS.replace("one,A,", "one,A,25")
+
+
+def test_moodle_keeps_mark_separator_quotes_and_line_ends(tmp_path: Path) -> None:
+    roster = table(tmp_path, MOODLE)
+    assert roster.kind == "moodle"
+    who = roster.match("Student 02_5002_assignsubmission_file")
+    assert who == "Participant 5002"
+    assert roster.write(tmp_path / "out.csv", "hw1", {who: "3.5"}, 25) == "Grade"
+    assert (tmp_path / "out.csv").read_bytes() == MOODLE.replace("two@example.org;", "two@example.org;3.5").encode()  # fmt: skip
+
+
+def test_a_plain_table_gains_a_column_and_a_bad_one_is_refused(tmp_path: Path) -> None:
+    roster = table(tmp_path, "name,id\nA,x1\nB,x2\n")
+    assert roster.write(tmp_path / "out.csv", "hw1", {"x2": "4"}, 9) == "hw1"
+    assert (tmp_path / "out.csv").read_text() == "name,id,hw1\nA,x1,\nB,x2,4\n"
+    with pytest.raises(ValueError, match="no column that says who"):
+        table(tmp_path, "name,colour\nA,red\n")
+    with pytest.raises(ValueError, match="x1 is twice"):
+        table(tmp_path, "id,name\nx1,A\nx1,B\n").students()
+
+
+def test_two_submissions_of_a_student_and_one_of_nobody(tmp_path: Path) -> None:
+    for name in ("x1.ipynb", "x1_again.ipynb", "y.ipynb"):
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "x2").mkdir()
+    for name in ("a.ipynb", "b.ipynb"):
+        (tmp_path / "x2" / name).write_text("{}")
+    (tmp_path / "secret.ipynb").symlink_to("/etc/passwd")
+    import os
+
+    os.utime(tmp_path / "x1.ipynb", (10, 10))
+    roster = table(tmp_path, "id,name\nx1,A\nx2,B\n")
+    (tmp_path / "roster.csv").unlink()
+    found, strangers = assign_entries(collect(tmp_path), roster)
+    assert found["x1"].name == "x1_again.ipynb" and "two submissions" in found["x1"].flags[0]
+    assert found["x2"].path.name == "b.ipynb" and "2 notebooks" in found["x2"].flags[0]
+    assert strangers == ["y.ipynb"]
+
+
+def cell(source: str, problem: str = "", role: str = "") -> dict:
+    return {"source": source, "problem": problem, "role": role}
+
+
+def test_answers_are_found_by_metadata_then_by_name_and_the_last_counts() -> None:
+    right, other = cell("def f(x):\n    return 1", "p", "answer"), cell("def f(x):\n    return 2")
+    assert find_answer([right, other], "p", "f").answer == right["source"]
+    lost = find_answer([other], "p", "f")
+    assert lost.answer == other["source"] and "by its name" in lost.flags[0]
+    twice = find_answer([right, cell("def f(x):\n    return 3", "p", "answer")], "p", "f")
+    assert twice.answer.endswith("3") and "the last counts" in twice.flags[0]
+    assert find_answer([cell("def g(x): ...")], "p", "f").answer is None
+    moved = find_answer([cell("# see below", "p", "answer"), other], "p", "f")
+    assert moved.answer == other["source"]
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [(b"", "empty"), (b"\xff\xfe", "no notebook"), (b"[" * 10**5, "no notebook"), (b'{"cells": [1]}', "no notebook")],
+)  # fmt: skip
+def test_what_is_no_notebook_is_told(tmp_path: Path, content: bytes, word: str) -> None:
+    (tmp_path / "x.ipynb").write_bytes(content)
+    with pytest.raises(Unreadable, match=word):
+        read_cells(tmp_path / "x.ipynb")
+    with pytest.raises(Unreadable, match="no notebook"):
+        read_cells(None)
+
+
+def test_only_definitions_that_the_answer_uses_are_run() -> None:
+    import ast
+
+    own = "import os\nfactor = 3\ndef helper(x):\n    return deeper(x)\ndef deeper(x):\n    return factor * x\nmodel = train()\nfor i in x: pass"
+    answer = "def f(x):\n    return helper(x)"
+    chosen = needed(ast.parse(own).body, ast.parse(answer).body)
+    assert [ast.unparse(node).split("\n")[0] for node in chosen] == ["factor = 3", "def helper(x):", "def deeper(x):"]  # fmt: skip
+    assert plain_python("%time\n  !ls\nx = 1").splitlines() == ["#%time", "#  !ls", "x = 1"]
+
+
+def test_values_go_over_the_wire_and_forged_bytes_do_not() -> None:
+    value = {
+        "a": [1, 2.5, True, None, "é", float("inf")], ("t", 1): (torch.ones(2, 3, dtype=torch.bfloat16),),
+        "n": np.arange(3), "s": np.float64(0.5), "big": 10**30, "empty": torch.zeros(0, 2), "flag": torch.tensor(True),
+    }  # fmt: skip
+    back = wire.decode(wire.encode(value))
+    assert back["a"] == value["a"] and back["big"] == 10**30 and back["s"] == 0.5
+    assert back[("t", 1)][0].dtype == torch.bfloat16 and torch.equal(back["n"], torch.arange(3))
+    assert back["empty"].shape == (0, 2) and back["flag"].item() is True
+    leaf = wire.decode(wire.encode(torch.ones(2, requires_grad=True)))
+    assert leaf.requires_grad and leaf.is_leaf
+    assert isinstance(wire.decode(wire.encode(object())), wire.Opaque)
+    message = wire.encode([torch.ones(3)])
+    for forged in (b"", message[:-1], message + b"x", pickle.dumps(value), b"\0" * 64, message.replace(b"tensor", b"sensor")):  # fmt: skip
+        with pytest.raises(wire.WireError):
+            wire.decode(forged)
+    deep: list = []
+    for _ in range(5000):
+        deep = [deep]
+    nested = json.dumps(["plain", None])
+    for _ in range(900):
+        nested = f'["list", [{nested}]]'
+    assert isinstance(wire.encode(deep), bytes)
+    with pytest.raises(wire.WireError):
+        body = wire.save({})
+        wire.decode(wire.HEADER.pack(len(nested), len(body)) + nested.encode() + body)
+    with pytest.raises(wire.WireError, match="more than 1 MB"):
+        wire.encode(torch.zeros(1 << 20), most=1 << 20)
+
+
+def test_changes_in_place_come_back_into_the_same_objects() -> None:
+    tensor, rows, table = torch.zeros(2), [torch.zeros(1), 5], {"a": torch.zeros(1), "b": 1}
+    first = rows[0]
+    put_back(tensor, torch.ones(2))
+    put_back(rows, [torch.ones(1), 6])
+    put_back(table, {"a": torch.ones(1), "c": 2})
+    assert tensor.tolist() == [1, 1] and rows[0] is first and first.item() == 1 and rows[1] == 6
+    assert table["a"].item() == 1 and set(table) == {"a", "c"}
+    put_back(rows, [])
+    assert rows == []
+
+
+def test_copies_with_other_names_look_alike_and_other_answers_do_not() -> None:
+    long = "def f(x, y):\n    # mine\n" + "".join(f"    v{i} = x * {i} + y / {i + 1}\n" for i in range(12)) + "    return v3"  # fmt: skip
+    renamed = long.replace("x", "left").replace("y", "right").replace("# mine", "# my own")
+    other = "def f(x, y):\n" + "".join(f"    w{i} = (y - {i}) ** x if y else None\n" for i in range(12))  # fmt: skip
+    pairs = look_alike({"student01": long, "student02": renamed, "student03": other})
+    assert [pair[1:] for pair in pairs] == [("student01", "student02")] and pairs[0][0] > 0.95
+    assert file_of("student01") == "student01" and "/" not in file_of("../x") and file_of("a/b") != file_of("a_b")  # fmt: skip
+    assert Entry("x", None).flags == ()

@@ -1,0 +1,60 @@
+"""The lanes' own parts: which packages imitate an image, how lists are renewed, what workflows may do."""
+
+import json
+import re
+
+import pytest
+import yaml
+
+from tools.lanes import image, refresh
+from tools.run_chapters import ROOT
+
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+
+
+@pytest.mark.parametrize("name", ["colab-gpu", "kaggle"])
+def test_an_image_is_imitated_with_what_the_course_meets(name: str) -> None:
+    pins = dict(line.split("==") for line in image.pins(name, torch=False))
+    assert pins["torchao"] == "0.10.0" and {"diffusers", "gradio", "transformers"} <= set(pins)
+    assert "torch" not in pins
+    torch = dict(line.split("==") for line in image.pins(name, torch=True))["torch"]
+    assert re.fullmatch(r"\d+\.\d+\.\d+", torch), "the index knows no +cu128"
+
+
+def test_lists_are_renewed_and_kaggles_is_of_its_day() -> None:
+    asked = []
+
+    def fetch(address: str) -> str:
+        asked.append(address)
+        if "api.github.com" in address:
+            day = "2026-05-14" if "until=2026-05-14" in address else "2026-08-19"
+            return json.dumps([{"sha": day.replace("-", "") * 5, "commit": {"committer": {"date": f"{day}T01:00:00Z"}}}])  # fmt: skip
+        if address.endswith("config.txt"):
+            return "BASE_IMAGE_TAG=release-colab-external-images_20260514-060047_RC00\n"
+        return f"torch==2.{'10' if '20260514' in address else '11'}.0+cu128\n"
+
+    found = refresh.lists(fetch)
+    assert found["colab-gpu.txt"].splitlines()[-1] == "torch==2.11.0+cu128"
+    first, last = found["kaggle.txt"].splitlines()
+    assert "20260514-060047" in first and "(2026-05-14)" in first and last == "torch==2.10.0+cu128"
+    assert all(address.startswith("https://") for address in asked)
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_workflows_state_their_permissions_and_pin_actions(path) -> None:
+    workflow = yaml.safe_load(path.read_text())
+    assert "permissions" in workflow, f"{path.name}: without a line it may write everything"
+    for job in workflow["jobs"].values():
+        assert "timeout-minutes" in job
+    for line in path.read_text().splitlines():
+        if "uses:" in line:
+            assert re.search(r"uses: [\w./-]+@[0-9a-f]{40}\s+# v\d", line), (
+                f"{path.name}: {line.strip()}"
+            )
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_workflows_run_targets_that_exist(path) -> None:
+    targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    asked = set(re.findall(r"\bmake ([a-z0-9-]+)", path.read_text()))
+    assert asked <= targets, f"{path.name} asks for {sorted(asked - targets)}"

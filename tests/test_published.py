@@ -1,0 +1,63 @@
+"""An executed chapter as the book shows it."""
+
+import json
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat import v4
+
+from lora_course.lab.claims import BOOK
+from tools import published
+from tools.run_chapters import Result
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> tuple[Path, Result]:
+    """A chapter that ran: an exercise, a folded figure, a table with an empty corner, progress on stderr."""
+    (tmp_path / "book").mkdir()
+    (tmp_path / "book" / "glossary.md").write_text(
+        ":::{glossary}\nrouter (路由器)\n  It routes.\n:::\n"
+    )
+    table = f'<table><tr><th></th></tr></table><a href="{BOOK}/book/ledger.html#claim-9-9-a">a</a>'
+    outputs = [
+        v4.new_output("stream", name="stderr", text="100%"),
+        v4.new_output("display_data", data={"text/html": table}),
+    ]
+    cells = [
+        v4.new_markdown_cell("A router, see [0.1](0_1_lora.md)."),
+        v4.new_markdown_cell("**Exercise 9.9-a: why** (easy). Say why."),
+        v4.new_code_cell("lab.show(fig, 'x')", outputs=outputs, metadata={"tags": ["hide-input", "skip-execution"]}),
+        v4.new_code_cell("# @title Solution", metadata={"tags": ["solution", "hide-cell"]}),
+        v4.new_code_cell("1 + 1"),
+    ]  # fmt: skip
+    nbformat.write(v4.new_notebook(cells=cells), tmp_path / "9_9_toy.ipynb")
+    return tmp_path, Result("9_9_toy", tmp_path, 1.0, fresh=True)
+
+
+def cells(project: tuple[Path, Result]) -> list[dict]:
+    root, result = project
+    return json.loads(published.notebook(result, root, {"9_9_toy"}))["cells"]
+
+
+def test_links_terms_and_anchors_are_set(project) -> None:
+    first, second, *_ = ("".join(cell["source"]) for cell in cells(project))
+    assert 'href="../book/glossary.html#term-router">router</a>' in first
+    assert f"[0.1]({BOOK}/notebooks/0_1_lora.html)" in first  # not in this build
+    assert second.startswith('<span id="exercise-9-9-a"></span>**Exercise 9.9-a')
+
+
+def test_folds_say_what_is_in_them(project) -> None:
+    _, _, figure, solution, plain = cells(project)
+    assert figure["metadata"]["mystnb"]["code_prompt_show"] == "Show the code of the figure"
+    assert solution["metadata"]["mystnb"]["code_prompt_hide"] == "Hide the solution"
+    assert "mystnb" not in plain["metadata"]
+
+
+def test_outputs_are_fit_for_a_page(project) -> None:
+    figure = cells(project)[2]
+    assert figure["metadata"]["tags"] == ["hide-input"]
+    (output,) = figure["outputs"]  # progress bars are gone
+    page = "".join(output["data"]["text/html"])
+    assert "<th></th>" not in page and "<td></td>" in page
+    assert 'href="../book/ledger.html#claim-9-9-a"' in page

@@ -1,0 +1,102 @@
+"""Releases, downloads, links and records of runs state what is so."""
+
+import json
+import urllib.error
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tools import downloads, facts, links, print_book, record_runs, release
+from tools.run_chapters import ROOT, Result
+
+CHANGELOG = "# Changelog\n\n## 0.2.0\n\n- New.\n\n## 0.1.0\n\n- First.\n- Second.\n"
+
+
+def test_notes_are_the_versions_own_part() -> None:
+    assert release.notes(CHANGELOG, "0.1.0") == "- First.\n- Second.\n"
+    assert release.notes(CHANGELOG, "0.2.0") == "- New.\n"
+    for version in ("0.3.0", "0.1"):
+        with pytest.raises(SystemExit, match=f"nothing under `## {version}`"):
+            release.notes(CHANGELOG, version)
+
+
+def test_a_tag_of_another_version_is_refused_and_this_one_has_notes() -> None:
+    version = facts.read().version
+    release.check(f"v{version}")
+    assert release.notes((ROOT / "CHANGELOG.md").read_text(), version)
+    with pytest.raises(SystemExit, match=f"should be v{version}"):
+        release.check("v9.9.9")
+
+
+def test_the_archive_holds_every_notebook_and_is_the_same_each_time(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(downloads, "pdf_path", lambda: tmp_path / "book.pdf")
+    (archive,) = downloads.collect(tmp_path / "one")
+    names = zipfile.ZipFile(archive).namelist()
+    assert names == [
+        f"notebooks/{path.name}" for path in sorted((ROOT / "notebooks").glob("*.ipynb"))
+    ]
+    (tmp_path / "book.pdf").write_bytes(b"%PDF")
+    again, pdf = downloads.collect(tmp_path / "two")
+    assert again.read_bytes() == archive.read_bytes() and pdf.read_bytes() == b"%PDF"
+
+
+def test_printing_needs_a_staged_book(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(print_book, "ROOT", tmp_path)
+    with pytest.raises(SystemExit, match="run `make book` first"):
+        print_book.print_book()
+
+
+def test_an_address_that_is_gone_is_told_from_one_that_is_shy(monkeypatch) -> None:
+    def answer(request, timeout: float):
+        code = int(request.full_url.rsplit("/", 1)[1])
+        raise urllib.error.HTTPError(request.full_url, code, "words", None, None)
+
+    monkeypatch.setattr(links.urllib.request, "urlopen", answer)
+    assert links.trouble("https://example.org/403") is None
+    assert links.trouble("https://example.org/404") == "404 words"
+    assert links.trouble("https://example.org/500") == "500 words"
+
+
+def test_addresses_of_prose_are_found_without_what_follows_them() -> None:
+    found = links.addresses()
+    assert "https://arxiv.org/abs/2106.09685" in found
+    assert not [address for address in found if address.endswith((".", ",", ")", "`"))]
+
+
+def test_a_record_keeps_what_was_measured_on_the_same_device_only(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "t4.json"
+    monkeypatch.setattr(record_runs, "device", lambda profile: "a T4")
+    record_runs.record("t4", {"1_1": {"minutes": 3}}, path)
+    record_runs.record("t4", {"0_1": {"minutes": 2}}, path)
+    assert list(json.loads(path.read_text())["chapters"]) == ["0_1", "1_1"]
+    monkeypatch.setattr(record_runs, "device", lambda profile: "an L4")
+    record_runs.record("t4", {"0_1": {"minutes": 1}}, path)
+    record = json.loads(path.read_text())
+    assert record["chapters"] == {"0_1": {"minutes": 1}} and record["device"] == "an L4"
+
+
+def test_an_entry_counts_minutes_claims_and_peak(tmp_path: Path) -> None:
+    (tmp_path / "claims").mkdir()
+    claims = {"claims": [{"holds": True}, {"holds": False}]}
+    (tmp_path / "claims" / "0_1.json").write_text(json.dumps(claims))
+    result = Result("0_1", tmp_path, seconds=90.0, fresh=True)
+    assert record_runs.entry(result, 2048) == {
+        "minutes": 1.5,
+        "claims": 2,
+        "hold": 1,
+        "peak_gib": 2,
+    }
+    assert "peak_gib" not in record_runs.entry(result, None)
+
+
+def test_the_book_shows_records_and_says_where_there_are_none(tmp_path: Path) -> None:
+    folder = tmp_path / "lora_course" / "data" / "runs"
+    assert "No run on a GPU is recorded yet" in record_runs.table(tmp_path)
+    folder.mkdir(parents=True)
+    run = {"minutes": 2.5, "claims": 9, "hold": 8, "peak_gib": 3.25}
+    record = {"profile": "t4", "device": "a T4", "date": "2026-01-02", "versions": {"torch": "2.11"}, "chapters": {"0_1": run}}  # fmt: skip
+    (folder / "t4.json").write_text(json.dumps(record))
+    shown = record_runs.table(tmp_path)
+    assert "`t4` on a T4, 2026-01-02 (torch 2.11)" in shown and "guesses" not in shown
+    assert "| 0_1 | 2.5 | 3.2 GiB | 8 of 9 |" in shown

@@ -1,0 +1,73 @@
+"""The ledger: every claim of every chapter, from the records that their runs left."""
+
+import html
+from pathlib import Path
+
+from lora_course.lab.claims import EVIDENCE, KINDS, Claim, load_claims
+from tools.run_chapters import Result, title
+
+
+def ledger(root: Path, results: list[Result]) -> str:
+    """Every claim of every chapter, a line each that opens: what was expected, what came out, whether it holds."""
+    parts = []
+    for result in results:
+        for chapter in load_claims(result.folder / "claims"):
+            claims = chapter["claims"]
+            held = sum(claim.holds for claim in claims)
+            parts.append(
+                f"## {title(root / 'notebooks' / f'{result.stem}.md')}\n\n"
+                f"{held} of {len(claims)} hold, under the profile `{chapter['profile']}`. "
+                f"[Read the chapter](../notebooks/{result.stem}.ipynb)\n"
+            )
+            parts += [claim_row(claim, result.stem) for claim in claims]
+    return "\n".join(parts) or "*No chapter yet.*"
+
+
+def claim_row(claim: Claim, stem: str) -> str:
+    """A claim that opens (sphinx-design's dropdown), with its anchor, and classes for the filter."""
+    rows = [
+        ("verdict", f"{claim.verdict}: `{cell(claim.predicate)}`"),
+        ("kind", KINDS[claim.kind]),
+        ("rests on", EVIDENCE[claim.evidence]),
+        ("source", cell(claim.source)),
+        ("expected", cell(claim.expected)),
+        ("came out", cell(claim.effect or claim.outcome)),
+        ("values", values(claim.values)),
+        ("explanation", cell(claim.explanation)),
+        ("stated in", f'<a href="../notebooks/{stem}.html#{claim.anchor}">chapter {".".join(stem.split("_")[:2])}</a>'),
+    ]  # fmt: skip
+    body = "\n".join(f"| {name} | {text} |" for name, text in rows if text)
+    chapter, verdict = "-".join(stem.split("_")[:2]), "holds" if claim.holds else "fails"
+    return (
+        f"::::{{dropdown}} {claim.id} · {claim.verdict} · {one_line(claim.statement)}\n"
+        f":name: {claim.anchor}\n"
+        f":class-container: claim chapter-{chapter} verdict-{verdict} model-{claim.evidence}\n\n"
+        f"| claim | {claim.id} |\n|---|---|\n{body}\n::::\n"
+    )
+
+
+def values(named: dict[str, list]) -> str:
+    return "<br>".join(
+        f"{cell(name)}: {', '.join(number(value) for value in flat(series))}"
+        for name, series in named.items()
+    )
+
+
+def flat(series: object) -> list:
+    return (
+        [leaf for item in series for leaf in flat(item)] if isinstance(series, list) else [series]
+    )
+
+
+def number(value: object) -> str:
+    if not isinstance(value, float):
+        return html.escape(str(value))
+    return f"{value:,.0f}" if 1e5 <= abs(value) < 1e15 else f"{value:.5g}"
+
+
+def one_line(text: str) -> str:
+    return " ".join(str(text).split())
+
+
+def cell(text: str) -> str:
+    return one_line(text).replace("|", "\\|")

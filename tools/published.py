@@ -1,0 +1,75 @@
+"""An executed chapter as the book shows it: links resolved, folds named, anchors set, no traces of the execution."""
+
+import re
+from pathlib import Path
+
+import nbformat
+
+from tools import crosslinks, facts
+from tools.run_chapters import Result
+
+BOOK = facts.read().book
+EXERCISE = re.compile(r"^\*\*Exercise (\d+\.\d+-\w+)", re.MULTILINE)
+FOLDS = (  # what a folded cell holds → what its button says; the first that fits
+    (r"%pip install", "the installation"),
+    (r"claims\.add\(", "how the claims are checked"),
+    (r"\bfigure\(|moving\.show\(|lab\.show\(", "the code of the figure"),
+    (r"fails\(", "the defect"),
+)
+
+
+def notebook(result: Result, root: Path, there: set[str]) -> str:
+    """The .ipynb that the book is built from, and that it offers for download."""
+    book = nbformat.read(result.notebook, as_version=4)
+    prose = [cell for cell in book.cells if cell.cell_type == "markdown"]
+    texts = [crosslinks.for_book(cell.source, result.stem, BOOK, there) for cell in prose]
+    known = crosslinks.terms(root / "book" / "glossary.md")
+    for cell, text in zip(prose, crosslinks.with_terms(texts, known), strict=True):
+        cell.source = EXERCISE.sub(exercise, text)
+    for cell in book.cells:
+        cell.metadata.pop("execution", None)
+        if cell.cell_type == "code":
+            code(cell)
+    book.metadata.pop("jupytext", None)
+    book.metadata["kernelspec"] = {
+        "display_name": "Python 3",
+        "language": "python",
+        "name": "python3",
+    }
+    return nbformat.writes(book) + "\n"
+
+
+def exercise(match: re.Match[str]) -> str:
+    """The anchor of an exercise before its name: #exercise-2-1-a for 2.1-a."""
+    return f'<span id="exercise-{match[1].replace(".", "-")}"></span>{match[0]}'
+
+
+def code(cell: nbformat.NotebookNode) -> None:
+    """Name the fold, leave out what the execution wrote to stderr, and make outputs fit for a page."""
+    tags = cell.metadata.get("tags", [])
+    if "skip-execution" in tags:
+        cell.metadata["tags"] = [tag for tag in tags if tag != "skip-execution"]
+    if name := fold(cell):
+        cell.metadata["mystnb"] = {
+            "code_prompt_show": f"Show {name}",
+            "code_prompt_hide": f"Hide {name}",
+        }
+    cell.outputs = [out for out in cell.outputs if out.get("name") != "stderr"]
+    for output in cell.outputs:
+        if "text/html" in output.get("data", {}):
+            output.data["text/html"] = page_html(output.data["text/html"])
+
+
+def fold(cell: nbformat.NotebookNode) -> str:
+    """What a folded cell holds, in words; empty where nothing is folded or nothing special is in it."""
+    tags = cell.metadata.get("tags", [])
+    if "solution" in tags:
+        return "the solution"
+    if not {"hide-input", "hide-cell"} & set(tags):
+        return ""
+    return next((name for pattern, name in FOLDS if re.search(pattern, cell.source)), "")
+
+
+def page_html(text: str) -> str:
+    """HTML of an output: links stay within the book, and a table's corner is no empty header."""
+    return text.replace(f'href="{BOOK}/', 'href="../').replace("<th></th>", "<td></td>")
