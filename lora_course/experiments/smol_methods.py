@@ -26,6 +26,7 @@ from lora_course.arguments import training_arguments
 from lora_course.experiments.arms import Arm, adapted, base_of, config_of
 from lora_course.hierarchical import NestedLoRALinear
 from lora_course.injection import adapter_layers, inject
+from lora_course.lab import study
 from lora_course.qlora import quantize_model
 from lora_course.quantized import QuantizedLoRALinear
 from lora_course.sparse import (
@@ -96,14 +97,24 @@ def adalora(settings: Settings, seed: int) -> Arm:
 
 
 def gates(settings: Settings, seed: int) -> Arm:
-    """From 1.5 r components a layer down to what the penalty leaves."""
+    """From 1.5 r components a layer down to about r. All steps together take `settings["gate_threshold"]` off a gate, at every
+    rate alike: of gates drawn from N(0, 1) a third lies within 0.43 of zero."""
     model = adapted(settings, seed, config_of(settings["r"] * 3 // 2), layer=GatedLoRALinear)
+
+    def fit(rows: datasets.Dataset, learning_rate: float, seed: int) -> list[float]:
+        fields = recipe(settings, learning_rate, seed)
+        steps, batch = fields.pop("max_steps"), fields.pop("per_device_train_batch_size")
+        penalty = settings["gate_threshold"] / (
+            learning_rate * steps / 2
+        )  # a schedule's mean is 1/2
+        sparsity = GateSparsity(model, penalty)
+        return study.fit(model, rows, steps=steps, batch=batch, callbacks=[sparsity], **fields)
 
     def finish(model: nn.Module) -> dict[str, Any]:
         prune_gates(model)
         return {"ranks": spread(open_gates(model))}
 
-    return Arm(model, [GateSparsity(model, penalty=settings["gate_penalty"])], finish=finish)
+    return Arm(model, fit=fit, finish=finish)
 
 
 def adaptive(settings: Settings, seed: int) -> Arm:

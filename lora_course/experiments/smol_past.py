@@ -30,7 +30,7 @@ SETTINGS: dict[str, Any] = {
     "model": "smol", "task": "past", "steps": 40, "batch": 12, "length": 32, "r": 8, "scaling": 2.0,
     "words": {"validation": 160, "test": 400}, "new_tokens": 12, "own_text": "glosses", "own_bytes": 6_000,
     "seeds": [0, 1, 2], "search_seeds": [0], "first": [1e-3, 2e-3, 4e-3], "first_of": {"adalora": [2e-3, 4e-3, 8e-3]},
-    "gate_penalty": 10.0, "cuts": [1, 2, 4, 8], "bits": [4, 2],
+    "gate_threshold": 0.43, "cuts": [1, 2, 4, 8], "bits": [4, 2],
 }  # fmt: skip
 
 

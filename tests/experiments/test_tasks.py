@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lora_course.experiments import smol_past, smol_several, task_scores, tasks_nano
-from lora_course.experiments.arms import base_of
+from lora_course.experiments.arms import base_of, train
 from lora_course.experiments.smol_methods import METHODS
 from lora_course.injection import trainable_parameters
 
@@ -120,3 +120,12 @@ def test_the_adapter_that_is_kept_is_that_of_the_seed_and_task_in_the_settings(
         assert not list(tmp_path.iterdir())
     tasks_nano.score("pronunciation", tasks_nano.trained("pronunciation", 1e-2, 0), "test")
     assert (tmp_path / "pronunciation" / "adapter.safetensors").is_file()
+
+
+@pytest.mark.parametrize("rate", [4e-3, 1.6e-2])
+def test_gates_end_with_about_loras_parameters_at_every_rate(small: None, rate: float) -> None:
+    settings = smol_past.SETTINGS | {"steps": 30}
+    lora = trainable_parameters(METHODS["lora"](settings, 0).model)
+    rows = task_scores.task_rows_of(settings, "past", 0)
+    found = train(METHODS["gates"](settings, 0), rows, rate, 0, 30, settings["batch"])
+    assert found.arm.parameters(found.model) / lora == pytest.approx(1, abs=0.15)
