@@ -88,6 +88,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for path in (ROOT / "book" / "_static").rglob("*"):
         if path.is_file():
             write(root / path.relative_to(ROOT), path.read_bytes())
+    for name in ("lab.css", "moving.js"):  # what every page loads
+        content = (ROOT / "lora_course" / "lab" / name).read_bytes()
+        write(root / "book" / "_static" / name, content)
     for name, content in pack.packed(ROOT):
         write(root / "book" / "_static" / "play" / "data" / name, content)
     text = pages.fill((ROOT / "book" / "play.md").read_text(), ROOT, [])
@@ -104,6 +107,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
         env=os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}, cwd=root, check=True,
     )  # fmt: skip
     html = root / "_build" / "html"
+    (html / "favicon.ico").write_bytes(b"")  # a browser asks for it beside a bare page
     scripts = "".join(f'<script src="_static/play/{script}"></script>' for script in SCRIPTS)
     write(html / "bare.html", f'<!doctype html><meta charset="utf-8">{scripts}'.encode())
     return html
