@@ -388,9 +388,8 @@ def test_the_bench_obeys_the_keyboard_and_its_knobs(
     browser.evaluate("document.getElementById('play-form').elements.rank.focus()")
     for _ in range(3):
         press(browser, "ArrowLeft")
-    assert browser.evaluate("document.getElementById('play-settings').innerText").endswith(
-        "rank 13"
-    )
+    settings = browser.evaluate("document.getElementById('play-settings').innerText")
+    assert "rank 13" in settings
     browser.evaluate("document.getElementById('play-prompt').focus()")
     press(browser, "Enter", modifiers=2)  # Ctrl
     card = "document.querySelector('#play-bench-cards .play-card')"
