@@ -7,12 +7,13 @@ import itertools
 import pytest
 import torch
 
-from lora_course import compare, distillation, hierarchical, qlora, quantized, sparse
+from lora_course import distillation, hierarchical, nf4, quantized, sparse
 from lora_course.classroom.assign import CHAPTERS
 from lora_course.classroom.comparison import difference
 from lora_course.classroom.draws import Draw
 from lora_course.classroom.families import Family, families, find, of_chapter
 from lora_course.classroom.judge import gradients_of
+from lora_course.lab import evidence
 
 SEEDS = [f"class {number}" for number in range(50)]
 each_family = pytest.mark.parametrize("family", families().values(), ids=list(families()))
@@ -145,17 +146,17 @@ def _merged(weight, A, B, lora_alpha):
 
 
 def _stored(rows, columns, bits, block):
-    return round(qlora.storage_bits(rows * columns, block) * rows * columns)
+    return round(nf4.storage_bits(rows * columns, block) * rows * columns)
 
 
 def _read_back(weight, codebook, block):
-    return qlora.dequantize_nf4(qlora.quantize_nf4(weight, block, double_quant=False))
+    return nf4.dequantize_nf4(nf4.quantize_nf4(weight, block, double_quant=False))
 
 
 def _kd(divergence):
     def loss(student, teacher, labels, alpha, T):
         config = distillation.DistillationConfig(alpha, T, divergence=divergence)
-        return distillation.distillation_loss(student, [teacher], labels, config).total
+        return distillation.distillation_loss(student, [teacher], labels, config).loss
 
     return loss
 
@@ -186,7 +187,7 @@ PACKAGE = {
     "4.1-threshold": [_close],
     "4.2-weights": [_weights],
     "4.3-grid": [_grid(g, c) for g in ("tensor", "channel", "group") for c in (1.0, 0.75)],
-    "5.1-front": [lambda points, margin: compare.pareto(points)],
+    "5.1-front": [lambda points, margin: evidence.pareto(points)],
 }
 
 
