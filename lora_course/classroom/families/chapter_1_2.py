@@ -24,6 +24,8 @@ def _budget_cases(draw: Draw, choice: Choices) -> list[tuple]:
         (1, 3), (2, 3), (1, 2, 8)
     ):  # halves, and even ones
         made.append((6, layers, target_r + more, target_r, 2, 2, 12))
+    for layers, more in itertools.product((1, 3), (2, 3, 12)):  # a little above a whole number
+        made.append((4, layers, 2 + more, 2, 2, 2, 12))
     return made
 
 
@@ -98,6 +100,8 @@ def _allocation_cases(draw: Draw, choice: Choices) -> list[tuple]:
         (3, (2, 9, 4, 7)),
         (4, (3, 3, 12)),
         (2, (6, 5, 9)),
+        (6, (3, 8, 5, 2)),
+        (5, (7, 2, 11)),
     ):
         shapes = {
             name: (draw.integer(2, 9), width)
