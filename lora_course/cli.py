@@ -204,35 +204,10 @@ def run_checkout(arguments: argparse.Namespace) -> int:
 
 
 def run_convert(arguments: argparse.Namespace) -> None:
-    source, target = arguments.source, arguments.target
-    ours, pefts = (source / "adapter.json").is_file(), (source / "adapter_config.json").is_file()
-    if ours == pefts:
-        raise ValueError(
-            f"{source} holds {'both' if ours else 'neither'} adapter.json (the course's format) {'and' if ours else 'nor'} adapter_config.json (PEFT's)."
-        )
-    if arguments.uniform and not ours:
-        raise ValueError(
-            "--uniform is of what is written for PEFT and servers: SOURCE holds PEFT's format already."
-        )
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(
-            f"{target} is there already: give a folder that is empty or does not exist."
-        )
-    from lora_course import export_peft, lab, load_adapter, load_peft, save_adapter
+    from lora_course.machine.convert import convert
 
-    model = lab.describe_base(arguments.base)  # names and shapes alone: no weight is read
-    if ours:
-        export_peft(load_adapter(model, source), target, arguments.uniform, name_of_base(source))
-    else:
-        save_adapter(load_peft(model, source), target)
-    print(f"{target} holds the adapter in {'PEFT' if ours else 'the course'}'s format.")
-
-
-def name_of_base(source: Path) -> str | None:
-    """What the adapter in `source` says its base is called; None where it does not say."""
-    from lora_course.checkpoint import read_description
-
-    return read_description(source)["base"]["name"] or None
+    given = arguments.source, arguments.target, arguments.base, arguments.uniform
+    print(f"{arguments.target} holds the adapter in {convert(*given)} format.")
 
 
 def main(given: Sequence[str] | None = None) -> int:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainingArguments
+from transformers import EarlyStoppingCallback, TrainingArguments
 
 from lora_course.descriptions import UNKNOWN, describe_adapter, differences
 from lora_course.files import read_json
@@ -168,3 +168,24 @@ def written(mark: Path) -> float:
 def delete_checkpoint(mark: Path) -> None:
     mark.unlink(missing_ok=True)  # first, as a kill may cut the deletion short
     shutil.rmtree(mark.parent, ignore_errors=True)  # another process may be at it
+
+
+def rotate_checkpoints(folder: Path, limit: int | None, best: str | None) -> None:
+    """Delete the oldest complete checkpoints until `limit` are left; the `best` one stays. None or 0: keep all."""
+    checkpoints = sorted(folder.glob(f"checkpoint-*/{COMPLETE}"), key=written)
+    for mark in checkpoints[:-limit] if limit else []:
+        if str(mark.parent) != best:
+            delete_checkpoint(mark)
+
+
+def is_finished(trainer: Any) -> bool:
+    """Whether a run is at its last step, or was stopped early. What stopped it otherwise (a limit of time) lets it go on."""
+    stoppers = [
+        callback
+        for callback in trainer.callback_handler.callbacks
+        if isinstance(callback, EarlyStoppingCallback)
+    ]
+    return trainer.state.global_step >= trainer.state.max_steps or any(
+        stopper.early_stopping_patience_counter >= stopper.early_stopping_patience
+        for stopper in stoppers
+    )

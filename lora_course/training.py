@@ -24,7 +24,6 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import (
-    EarlyStoppingCallback,
     PrinterCallback,
     Trainer,
     TrainerState,
@@ -43,11 +42,11 @@ from lora_course.injection import adapter_layers, trainable_parameters
 from lora_course.progress import Progress
 from lora_course.runs import (
     COMPLETE,
-    delete_checkpoint,
     describe_run,
     folder_to_resume,
+    is_finished,
     read_mark,
-    written,
+    rotate_checkpoints,
 )
 
 TRAINER_STATE = "trainer_state.json"
@@ -175,19 +174,9 @@ class AdapterTrainer(Trainer):
             self._set_use_cache(use_cache)
         last = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save and (last / COMPLETE).is_file():
-            self._mark_complete(last, finished=self._is_finished())
+            self._mark_complete(last, finished=is_finished(self))
         processes.wait()  # or another process could look for the mark before it is there
         return output
-
-    def _is_finished(self) -> bool:
-        """At its last step, or stopped early. What stopped it otherwise (a limit of time) lets it go on."""
-        stoppers = [
-            c for c in self.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)
-        ]
-        return self.state.global_step >= self.state.max_steps or any(
-            stopper.early_stopping_patience_counter >= stopper.early_stopping_patience
-            for stopper in stoppers
-        )
 
     def _take_over(self, folder: Path) -> TrainOutput | None:
         """Takes over a checkpoint that ended its run; from there Trainer would train one step too many."""
@@ -258,7 +247,7 @@ class AdapterTrainer(Trainer):
         processes.wait()  # each writes its own random state
         if self.args.should_save:
             self._mark_complete(folder)
-            self._rotate(folder.parent, limit)
+            rotate_checkpoints(folder.parent, limit, self.state.best_model_checkpoint)
 
     def _mark_complete(self, folder: Path, finished: bool = False) -> None:
         mark = {
@@ -268,13 +257,6 @@ class AdapterTrainer(Trainer):
             "run": self.described,
         }
         replace_file(folder / COMPLETE, json.dumps(mark).encode())
-
-    def _rotate(self, folder: Path, limit: int | None) -> None:
-        """Deletes the oldest complete checkpoints until `limit` are left; the best one stays. None or 0: keeps all."""
-        checkpoints = sorted(folder.glob(f"checkpoint-*/{COMPLETE}"), key=written)
-        for mark in checkpoints[:-limit] if limit else []:
-            if str(mark.parent) != self.state.best_model_checkpoint:
-                delete_checkpoint(mark)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
