@@ -30,7 +30,7 @@ test: $(VENV)/.installed
 	@$(PY) -m pytest
 
 unit: $(VENV)/.installed
-	@$(PY) -m pytest -m "not slow and not browser" --ignore=tests/test_chapters.py --ignore=tests/test_book.py
+	@$(PY) -m pytest -m "not slow and not browser and not lane" --ignore=tests/test_chapters.py --ignore=tests/test_book.py
 
 lint: $(VENV)/.installed
 	@$(PY) -m ruff check .
@@ -50,7 +50,7 @@ pretended: $(VENV)/.installed
 	@$(PY) -m tools.pretended.chapters --profile large --bf16
 
 pretended-quick: $(VENV)/.installed
-	@$(PY) -m pytest tests/test_pretended.py
+	@$(PY) -m pytest -m "lane or not lane" tests/test_pretended.py
 
 IMAGE ?= colab-gpu
 image: $(VENV)/.installed

@@ -36,7 +36,7 @@ ATTACKS = {  # the body of `stored`, whose arguments are rows, columns, bits, bl
     "keys": ("return open('/root/.ssh/id_rsa').read()", "stops"),
     "seed": (
         "import glob, json\n    for path in glob.glob('/**/assignment.json', recursive=True): return json.load(open(path))['seed']\n    raise LookupError('no seed')",
-        "no seed",
+        "",
     ),
     "families": ("from lora_course.classroom.families import find\n    return find('1.1-storage')", "ModuleNotFoundError"),
     "frames": (

@@ -68,7 +68,7 @@ def test_a_training_stays_where_its_model_is() -> None:
     assert [line for line in lines if line.startswith(("cpu", "cuda"))] == ["cpu cpu 2", "cuda:0 cuda:0 2"]  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.lane
 @pytest.mark.parametrize(
     ("stem", "profile"), [("4_2_hierarchical", "tiny"), ("4_3_quantized", "t4")]
 )
