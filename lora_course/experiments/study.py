@@ -27,13 +27,15 @@ ROUNDING = (
 class Witness:
     """The runs that stand for a record: cheap ones, which `Study.verify` runs again.
 
-    keys: of these runs, at most a minute's work in all.
-    within: what of a run is compared, and the largest difference that is allowed: {field: tolerance}. A field may hold
-        lists or dictionaries of numbers.
-    reason: of the tolerances.
-    chapter: the chapter that runs a run of this record again each time it is built, so that CI need not; "" where none does.
-    part: computes the beginning of the one key's run, where a whole run takes more than a minute: dictionaries may lack keys,
-        and lists may be shorter than the recorded ones.
+    Attributes:
+        keys: of these runs, at most a minute's work in all.
+        within: what of a run is compared, and the largest difference that is allowed: {field: tolerance}. A field may
+            hold lists or dictionaries of numbers.
+        reason: of the tolerances.
+        chapter: the chapter that runs a run of this record again each time it is built, so that CI need not; "" where none
+            does.
+        part: computes the beginning of the one key's run, where a whole run takes more than a minute: dictionaries may
+            lack keys, and lists may be shorter than the recorded ones.
     """
 
     keys: tuple[str, ...]

@@ -62,8 +62,9 @@ def chance(
     """How often a rule about paired differences would be passed if the two methods were one: the share of the 2ⁿ ways to
     swap their labels within pairs, that is to turn signs, under which it holds. Exact.
 
-    holds: the rule, a function of n differences, such as `lambda d: verdict(d) == "lower"` or `lambda d: max(d) < 0`. By
-        default: a mean as far from zero as the mean of `values`, on either side.
+    Args:
+        holds: the rule, a function of n differences, such as `lambda d: verdict(d) == "lower"` or `lambda d: max(d) < 0`.
+            By default: a mean as far from zero as the mean of `values`, on either side.
 
     Five pairs have 32 ways: a rule that only the values as they are pass has chance 1/32, about 0.03; on either side 1/16.
 
