@@ -125,6 +125,7 @@ def search(
 
     All of `first` are tried, neighbours that differ by factors of two; while the best lies at an edge of what was tried, the
     next rate on that side is tried too.
+
     Args:
         agree: ask so many of the seeds; while fewer than that find the mean's best rate best by themselves, ask the next
             seed too. By default all seeds are asked.
