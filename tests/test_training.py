@@ -337,20 +337,26 @@ def test_a_checkpoint_cut_short_is_passed_over_and_nothing_is_lost(
 
     (tmp_path / "straight").mkdir()
     expected = run_to_the_end(tmp_path / "straight")
-    for part in ("_save_optimizer_and_scheduler", "_mark_complete", "_rotate"):
+    for owner, part in (
+        (AdapterTrainer, "_save_optimizer_and_scheduler"),
+        (AdapterTrainer, "_mark_complete"),
+        (training, "rotate_checkpoints"),
+    ):
         folder = tmp_path / part
         folder.mkdir()
-        saved = getattr(AdapterTrainer, part)
+        saved = getattr(owner, part)
         count = iter(range(100))
         with monkeypatch.context() as patch:
             patch.setattr(
-                AdapterTrainer,
+                owner,
                 part,
-                lambda self, *a, **k: saved(self, *a, **k) if next(count) < 2 else killed(),
+                lambda *a, saved=saved, count=count, **k: (
+                    saved(*a, **k) if next(count) < 2 else killed()
+                ),
             )
             with pytest.raises(Killed):
                 run_to_the_end(folder)
-        complete = part == "_rotate"  # by then the new one is written to its end
+        complete = owner is training  # by then the new one is written to its end
         if complete:
             assert last_checkpoint(folder).name == "checkpoint-9"
         else:

@@ -123,7 +123,7 @@ mask = Family(
     bugs=(
         ("(1 - sparsity) * n", "sparsity * n"),
         ("order[:count]", "order[-count:]"),
-        ("n = scores.numel()", "n = scores.numel() // 2"),
+        ("n = scores.numel()", "n = (scores.numel() + 1) // 2"),
         ("order[:count]", "order[1 : count + 1]"),
     ),
 )  # fmt: skip
