@@ -79,6 +79,10 @@ def bubblewrap(limits: Limits) -> list[str]:
     command += ["--cap-drop", "ALL"]
     if root:
         command += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
+    # What is writable comes first: the interpreter itself may lie under /tmp or /home.
+    command += ["--perms", "0755", "--dir", "/home", "--proc", "/proc", "--dev", "/dev"]
+    for folder in ("/tmp", "/home/student", "/dev/shm"):
+        command += ["--perms", "0777", "--size", str(limits.disk), "--tmpfs", folder]
     package = Path(lora_course.__file__).parent
     paths = sysconfig.get_paths()
     python = dict.fromkeys((sys.base_prefix, sys.prefix, paths["purelib"], paths["platlib"]))
@@ -102,7 +106,4 @@ def bubblewrap(limits: Limits) -> list[str]:
         command += ["--perms", "0755", "--tmpfs", folder, "--remount-ro", folder]
     for name in ("runner.py", "wire.py"):
         command += ["--ro-bind", str(HERE / name), f"/judge/{name}"]
-    command += ["--proc", "/proc", "--dev", "/dev"]
-    for folder in ("/tmp", "/home/student", "/dev/shm"):
-        command += ["--perms", "0777", "--size", str(limits.disk), "--tmpfs", folder]
     return [*command, "--chdir", "/judge"]
