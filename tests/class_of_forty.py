@@ -33,7 +33,7 @@ ATTACKS = {  # the body of `stored`, whose arguments are rows, columns, bits, bl
     "disk": ("f = open('/tmp/full', 'wb')\n    while True: f.write(bytes(10**6))", "OSError"),
     "bytes": ("import os\n    for stream in range(3, 30):\n        try: os.write(stream, b'9' * 64)\n        except OSError: pass", "no answer"),
     "huge": ("return [0] * 50_000_000", ""),
-    "keys": ("return open('/root/.ssh/id_rsa').read()", "stops"),
+    "keys": ("return open('/etc/shadow').read()", "stops"),
     "seed": (
         "import glob, json\n    for path in glob.glob('/**/assignment.json', recursive=True): return json.load(open(path))['seed']\n    raise LookupError('no seed')",
         "",
