@@ -1,8 +1,8 @@
 """Tasks with right answers: words in, a word out, scored by what the model writes.
 
 A task's data is a table of words with their families; no family is in two splits (see `data/tasks/README.md`). A model
-without a chat template gets `past: walk ->` and writes ` walked`; a chat model gets an instruction as system message and
-the word as user message. Only the answer and the token that ends it are trained and scored.
+without a chat template gets `past: walk ->` and writes ` walked`, where a task goes by letters `pronunciation: c a t ->`; a
+chat model gets an instruction as system message and the word as user message. Only the answer and the token that ends it are trained and scored.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ class Task:
     table: the Parquet file. question: the columns that are shown. answer: the column that is trained.
     others: the column of other right answers, or None. instruction: a chat model's system message.
     unit: what errors are counted in: letters, or phonemes, which spaces separate.
+    apart: whether the letters of the question are set apart (c a t): a small model does not know how its tokens are spelled.
     meaning: what a score says, in a sentence.
     """
 
@@ -44,6 +45,7 @@ class Task:
     instruction: str
     unit: str
     meaning: str
+    apart: bool = False
 
 
 TASKS = {
@@ -74,6 +76,7 @@ TASKS = {
         "Give the phonemes of the English word.", "phoneme",
         "Of 100 English words without a relative in the training words, this many are pronounced right from the first "
         "to the last phoneme; the error rate says how many of 100 phonemes are wrong, missing or too many.",
+        apart=True,
     ),
     "spelling": Task(
         "pronunciation", ("phonemes",), "word", "homophones",
@@ -115,7 +118,8 @@ def prompt_ids(
     tokenizer: PreTrainedTokenizerBase, name: str, questions: Sequence[str]
 ) -> list[list[int]]:
     """Tokens before each answer: the tokenizer's chat template with the task's instruction, or `name: question ->`."""
-    texts = [f"{name}: {question} ->" for question in questions]
+    asked = [" ".join(question) for question in questions] if task(name).apart else questions
+    texts = [f"{name}: {question} ->" for question in asked]
     start = [document_start(tokenizer)]
     if tokenizer.chat_template:
         messages = [
