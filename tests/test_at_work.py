@@ -89,6 +89,6 @@ def logits(model: nn.Module) -> Tensor:
 
 
 def test_every_chapter_that_the_page_sends_to_exists() -> None:
-    linked = set(re.findall(r"\.\./notebooks/(\w+)\.md", PAGE))
+    linked = set(re.findall(r"\.\./notebooks/(\w+)\.ipynb", PAGE))
     chapters = {path.stem for path in (ROOT / "notebooks").glob("*.md")}
     assert linked == chapters
