@@ -48,7 +48,7 @@ from lora_course.merging import Merged
 from lora_course.states import concatenate, relative_error, use_adapter
 
 DOMAINS = ["bible", "shakespeare", "milton", "python"]
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "model": "nano", "r": 8, "steps": 20, "batch": 8, "length": 64, "train_bytes": 300_000,
     "score_bytes": {"validation": 4_000, "test": 4_000}, "piece": 1_000,
     "learning_rates": [4e-3, 8e-3, 1.6e-2], "seeds": [0, 10, 20], "search_seeds": [0],

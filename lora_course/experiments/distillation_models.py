@@ -27,7 +27,7 @@ DISTILLED = {
     "equal weights": {"by_domain": False},
     "equal weights, logits": {"by_domain": False, "mixture": "logits"},
 }
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "model": "nano", "domains": ["bible", "shakespeare", "milton", "python"], "train_bytes": 160_000, "score_bytes": 8_000,
     "batch": 8, "length": 128, "seeds": [0, 1, 2], "search_seeds": [0, 1, 2],
     "teacher": {"r": 8, "steps": 24, "learning_rate": 8e-3}, "student": {"r": 4, "steps": 32},

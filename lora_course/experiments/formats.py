@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from lora_course import lab
 from lora_course.experiments import Runs, Study, Witness
 
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "model": "smol", "formats": ["int4", "fp4", "nf4"], "edges": [0, 0.15, 0.45, 0.75, 1.0], "tokens": 512, "windows": 10,
     "draws": 3, "texts": ["glosses", "bible", "shakespeare", "milton", "python"],
 }  # fmt: skip

@@ -17,7 +17,7 @@ from lora_course.fused import FusedLoRALinear
 from lora_course.injection import inject
 from lora_course.lora import LoRALinear
 
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "model": "nano", "batch": 4, "length": 128, "dropout": 0.1, "memory_ranks": [4, 16, 64], "autocast_rank": 16,
     "process": [8, 256, 16], "step_ranks": [8, 64], "step_rounds": 61,
     "layer": {"width": 1024, "tokens": 512, "r": 16, "rounds": 31},

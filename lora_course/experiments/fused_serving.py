@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from peft import get_peft_model
@@ -15,7 +16,7 @@ from lora_course.lora import AdapterState
 from lora_course.serving import load_adapters, row_adapters
 from lora_course.states import factor_state, split_state, use_adapter
 
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "model": "nano", "latency_ranks": [4, 16, 64, 256], "tokens": [1, 4, 16, 64, 256], "latency_rounds": 31,
     "served": {"rows": 32, "r": 8, "adapters": [1, 2, 4, 8, 16, 32], "rounds": 21},
     "generate": {"rows": 16, "adapters": 4, "r": 8, "prompt": 16, "new": 24, "rounds": 7},

@@ -45,7 +45,7 @@ AFTER = GRIDS | {
     "4 channel": {"bits": 4, "granularity": "channel"}, "2 channel": {"bits": 2, "granularity": "channel"},
 }  # fmt: skip
 R2_AFTER = {"bits": 16, "granularity": "channel"}
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "model": "nano", "domain": "shakespeare", "steps": 40, "batch": 4, "length": 128, "r": 8, "scaling": 2,
     "train_bytes": 1_000_000, "score_bytes": {"validation": 15_000, "test": 25_000}, "seeds": [0, 1, 2], "search_seeds": [0],
     "target_modules": "all-linear", "group_size": 64, "ranks": RANKS, "trained": GRIDS, "after": AFTER, "r2 after": R2_AFTER,
