@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lora_course.lab.tasks import task
+
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "book" / "_data" / "play"
 RECORD = FOLDER / "record.json"
@@ -25,6 +27,9 @@ SETTINGS: dict[str, Any] = {
     "tasks": ["pronunciation", "plural"], "task_steps": 400, "task_batch": 64, "task_rate": 5e-3, "task_length": 44,
     "task_words": 500,
 }  # fmt: skip
+SETTINGS["apart"] = [
+    name for name in SETTINGS["tasks"] if task(name).apart
+]  # asked letter by letter
 DOMAINS, CUT = SETTINGS["domains"], SETTINGS["cut_domain"]
 SCORED = ["glosses", *DOMAINS]
 SAMPLE_BYTES = 800

@@ -7,7 +7,7 @@ const TASKS = {
   pronunciation: {
     label: "English word → sounds",
     example: "squirrel",
-    question: (word) => [...word.toLowerCase()].join(" "), // as trained: letters apart
+    question: (word) => word.toLowerCase(),
   },
   plural: {
     label: "German noun → plural",
