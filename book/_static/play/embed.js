@@ -32,6 +32,7 @@
     document.body.append(news);
     for (const name of FILES) await bring(name);
     const engine = new Engine(await loadPlay(progress));
+    document.documentElement.classList.add("play-ready");
     prepareTour(engine, new Jobs(), () => {
       location.href = new URL("../../book/play.html#your-own-try", folder);
     });
