@@ -11,7 +11,7 @@ from tools.run_chapters import Result
 BOOK = facts.read().book
 EXERCISE = re.compile(r"^\*\*Exercise (\d+\.\d+-\w+)", re.MULTILINE)
 FOLDS = (  # what a folded cell holds → what its button says; the first that fits
-    (r"%pip install", "the installation"),
+    (r"%pip install", "the set-up, and what runs here"),
     (r"claims\.add\(", "how the claims are checked"),
     (r"\bfigure\(|moving\.show\(|lab\.show\(", "the code of the figure"),
     (r"fails\(", "the defect"),
@@ -26,6 +26,7 @@ def notebook(result: Result, root: Path, there: set[str]) -> str:
     known = crosslinks.terms(root / "book" / "glossary.md")
     for cell, text in zip(prose, crosslinks.with_terms(texts, known), strict=True):
         cell.source = EXERCISE.sub(exercise, text)
+    book.cells = with_one_set_up(book.cells)
     for cell in book.cells:
         cell.metadata.pop("execution", None)
         if cell.cell_type == "code":
@@ -37,6 +38,25 @@ def notebook(result: Result, root: Path, there: set[str]) -> str:
         "name": "python3",
     }
     return nbformat.writes(book) + "\n"
+
+
+def with_one_set_up(cells: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
+    """The folded cells above the first heading that only print (installation, imports, what the machine can do) as one, its
+    output folded too: a page begins with its picture."""
+    head = next((i for i, c in enumerate(cells) if c.cell_type == "markdown" and i), len(cells))
+    printing = [
+        cell
+        for cell in cells[:head]
+        if "hide-input" in cell.metadata.get("tags", [])
+        and all(output.output_type == "stream" for output in cell.outputs)
+    ]
+    if not printing:
+        return cells
+    first, *others = printing
+    first.source = "\n\n".join(cell.source for cell in printing)
+    first.outputs = [output for cell in printing for output in cell.outputs]
+    first.metadata["tags"] = ["hide-cell"]
+    return [cell for cell in cells if all(cell is not other for other in others)]
 
 
 def exercise(match: re.Match[str]) -> str:
