@@ -20,6 +20,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from filelock import FileLock
+
 from tools import facts, pages, published, run_chapters
 from tools.crosslinks import with_uses
 from tools.playpage import pack
@@ -108,11 +110,18 @@ def stage(root: Path, results: list[Result], target: Path) -> tuple[str, str]:
 
 def build(root: Path = ROOT, only: list[str] | None = None) -> Path:
     """Execute, stage and build; return the start page. only: these chapters alone, as a preview beside the book.
+    One process at a time does so; another waits, and finds it done.
 
     Raises:
         run_chapters.ChapterFailed: a chapter does not run.
         subprocess.CalledProcessError: the build printed a warning or an error.
     """
+    (root / "build").mkdir(exist_ok=True)
+    with FileLock(root / "build" / ".lock"):
+        return _build(root, only)
+
+
+def _build(root: Path, only: list[str] | None) -> Path:
     start = time.perf_counter()
     results = run_chapters.execute_all(root, only)
     stamp = root / "build" / ("preview.sha256" if only else "book.sha256")
