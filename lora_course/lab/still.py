@@ -15,7 +15,8 @@ HEIGHT = {"line": 2.7, "bars": 2.5, "points": 3.2, "heat": 2.9}
 
 def limits(panels: Sequence[Panel]) -> dict[str, list[float]]:
     """The range of each axis over all frames of one place, so that frames can be compared: x, y, or the colours' z."""
-    kind, found = panels[0]["kind"], {"x": [], "y": [], "z": []}
+    kind = panels[0]["kind"]
+    found: dict[str, list[float]] = {"x": [], "y": [], "z": []}
     for panel in panels:
         if kind == "line":
             found["x"] += panel["x"]

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from lora_course.lab.corpora import SPLITS
-from lora_course.lab.models import document_start, evaluating
+from lora_course.lab.models import document_start, embedding_of, evaluating
 
 QUESTION = "<question>"  # stands for it while a chat template is filled in
 DATA = Path(__file__).resolve().parents[1] / "data" / "tasks"
@@ -126,7 +126,9 @@ def prompt_ids(
             {"role": "system", "content": task(name).instruction},
             {"role": "user", "content": QUESTION},
         ]
-        form = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        form = str(
+            tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        )
         texts, start = [form.replace(QUESTION, question) for question in questions], []
     return [start + ids for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
 
@@ -181,7 +183,7 @@ def write_answers(
     """The model's answers, greedily, up to the end token or `max_new_tokens`. Prompts of a batch are padded on the left."""
     prompts = prompt_ids(tokenizer, name, list(questions))
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    end, device = tokenizer.eos_token_id, model.get_input_embeddings().weight.device
+    end, device = tokenizer.eos_token_id, embedding_of(model).device
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=end, pad_token_id=end, use_cache=True
     )  # fmt: skip
@@ -193,7 +195,7 @@ def write_answers(
             padding = [width - len(prompts[i]) for i in chosen]
             ids = [[end] * pad + prompts[i] for i, pad in zip(chosen, padding)]
             mask = [[0] * pad + [1] * (width - pad) for pad in padding]
-            written = model.generate(
+            written = model.generate(  # type: ignore[operator]  # a method of transformers' models
                 torch.tensor(ids, device=device),
                 attention_mask=torch.tensor(mask, device=device),
                 generation_config=settings,
@@ -209,7 +211,7 @@ def bits_per_answer_token(
 ) -> float:
     """−Σ log₂ p(token | all before it) / tokens over the answers of `task_rows`, their end tokens included."""
     nats, tokens = 0.0, 0
-    device = model.get_input_embeddings().weight.device
+    device = embedding_of(model).device
     with evaluating(model):
         for part in rows.iter(batch):
             labels = part["labels"][:, 1:].to(device)
