@@ -57,7 +57,7 @@ class Recorder(RankAllocator):
         generator = torch.Generator().manual_seed(seed)
         for layer in self.layers.values() if choice != "importance" else ():
             scores = {"magnitude": magnitude, "per layer": per_layer, "random": drawn}[choice]
-            layer.scores = scores(layer, generator)
+            layer.scores = scores(layer, generator)  # type: ignore[method-assign]  # another choice, for comparison
 
     def step(self, t: int) -> dict[str, int] | None:
         chosen = super().step(t)
@@ -92,7 +92,8 @@ def make(method: str, seed: int, choice: str = "importance") -> Arm:
     allocator = Recorder(model, choice, seed)
 
     def finish(model: torch.nn.Module) -> dict[str, Any]:
-        injection_of(model).config.orth_reg_weight = 1.0  # to measure by, as "free" has none
+        info: Any = injection_of(model)
+        info.config.orth_reg_weight = 1.0  # to measure by, as "free" has none
         orthogonality = regularizer(model).item()
         prune_triplets(model)
         return {

@@ -67,7 +67,7 @@ def fit(
     balance: float = 0.0,
 ) -> nn.Module:
     auxiliary = functools.partial(experts.balance_loss, weight=balance) if balance else None
-    how = {"auxiliary_loss": auxiliary, "disable_tqdm": True}
+    how: dict[str, Any] = {"auxiliary_loss": auxiliary, "disable_tqdm": True}
     study.fit(model, data, rate, seed, steps, SETTINGS["batch"], **how)
     return model
 

@@ -71,7 +71,7 @@ def measure(
     """Error and losses with the weights between `low` and `high` of their block's largest rounded; draw: with new signs.
     count: of the windows of each text."""
     model, originals, texts = loaded()
-    error, total = 0.0, sum(w.square().sum() for w in originals.values()).item()
+    error, total = 0.0, sum(w.square().sum().item() for w in originals.values())
     if draw is not None:
         torch.manual_seed(draw)
     for name, weight in originals.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -95,7 +95,7 @@ def process(kind: str, dropout: float) -> dict[str, int]:
     return {"grown": lab.process_peak(f"{__name__}:process_step", kind, dropout).grown}
 
 
-def race(arms: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+def race(arms: Mapping[str, Callable[..., Any]], rounds: int) -> dict[str, list[float]]:
     """Processor seconds of each arm in each round, after one that isn't counted; the order turns with the rounds."""
     times: dict[str, list[float]] = {name: [] for name in arms}
     names = list(arms)

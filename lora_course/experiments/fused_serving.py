@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from peft import get_peft_model
-from torch import nn
 
 from lora_course.experiments import base_of
 from lora_course.experiments.fused_costs import config, injected, race, tokens
@@ -36,12 +35,12 @@ def latency(count: int) -> dict[str, list[float]]:
     return race(arms, SETTINGS["latency_rounds"])
 
 
-def fleet(count: int, r: int) -> tuple[dict[str, AdapterState], nn.Module, nn.Module, nn.Module]:
+def fleet(count: int, r: int) -> tuple[dict[str, AdapterState], Any, Any, Any]:
     """States of so many adapters; all of them on one base, ours and PEFT's; and a model that takes one at a time."""
     states = {f"adapter {i}": factor_state(injected("plain", r, seed=i)) for i in range(count)}
     ours = load_adapters(base_of(SETTINGS), states).eval()
     one = injected("plain", r).eval()
-    theirs = get_peft_model(base_of(SETTINGS), config(r), adapter_name="adapter 0")
+    theirs: Any = get_peft_model(base_of(SETTINGS), config(r), adapter_name="adapter 0")
     for name in list(states)[1:]:
         theirs.add_adapter(name, config(r))
     for name, state in states.items():
@@ -103,7 +102,8 @@ def generated() -> dict[str, list[float]]:
         written = torch.empty(len(ids), s["prompt"] + s["new"], dtype=ids.dtype)
         for name, state in states.items():
             own = [i for i, n in enumerate(names) if n == name]
-            written[own] = use_adapter(one, state).generate(ids[own], **how)
+            use_adapter(one, state)
+            written[own] = one.generate(ids[own], **how)
         return written
 
     def peft() -> torch.Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import statistics
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -37,14 +38,14 @@ from lora_course.states import factor_state, truncate, use_adapter
 
 RANKS = [1, 2, 4, 8]
 STEPS = 32
-TRAININGS = {
+TRAININGS: dict[str, dict[str, Any]] = {
     **{f"lora-{r}": {"r": r, "steps": STEPS} for r in RANKS},
     **{f"short-{r}": {"r": r, "steps": STEPS // len(RANKS)} for r in RANKS},
     "truncation": {"r": 8, "steps": STEPS, "weighting": "equal", "hold": True},
     "not-held": {"r": 8, "steps": STEPS, "weighting": "equal", "hold": False},
     "matryoshka": {"r": 8, "steps": STEPS, "weighting": "matryoshka"},
 }
-SERVINGS = {
+SERVINGS: dict[str, Any] = {
     **{f"lora-{r}": ["whole"] for r in RANKS[:-1]},
     "lora-8": ["whole", "sliced", "svd"],
     **{f"short-{r}": ["whole"] for r in RANKS},
@@ -59,7 +60,8 @@ SETTINGS: dict[str, Any] = {
 
 
 def trained(name: str, rate: float, seed: int) -> Trained:
-    how, layer = TRAININGS[name], {}
+    how = TRAININGS[name]
+    layer: dict[str, Any] = {}
     if "weighting" in how:
         layer = {"layer": NestedLoRALinear, "ranks": RANKS, "weighting": how["weighting"]}
     model = adapted(SETTINGS, seed, config_of(how["r"], SETTINGS["scaling"]), **layer)
@@ -102,7 +104,7 @@ def score(serving: str, found: Trained, split: str) -> dict[str, Any]:
     return values | {"losses": found.curve} if split == "test" else values
 
 
-def mean(values: dict[str, Any]) -> float:
+def mean(values: Mapping[str, Any]) -> float:
     return statistics.fmean(values["bits_per_byte"].values())
 
 

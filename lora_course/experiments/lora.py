@@ -33,7 +33,7 @@ from lora_course.injection import adapter_layers
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
-ARMS = {
+ARMS: dict[str, dict[str, Any]] = {
     "lora": {"target_modules": "all-linear", "r": 8, "scale": "alpha = 2r"},
     "full": {"target_modules": None, "r": None, "scale": None},
     "mlp": {"target_modules": MLP, "r": 13, "scale": "alpha = 2r"},

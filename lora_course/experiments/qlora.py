@@ -30,7 +30,7 @@ from lora_course.experiments import (
 )
 from lora_course.injection import inject, merge, unload
 
-METHODS = {
+METHODS: dict[str, dict[str, Any]] = {
     "lora": {"quantize": False, "target_modules": "all-linear", "r": 8},
     "qlora": {"quantize": True, "target_modules": "all-linear", "r": 8},
     "attention": {"quantize": True, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"], "r": 21},

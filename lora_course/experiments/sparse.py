@@ -29,7 +29,7 @@ from lora_course.experiments import (
     search,
     train,
 )
-from lora_course.injection import adapter_layers
+from lora_course.injection import layers_of
 from lora_course.lora import LoRALinear
 from lora_course.sparse import (
     GatedLoRALinear,
@@ -46,7 +46,7 @@ LAYERS = {
     "factors": SparseLoRALinear,
     "delta": SparseDeltaLinear,
 }
-METHODS = {
+METHODS: dict[str, dict[str, Any]] = {
     "lora/4": {"r": 4},
     "lora/8": {"r": 8},
     "lora/2": {"r": 2},
@@ -103,7 +103,7 @@ def family_of(method: str) -> str:
 
 
 def gates_of(model: nn.Module) -> list[list[float]]:
-    layers = adapter_layers(model).values()
+    layers = layers_of(model, GatedLoRALinear).values()
     return [[round(gate, 4) for gate in layer.gate.tolist()] for layer in layers]
 
 
