@@ -11,6 +11,7 @@ from tools.run_chapters import ROOT
 
 SECOND_EDITION: tuple[str, ...] = (
     "1_1_qlora",
+    "1_2_adalora",
     "2_1_experts",
 )  # stems of the chapters rewritten so far
 CHAPTERS = [Chapter(ROOT / "notebooks" / f"{stem}.md") for stem in SECOND_EDITION]

@@ -133,8 +133,11 @@ def _heat(ax: Axes, panel: Panel, spans: dict) -> None:
                 if value is not None:
                     dark = value > 0.6 * high
                     ax.text(j, i, f"{value:.3g}", ha="center", va="center", fontsize=9, color="white" if dark else "black")  # fmt: skip
-        names, long = panel["columns"], max(map(len, panel["columns"])) > 5
-        ax.set_xticks(range(len(names)), names, rotation=30 * long, ha="right" if long else "center")  # fmt: skip
+    named = {place: name for place, name in enumerate(panel["columns"]) if name}
+    if len(named) <= 8:
+        long = max(map(len, named.values()), default=0) > 5
+        ax.set_xticks(list(named), list(named.values()), rotation=30 * long, ha="right" if long else "center")  # fmt: skip
+    if len(panel["rows"]) <= 8:
         ax.set_yticks(range(len(panel["rows"])), panel["rows"])
     ax.set(title=panel["title"], xlabel=panel["x_label"], ylabel=panel["y_label"])
     ax.grid(visible=False)
