@@ -13,6 +13,7 @@ SECOND_EDITION: tuple[str, ...] = (
     "1_1_qlora",
     "1_2_adalora",
     "2_1_experts",
+    "3_1_adaptive",
 )  # stems of the chapters rewritten so far
 CHAPTERS = [Chapter(ROOT / "notebooks" / f"{stem}.md") for stem in SECOND_EDITION]
 each = pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda chapter: chapter.path.stem)
