@@ -12,7 +12,6 @@ from lora_course.export import export_peft, load_peft
 from lora_course.injection import adapter_layers, disabled, inject, merge, unload
 from lora_course.serving import row_adapters
 from tests.models import config, randomize, relative
-from tests.tolerances import ROUNDED
 from tools.run_chapters import ROOT
 
 LARGE = '"Qwen/Qwen2.5-7B-Instruct"'
@@ -92,7 +91,8 @@ def test_4_4_merges_one_adapter_into_a_plain_model(
         exec(line, given)
     served = AutoModelForCausalLM.from_pretrained("served")
     assert not any("lora" in name for name, _ in served.named_parameters())
-    torch.testing.assert_close(served(ids).logits, expected, **ROUNDED)
+    # the merged weights are rounded once more, 6e-8 of each; logits are of the order of ten
+    torch.testing.assert_close(served(ids).logits, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_4_4_the_server_is_told_what_the_recipe_made() -> None:
