@@ -10,6 +10,7 @@ from tools.chapter_style import CELL, COLUMNS, ORDER, TIME, WORDS, Chapter
 from tools.run_chapters import ROOT
 
 SECOND_EDITION: tuple[str, ...] = (
+    "0_1_lora",
     "1_1_qlora",
     "1_2_adalora",
     "2_1_experts",
