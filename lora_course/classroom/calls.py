@@ -131,7 +131,7 @@ class _LargestMade(TorchDispatchMode):
 
     def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
         result = operation(*arguments, **(keywords or {}))
-        for leaf in () if operation.is_view else tree_leaves(result):
+        for leaf in () if getattr(operation, "is_view", False) else tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
                 self.elements = max(self.elements, leaf.numel())
         return result
