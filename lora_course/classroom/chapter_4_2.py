@@ -156,8 +156,7 @@ def check_cut_errors(draw: Draw):
             )
         elif kind == "first":
             b, hint = 1, "With b = 1 it goes wrong."
-        # an [out, in] matrix is larger than all that the thin way needs
-        yield case(A, B, b, hint=hint, largest=2 * r * max(inputs, outputs))
+        yield case(A, B, b, hint=hint, largest=inputs * outputs - 1)
 
 
 def _bias(layer):

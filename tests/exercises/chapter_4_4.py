@@ -514,6 +514,19 @@ def _(x, lengths, names, adapters):
     return (h * mask) @ B.T
 
 
+@flat.right("factors gathered for each token")
+def _(x, lengths, names, adapters):
+    r = max(len(A) for A, _, _ in adapters.values())
+    pad = torch.nn.functional.pad
+    A = torch.stack([pad(s * A, (0, 0, 0, r - len(A))) for A, _, s in adapters.values()])
+    B = torch.stack([pad(B, (0, r - B.shape[1])) for _, B, _ in adapters.values()])
+    A, B = torch.cat([A, 0 * A[:1]]), torch.cat([B, B[:1]])
+    places = {name: i for i, name in enumerate(adapters)} | {None: len(adapters)}
+    index = torch.tensor([places[n] for n, k in zip(names, lengths, strict=True) for _ in range(k)])
+    h = torch.einsum("tri,ti->tr", A[index], x)
+    return torch.einsum("tor,tr->to", B[index], h)
+
+
 @flat.right("token by token")
 def _(x, lengths, names, adapters):
     rows, tokens = [], iter(x)

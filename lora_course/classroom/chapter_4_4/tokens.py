@@ -73,15 +73,14 @@ def check_flat_updates(draw: Draw):
         ([6], ["b"], "With a single request it goes wrong."),
         ([2, 3], [None, None], "Where no request has an adapter it goes wrong: all is 0."),
     ]:  # fmt: skip
-        inputs, outputs = draw.sizes(2, 50, 70)
+        inputs, outputs = draw.sizes(2, 150, 200)
         adapters = {
             name: (draw.normal(r, inputs), draw.normal(outputs, r), draw.number(0.3, 3))
             for name, r in zip("abc", draw.sizes(3, 1, 5), strict=True)
         }
         places = range(len(lengths)) if 0 in lengths else draw.order(len(lengths)).tolist()
         lengths, names = [lengths[i] for i in places], [names[i] for i in places]
-        # one ΔW is larger than all that the thin way needs
-        largest = 24 * max(inputs, outputs)
+        largest = inputs * outputs - 1  # anything but a ΔW: factors gathered for each token as well
         yield case(
             draw.normal(sum(lengths), inputs), lengths, names, adapters, hint=hint, largest=largest
         )
