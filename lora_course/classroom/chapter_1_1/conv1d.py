@@ -1,5 +1,7 @@
 """Exercise 1.1-c: the weight as another runtime stores it."""
 
+from typing import Any
+
 import bitsandbytes as bnb
 import torch
 from torch import nn
@@ -67,13 +69,14 @@ CONV1D_MISTAKES = {
 )
 def check_conv1d(draw: Draw):
     """Dense weight and bias of a layer on a 4-bit base, for a runtime that stores weights [in, out]."""
-    for arguments, bias, kind, hint in [
+    cases: list[tuple[Any, ...]] = [
         ({}, True, "nf4", ""),
         ({}, True, "fp4", "With a base in FP4 it goes wrong: its `quant_state` knows the codes."),
         ({"use_rslora": True}, True, "nf4", "With an rsLoRA layer it goes wrong: see `scaling`."),
         ({}, False, "nf4", "With a base without a bias it goes wrong: b is zero then."),
         ({"lora_dropout": 0.5}, True, "nf4", "With dropout it goes wrong: it is not merged."),
-    ]:
+    ]
+    for arguments, bias, kind, hint in cases:
         inputs, outputs = (64 * n for n in draw.sizes(2, 1, 3))
         r = draw.integer(2, 6)
         base = bnb.nn.Linear4bit(

@@ -122,5 +122,5 @@ def check_allocation_floor(draw: Draw):
                 }
                 for name, tensors in averages(shapes, scales).items()
             }
-            hint = "Where scores are equal it goes wrong: the first of the equal ones are kept, `budget` in all."
-            yield case(equal, equal, draw.integer(4, 50), hint=hint)
+            ties = "Where scores are equal it goes wrong: the first of the equal ones are kept, `budget` in all."
+            yield case(equal, equal, draw.integer(4, 50), hint=ties)

@@ -1,6 +1,7 @@
 """Exercise 1.2-a: a budget of any power."""
 
 import math
+from typing import Any
 
 from lora_course.classroom.exercises import Draw, case, exercise
 
@@ -75,4 +76,5 @@ def check_budget_up(draw: Draw):
                 continue
             hint = before if t <= tinit else after if t >= last else ""
             hint = hint or (f"With a power of {power:g} it goes wrong." if power != 3 else "")
-            yield case(t, *schedule, **({} if power == 3 else {"power": power}), hint=hint)
+            given: dict[str, Any] = {} if power == 3 else {"power": power}
+            yield case(t, *schedule, **given, hint=hint)

@@ -1,5 +1,7 @@
 """Exercise 4.4-c: a flat batch of tokens, each request with an adapter of its own."""
 
+from typing import Any
+
 import torch
 
 from lora_course.classroom.exercises import Draw, case, exercise
@@ -65,14 +67,15 @@ FLAT_MISTAKES = {
 )
 def check_flat_updates(draw: Draw):
     """Tokens of several requests in one matrix, adapters of different ranks."""
-    for lengths, names, hint in [
+    cases: list[tuple[Any, ...]] = [
         ([4, 2, 5], ["b", "a", "c"], ""),
         ([3, 1, 4, 2], ["c", "a", "c", "b"], "Where two requests share an adapter it goes wrong."),
         ([2, 5, 3], [None, "a", None], "Where a request has no adapter it goes wrong: its rows are 0."),
         ([3, 0, 4], ["a", "b", "c"], "Where a request has no token it goes wrong."),
         ([6], ["b"], "With a single request it goes wrong."),
         ([2, 3], [None, None], "Where no request has an adapter it goes wrong: all is 0."),
-    ]:  # fmt: skip
+    ]  # fmt: skip
+    for lengths, names, hint in cases:
         inputs, outputs = draw.sizes(2, 150, 200)
         adapters = {
             name: (draw.normal(r, inputs), draw.normal(outputs, r), draw.number(0.3, 3))
