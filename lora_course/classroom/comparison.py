@@ -56,20 +56,19 @@ def difference(
             )
         parts = [(found[k], expected[k], f"{what} [{k!r}]") for k in expected]
     elif isinstance(expected, (set, frozenset)):
-        listed = list(found) if isinstance(found, Iterable) else None
-        if listed is None or isinstance(found, str):
+        listed = _listed(found)
+        if listed is None:
             return Difference(f"Names are expected for {what}; it is {described(found)}.", True)
         same = len(listed) == len(expected) and set(listed) == expected
         return None if same else Difference(f"{_start(what)} holds others than were asked for.")
     elif isinstance(expected, (list, tuple)):
-        if isinstance(found, Iterable) and not isinstance(found, (str, bytes, Mapping)):
-            found = list(found)
-        if not isinstance(found, list) or len(found) != len(expected):
+        listed = None if isinstance(found, Mapping) else _listed(found)
+        if listed is None or len(listed) != len(expected):
             return Difference(
                 f"{len(expected)} values are expected for {what}; it is {described(found)}.", True
             )
         parts = [
-            (f, e, f"{what} [{i}]") for i, (f, e) in enumerate(zip(found, expected, strict=True))
+            (f, e, f"{what} [{i}]") for i, (f, e) in enumerate(zip(listed, expected, strict=True))
         ]
     else:
         same = found is expected if expected is None else bool(found == expected)
@@ -99,6 +98,16 @@ def as_tensor(value: Any) -> Tensor | None:
         return None
     tensor = tensor.detach().cpu()
     return tensor.to_dense() if tensor.layout != torch.strided else tensor
+
+
+def _listed(value: Any) -> list[Any] | None:
+    """What is in `value`, one after the other; None for a text, and for what can't be gone through, such as a tensor of no dimensions."""
+    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
+        return None
+    try:
+        return list(value)
+    except Exception:  # whatever an object of a learner's own raises
+        return None
 
 
 def _plain(value: Any) -> Any:
