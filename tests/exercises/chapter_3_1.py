@@ -424,6 +424,8 @@ told.wrong(
     "initial rate again",
     after(lambda o, old, new: [g.update(lr=g["initial_lr"]) for g in o.param_groups] and None),
 )
+told.wrong("new frozen", after(lambda o, old, new: new.requires_grad_(False)))
+told.wrong("another default rate", after(lambda o, old, new: o.defaults.update(lr=0.5)))
 told.wrong("betas", settings(betas=(0.5, 0.9)))
 told.wrong("weight decay", settings(weight_decay=0.0))
 told.wrong("by `in`", where(lambda params, old: old in params))

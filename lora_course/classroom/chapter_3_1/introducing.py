@@ -37,7 +37,7 @@ def _use_introduced(_, optimizer, old, new, note):
     held = any(p is old for group in groups for p in group)
     mistake(not held, "`old` is not trained any more: the new tensor comes in addition.")
     mistake(
-        _settings(optimizer) != _settings(was),
+        _settings(optimizer) != _settings(was) or optimizer.defaults != was.defaults,
         "The groups' settings, or their order, have changed: learning rates, betas and weight decay stay as they were.",
     )
     mistake(
@@ -60,7 +60,8 @@ def _use_introduced(_, optimizer, old, new, note):
     )  # fmt: skip
     pairs = [(p, q) for one, other in zip(groups, before, strict=True) for p, q in zip(one, other, strict=False)]  # fmt: skip
     mistake(
-        any(
+        not new.requires_grad
+        or any(
             p.requires_grad != q.requires_grad or p.grad is None or not torch.equal(p.grad, q.grad)
             for p, q in pairs
         ),
