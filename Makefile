@@ -18,6 +18,7 @@
 VENV   ?= .venv
 PYTHON ?= python3
 PY     := $(VENV)/bin/python
+WORKERS ?= auto
 export PYTHONPATH := $(CURDIR)
 
 .PHONY: book test unit lint test-gpu bench pretended pretended-quick image wheel-alone sphinx9 record pdf notebooks facts wheel install clean distclean
@@ -27,10 +28,11 @@ book: $(VENV)/.installed
 	@$(PY) -m tools.build_book
 
 test: $(VENV)/.installed
-	@$(PY) -m pytest
+	@$(PY) -m tools.run_chapters
+	@$(PY) -m pytest --numprocesses $(WORKERS) --dist worksteal
 
 unit: $(VENV)/.installed
-	@$(PY) -m pytest -m "not slow and not browser and not lane" --ignore=tests/test_chapters.py --ignore=tests/test_book.py
+	@$(PY) -m pytest --numprocesses $(WORKERS) --dist worksteal -m "not slow and not browser and not lane" --ignore=tests/test_chapters.py --ignore=tests/test_book.py
 
 lint: $(VENV)/.installed
 	@$(PY) -m ruff check .

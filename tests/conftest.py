@@ -12,6 +12,15 @@ import torch
 from tests import chromium
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    if workers > 1:  # they share the cores, and so does what their tests start
+        threads = max(1, (os.cpu_count() or 1) // workers)
+        torch.set_num_threads(threads)
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     browser = bool(chromium.executable()) or os.environ.get("REQUIRE_BROWSER") == "1"
     for item in items:

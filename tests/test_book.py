@@ -372,3 +372,16 @@ def test_long_lines_of_code_wrap_on_paper(browser: chromium.Browser, address: st
     browser.call("Emulation.setEmulatedMedia", media="print")
     wrapped = "[...document.querySelectorAll('.bd-article pre')].every(e => getComputedStyle(e).whiteSpace === 'pre-wrap')"
     assert browser.evaluate(wrapped)
+
+
+@pytest.mark.browser
+def test_a_chapter_plays_a_step_where_it_links_to_one(
+    browser: chromium.Browser, book: Path
+) -> None:
+    browser.open((book / "notebooks" / "2_1_experts.html").as_uri())
+    loaded = [address for address in browser.requests if "/_static/play/" in address]
+    assert [address.rsplit("/", 1)[1] for address in loaded] == ["embed.js"]
+    browser.evaluate("document.querySelector('.play-here > button').click()")
+    browser.wait("document.querySelector('.play-here .play-card .play-score strong')")
+    assert browser.evaluate("document.querySelectorAll('.play-here .play-gated').length") > 20
+    assert not browser.errors

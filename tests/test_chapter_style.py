@@ -9,7 +9,14 @@ from tools import chapter_style
 from tools.chapter_style import CELL, COLUMNS, ORDER, TIME, WORDS, Chapter
 from tools.run_chapters import ROOT
 
-SECOND_EDITION: tuple[str, ...] = ("2_1_experts",)  # stems of the chapters rewritten so far
+SECOND_EDITION: tuple[str, ...] = (
+    "0_1_lora",
+    "1_1_qlora",
+    "1_2_adalora",
+    "2_1_experts",
+    "3_1_adaptive",
+    "4_4_fused",
+)  # stems of the chapters rewritten so far
 CHAPTERS = [Chapter(ROOT / "notebooks" / f"{stem}.md") for stem in SECOND_EDITION]
 each = pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda chapter: chapter.path.stem)
 

@@ -127,7 +127,7 @@ def test_links_between_pages_lead_to_what_is_there(chapter: Path) -> None:
     for cell in jupytext.read(chapter).cells:
         if cell.cell_type != "markdown":
             continue
-        plain = crosslinks.OPAQUE.sub("", cell.source)
+        plain = crosslinks.OPAQUE.sub("code", cell.source)  # a link may be all code
         for _, address in crosslinks.LINK.findall(plain):
             if "://" in address:
                 assert re.fullmatch(r"https://[\w.-]+\.\w+(/\S*)?", address), f"{address}: no https"

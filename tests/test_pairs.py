@@ -12,6 +12,7 @@ from tools.run_chapters import ROOT, chapters
 
 SOLUTION = (
     TOY
+    + "\n```{code-cell} ipython3\n:tags: [hide-input]\n\nplumbing = 1\n```\n"
     + "\n```{code-cell} ipython3\n:tags: [solution, hide-cell]\n\n#@title Solution\n1 + 1\n```\n"
     * 2
 )
@@ -47,10 +48,11 @@ def test_the_notebook_is_valid_without_outputs_and_the_same_each_time(toy: Path)
     )
 
 
-def test_solutions_fold_on_colab_and_in_jupyterlab(toy: Path) -> None:
+def test_what_the_book_folds_is_folded_on_colab_and_in_jupyterlab(toy: Path) -> None:
     notebook = nbformat.reads(pairs.notebook_text(toy / "notebooks" / "9_9_toy.md"), as_version=4)
-    solution = notebook.cells[-1].metadata
-    assert solution["cellView"] == "form" and solution["jupyter"] == {"source_hidden": True}
+    plumbing = next(cell for cell in notebook.cells if cell.source == "plumbing = 1")
+    for folded in (plumbing.metadata, notebook.cells[-1].metadata):
+        assert folded["cellView"] == "form" and folded["jupyter"] == {"source_hidden": True}
     assert "cellView" not in notebook.cells[1].metadata
 
 

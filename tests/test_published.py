@@ -61,3 +61,48 @@ def test_outputs_are_fit_for_a_page(project) -> None:
     page = "".join(output["data"]["text/html"])
     assert "<th></th>" not in page and "<td></td>" in page
     assert 'href="../book/ledger.html#claim-9-9-a"' in page
+
+
+def test_what_is_set_up_before_the_first_text_is_one_fold(tmp_path: Path) -> None:
+    (tmp_path / "book").mkdir()
+    (tmp_path / "book" / "glossary.md").write_text(
+        ":::{glossary}\nrouter (路由器)\n  It routes.\n:::\n"
+    )
+    hidden = {"tags": ["hide-input"]}
+    figure = v4.new_output("display_data", data={"text/html": "<figure></figure>"})
+    parts = [
+        v4.new_markdown_cell("# 9.9 A toy"),
+        v4.new_code_cell("# %pip install", outputs=[v4.new_output("stream", text="ready\n")], metadata=hidden),
+        v4.new_code_cell("import lab", outputs=[v4.new_output("stream", text="cpu\n")], metadata=hidden),
+        v4.new_code_cell("lab.show(fig, 'x')", outputs=[figure], metadata=hidden),
+        v4.new_markdown_cell("After this chapter …"),
+        v4.new_code_cell("y = 1", outputs=[], metadata=hidden),
+    ]  # fmt: skip
+    nbformat.write(v4.new_notebook(cells=parts), tmp_path / "9_9_toy.ipynb")
+    _, start, picture, _, later = cells((tmp_path, Result("9_9_toy", tmp_path, 1.0, fresh=True)))
+    assert "".join(start["source"]) == "# %pip install\n\nimport lab"
+    assert [out["text"] for out in start["outputs"]] == [["ready\n"], ["cpu\n"]]
+    assert start["metadata"]["tags"] == ["hide-cell"]
+    assert picture["metadata"]["tags"] == later["metadata"]["tags"] == ["hide-input"]
+
+
+def test_folded_cells_that_show_nothing_are_one_fold_with_the_next(tmp_path: Path) -> None:
+    (tmp_path / "book").mkdir()
+    (tmp_path / "book" / "glossary.md").write_text(
+        ":::{glossary}\nrouter (路由器)\n  It routes.\n:::\n"
+    )
+    hidden, said = {"tags": ["hide-input"]}, [v4.new_output("stream", text="1\n")]
+    parts = [
+        v4.new_markdown_cell("# 9.9 A toy"),
+        v4.new_markdown_cell("Text."),
+        v4.new_code_cell("x = 1", metadata=hidden),
+        v4.new_code_cell("claims.add('9.9-a')", metadata=hidden),
+        v4.new_code_cell("print(x)", outputs=said, metadata=hidden),
+        v4.new_code_cell("print(x + 1)", outputs=said, metadata=hidden),
+        v4.new_code_cell("y = 2"),
+    ]  # fmt: skip
+    nbformat.write(v4.new_notebook(cells=parts), tmp_path / "9_9_toy.ipynb")
+    found = cells((tmp_path, Result("9_9_toy", tmp_path, 1.0, fresh=True)))
+    sources = ["".join(cell["source"]) for cell in found]
+    assert sources[2:] == ["x = 1\n\nclaims.add('9.9-a')\n\nprint(x)", "print(x + 1)", "y = 2"]
+    assert found[2]["metadata"]["mystnb"]["code_prompt_show"] == "Show how the claims are checked"

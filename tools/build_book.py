@@ -20,7 +20,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from tools import pages, published, run_chapters
+from filelock import FileLock
+
+from tools import facts, pages, published, run_chapters
 from tools.crosslinks import with_uses
 from tools.playpage import pack
 from tools.run_chapters import ROOT, Result, say
@@ -41,7 +43,7 @@ def staged_files(root: Path, results: list[Result]) -> Iterator[tuple[str, bytes
             if path.name == "glossary.md":
                 sources = pages.sources(root, results)
                 text = with_uses(text, {stem: path.read_text() for stem, path in sources.items()})
-            content = text.encode()
+            content = with_links_to(text, {result.stem for result in results}).encode()
         yield name.as_posix(), content
     for name, content in pack.packed(root):
         yield f"book/_static/play/data/{name}", content
@@ -52,6 +54,16 @@ def staged_files(root: Path, results: list[Result]) -> Iterator[tuple[str, bytes
     there = {result.stem for result in results}
     for result in results:
         yield f"notebooks/{result.stem}.ipynb", published.notebook(result, root, there).encode()
+
+
+def with_links_to(text: str, there: set[str]) -> str:
+    """A page whose links to chapters that are not in this build lead to the published book."""
+    book = facts.read().book
+    return re.sub(
+        r"\]\(\.\./notebooks/(\w+)\.ipynb",
+        lambda link: link[0] if link[1] in there else f"]({book}/notebooks/{link[1]}.html",
+        text,
+    )
 
 
 def contents(text: str, there: set[str]) -> str:
@@ -98,11 +110,18 @@ def stage(root: Path, results: list[Result], target: Path) -> tuple[str, str]:
 
 def build(root: Path = ROOT, only: list[str] | None = None) -> Path:
     """Execute, stage and build; return the start page. only: these chapters alone, as a preview beside the book.
+    One process at a time does so; another waits, and finds it done.
 
     Raises:
         run_chapters.ChapterFailed: a chapter does not run.
         subprocess.CalledProcessError: the build printed a warning or an error.
     """
+    (root / "build").mkdir(exist_ok=True)
+    with FileLock(root / "build" / ".lock"):
+        return _build(root, only)
+
+
+def _build(root: Path, only: list[str] | None) -> Path:
     start = time.perf_counter()
     results = run_chapters.execute_all(root, only)
     stamp = root / "build" / ("preview.sha256" if only else "book.sha256")

@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import yaml
 
 from benchmarks import report
-from tools import record_runs
+from tools import pacing, record_runs
 from tools.ledger import ledger
 from tools.playpage import tables as playpage
 from tools.run_chapters import Result, title
@@ -196,4 +196,6 @@ PARTS: dict[str, Callable[[Path, list[Result]], str]] = {
     "benchmarks": benchmarks,
     "play": playpage.tables,
     "play tasks": playpage.tasks,
+    "order": pacing.order,
+    "plans": pacing.plans,
 }

@@ -15,13 +15,14 @@ import nbformat
 from tools import crosslinks, facts
 
 ROOT = Path(__file__).resolve().parent.parent
+FOLDED = {"hide-input", "hide-cell"}
 
 
 def notebook_text(chapter: Path) -> str:
     """The .ipynb of a chapter, without outputs; the same text on every call and every machine.
 
-    Cell ids come from the cells' text, so that a small edit makes a small diff. Solutions fold on Colab (`cellView`) and in
-    JupyterLab (`source_hidden`). Links between pages lead to the published book, since beside a notebook on Colab there is none.
+    Cell ids come from the cells' text, so that a small edit makes a small diff. What the book folds is folded on Colab (`cellView`) and
+    in JupyterLab (`source_hidden`) too. Links between pages lead to the published book, since beside a notebook on Colab there is none.
     """
     notebook = jupytext.read(chapter)
     notebook.metadata = nbformat.from_dict(
@@ -40,7 +41,7 @@ def notebook_text(chapter: Path) -> str:
         seen[digest] += 1
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
-            if "solution" in cell.metadata.get("tags", []):
+            if FOLDED & set(cell.metadata.get("tags", [])):
                 cell.metadata["cellView"] = "form"
                 cell.metadata["jupyter"] = {"source_hidden": True}
     notebook.nbformat, notebook.nbformat_minor = 4, 5

@@ -11,7 +11,7 @@ from tools.run_chapters import Result
 BOOK = facts.read().book
 EXERCISE = re.compile(r"^\*\*Exercise (\d+\.\d+-\w+)", re.MULTILINE)
 FOLDS = (  # what a folded cell holds → what its button says; the first that fits
-    (r"%pip install", "the installation"),
+    (r"%pip install", "the set-up, and what runs here"),
     (r"claims\.add\(", "how the claims are checked"),
     (r"\bfigure\(|moving\.show\(|lab\.show\(", "the code of the figure"),
     (r"fails\(", "the defect"),
@@ -29,6 +29,10 @@ def notebook(result: Result, root: Path, there: set[str]) -> str:
     for cell in book.cells:
         cell.metadata.pop("execution", None)
         if cell.cell_type == "code":
+            cell.outputs = [out for out in cell.outputs if out.get("name") != "stderr"]
+    book.cells = with_one_fold(with_one_set_up(book.cells))
+    for cell in book.cells:
+        if cell.cell_type == "code":
             code(cell)
     book.metadata.pop("jupytext", None)
     book.metadata["kernelspec"] = {
@@ -39,13 +43,48 @@ def notebook(result: Result, root: Path, there: set[str]) -> str:
     return nbformat.writes(book) + "\n"
 
 
+def with_one_set_up(cells: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
+    """The folded cells above the first heading that only print (installation, imports, what the machine can do) as one, its
+    output folded too: a page begins with its picture."""
+    head = next((i for i, c in enumerate(cells) if c.cell_type == "markdown" and i), len(cells))
+    printing = [
+        cell
+        for cell in cells[:head]
+        if "hide-input" in cell.metadata.get("tags", [])
+        and all(output.output_type == "stream" for output in cell.outputs)
+    ]
+    if not printing:
+        return cells
+    first, *others = printing
+    first.source = "\n\n".join(cell.source for cell in printing)
+    first.outputs = [output for cell in printing for output in cell.outputs]
+    first.metadata["tags"] = ["hide-cell"]
+    return [cell for cell in cells if all(cell is not other for other in others)]
+
+
+def with_one_fold(cells: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
+    """A folded cell that shows nothing, before another folded cell, as one with it: one line to pass over instead of two."""
+    kept: list[nbformat.NotebookNode] = []
+    for cell in cells:
+        before = kept[-1] if kept else None
+        if before and folded(before) and folded(cell) and not before.outputs:
+            cell.source = f"{before.source}\n\n{cell.source}"
+            kept.pop()
+        kept.append(cell)
+    return kept
+
+
+def folded(cell: nbformat.NotebookNode) -> bool:
+    return cell.cell_type == "code" and cell.metadata.get("tags") == ["hide-input"]
+
+
 def exercise(match: re.Match[str]) -> str:
     """The anchor of an exercise before its name: #exercise-2-1-a for 2.1-a."""
     return f'<span id="exercise-{match[1].replace(".", "-")}"></span>{match[0]}'
 
 
 def code(cell: nbformat.NotebookNode) -> None:
-    """Name the fold, leave out what the execution wrote to stderr, and make outputs fit for a page."""
+    """Name the fold, and make outputs fit for a page."""
     tags = cell.metadata.get("tags", [])
     if "skip-execution" in tags:
         cell.metadata["tags"] = [tag for tag in tags if tag != "skip-execution"]
@@ -54,7 +93,6 @@ def code(cell: nbformat.NotebookNode) -> None:
             "code_prompt_show": f"Show {name}",
             "code_prompt_hide": f"Hide {name}",
         }
-    cell.outputs = [out for out in cell.outputs if out.get("name") != "stderr"]
     for output in cell.outputs:
         if "text/html" in output.get("data", {}):
             output.data["text/html"] = page_html(output.data["text/html"])

@@ -5,7 +5,8 @@ markup (`|x|`, `*`, `x_`) is escaped, and single backticks become literals. What
 `Args:`, is an equation or an example, and stays as it is written.
 
 Pages: a description and a card for those who send a link; Kaggle in the launch menu; Chinese marked as such for screen
-readers; search that finds parts of Chinese terms and puts chapters before the API. Outputs carry their style and script for
+readers; search that finds parts of Chinese terms and puts chapters before the API. Where a chapter first links to a step of the page
+that plays (`play.md#try-rank`), the step itself stands under the paragraph; it loads nothing before a reader asks. Outputs carry their style and script for
 Colab; a page of the book loads both once from `_static`.
 
 sphinx-thebe, which Jupyter Book always loads, is taken out: it writes its script twice into each page (a console error), with
@@ -31,6 +32,11 @@ CARRIED = re.compile(r"<(style|script) data-lab>.*?</\1>", re.DOTALL)
 BOOK = facts.read().book
 KAGGLE = "https://kaggle.com/kernels/welcome?src="
 LENGTH = 160  # characters of a description that search engines show
+PLAYED = re.compile(r'<a\b[^>]*href="\.\./book/play\.html#try-(\w+)"')
+STEP = """<div class="play-here"><button type="button" hidden>▶ Try it here</button> <span role="status"></span>
+<div class="play" data-try="{}"></div></div>
+"""
+EMBED = '<script src="../_static/play/embed.js"></script>\n'
 MARKUP = re.compile(r"([*|\\]|(?<=\w)_(?=\W|$))")
 
 
@@ -130,6 +136,20 @@ def describe(app: Sphinx, page: str, template: str, context: dict[str, Any], doc
                 )  # fmt: skip
 
 
+def play_here(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
+    """Puts each step of the page that plays under the paragraph or table of a chapter that links to it first."""
+    body = context.get("body", "")
+    if not page.startswith("notebooks/") or not PLAYED.search(body):
+        return
+    first = {link[1]: link.start() for link in reversed(list(PLAYED.finditer(body)))}
+    for name, start in sorted(first.items(), key=lambda item: -item[1]):
+        in_table = body.rfind("<table", 0, start) > body.rfind("</table>", 0, start)
+        end = "</table>\n</div>" if in_table else "</p>"
+        place = body.index(end, start) + len(end)
+        body = body[:place] + STEP.format(name) + body[place:]
+    context["body"] = body + EMBED
+
+
 def first_sentences(doctree: nodes.document) -> str:
     """As much of the first paragraph of prose (no line of links) as a search engine shows."""
     for paragraph in doctree.findall(nodes.paragraph):
@@ -152,4 +172,5 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("doctree-read", load_once)
     app.connect("doctree-resolved", mark_chinese)
     app.connect("html-page-context", describe, priority=900)  # after the theme's buttons
+    app.connect("html-page-context", play_here)
     return {"parallel_read_safe": True}

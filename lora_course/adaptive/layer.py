@@ -121,7 +121,11 @@ class GrowingLoRALinear(LoRALinear):
         self.uncertainty.copy_(torch.where(finite, uncertainty, self.uncertainty))
 
     def load_tensors(self, tensors: AdapterState) -> None:
-        """Take over `tensors`, with as many pairs as they have. If the number changes, optimisers have to be made anew."""
+        """Take over `tensors`, with as many pairs as they have. If the number changes, optimisers have to be made anew.
+
+        Plain factors, such as PEFT's, become the first pair: so an adapter that exists goes on growing.
+        """
+        tensors = _ungrown(tensors)
         wanted = pair_names(len(tensors["grown_at"]))
         for a, b in pair_names(len(self.grown_at))[len(wanted) :]:
             delattr(self, a)
@@ -132,7 +136,9 @@ class GrowingLoRALinear(LoRALinear):
         self._count()
 
     def check_tensors(self, name: str, tensors: AdapterState) -> None:
-        """Raise ValueError unless `tensors` are of such a layer of this size; the number of pairs may be another."""
+        """Raise ValueError unless `tensors` are of such a layer of this size; the number of pairs may be another, and
+        plain factors are a layer that has not grown."""
+        tensors = _ungrown(tensors)
         names = pair_names(len(tensors.get("grown_at", ())))
         expected = {"scaling", "importance", "uncertainty", "grown_at"}.union(*names)
         if set(tensors) != expected:
@@ -156,6 +162,14 @@ class GrowingLoRALinear(LoRALinear):
         self.r = sum(A.shape[0] for A, _ in self.pairs)
         # the α with which a plain layer of this rank has the same scale
         self.lora_alpha = self.scaling * (math.sqrt(self.r) if self.use_rslora else self.r)
+
+
+def _ungrown(tensors: AdapterState) -> AdapterState:
+    """Plain factors with what a layer keeps that has neither grown nor been observed; others as they are."""
+    if set(tensors) != {"A", "B", "scaling"}:
+        return tensors
+    unseen = {"importance": torch.zeros(()), "uncertainty": torch.zeros(())}
+    return tensors | unseen | {"grown_at": torch.zeros(0, dtype=torch.int64)}
 
 
 def pair_names(growths: int) -> list[tuple[str, str]]:

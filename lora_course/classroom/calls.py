@@ -66,9 +66,9 @@ class Answer:
             secrets.randbits(60)
         )  # one that no function sets by accident
         before = _state(draws, self.names)
-        largest_made = _LargestMade() if largest else contextlib.nullcontext()
+        watch = _LargestMade() if largest else None
         try:
-            with largest_made:
+            with watch or contextlib.nullcontext():
                 result = self.function(*positional, **keywords)
         except (Exception, SystemExit) as error:
             stub = isinstance(error, NotImplementedError)
@@ -81,9 +81,9 @@ class Answer:
                 put_back(state)
         if changed:
             raise Mistake(f"Your function leaves {changed} changed for everything that runs later.")
-        if largest and largest_made.elements > largest:
+        if watch and largest and watch.elements > largest:
             raise Mistake(
-                f"A tensor of {largest_made.elements:,} elements was made on the way; the text asks for a way that "
+                f"A tensor of {watch.elements:,} elements was made on the way; the text asks for a way that "
                 f"needs none of more than {largest:,} here."
             )
         return result
@@ -116,7 +116,7 @@ def told(error: BaseException, function: Callable) -> str:
         if code is not None and frame.f_code.co_filename == code.co_filename
     ]
     where = ""
-    if lines:
+    if code is not None and lines:
         number = lines[-1]
         text = linecache.getline(code.co_filename, number).strip()
         where = f" in line {number}" + (f", `{text}`," if text else "")
@@ -153,12 +153,12 @@ def _settings() -> Iterator[tuple[str, Callable[[], Any], Callable[[Any], Any]]]
 def random_states() -> dict[str, tuple[Any, Callable[[Any], Any]]]:
     """The states of the three global generators: how each reads now, comparable, and how to put it back."""
     state = torch.get_rng_state()
-    kind, keys, *rest = np.random.get_state()
+    drawn: Any = np.random.get_state()
     return {
         "torch's random state": (state.numpy().tobytes(), lambda _: torch.set_rng_state(state)),
         "numpy's random state": (
-            (keys.tobytes(), rest),
-            lambda _: np.random.set_state((kind, keys, *rest)),
+            (drawn[1].tobytes(), drawn[2:]),
+            lambda _: np.random.set_state(drawn),
         ),
         "Python's random state": (random.getstate(), random.setstate),
     }

@@ -176,7 +176,8 @@ def _numbers(
     if isinstance(expected, (int, np.integer)):
         same = number == expected
     else:
-        precise = PRECISION.get(getattr(found, "dtype", None), tolerance)
+        dtype: Any = getattr(found, "dtype", None)
+        precise = PRECISION.get(dtype, tolerance)
         same = abs(number - expected) <= max(precise * abs(expected), 1e-7) or number == expected
     return None if same else Difference(f"{_start(what)} is {number:.6g}, which is wrong.")
 

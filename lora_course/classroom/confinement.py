@@ -85,12 +85,12 @@ def bubblewrap(limits: Limits) -> list[str]:
         command += ["--perms", "0777", "--size", str(limits.disk), "--tmpfs", folder]
     package = Path(lora_course.__file__).parent
     paths = sysconfig.get_paths()
-    python = dict.fromkeys((sys.base_prefix, sys.prefix, paths["purelib"], paths["platlib"]))
-    python = [folder for folder in python if not folder.startswith("/usr/")]
+    places = dict.fromkeys((sys.base_prefix, sys.prefix, paths["purelib"], paths["platlib"]))
+    python = [folder for folder in places if not folder.startswith("/usr/")]
     parents = {parent for folder in python for parent in Path(folder).parents}
-    for folder in sorted([*parents, Path("/home"), Path("/judge"), Path("/judge/packages")]):
-        if folder != Path("/"):  # bubblewrap itself would make them for its user alone
-            command += ["--perms", "0755", "--dir", str(folder)]
+    for parent in sorted([*parents, Path("/home"), Path("/judge"), Path("/judge/packages")]):
+        if parent != Path("/"):  # bubblewrap itself would make them for its user alone
+            command += ["--perms", "0755", "--dir", str(parent)]
     for folder in ("/usr", "/lib", "/lib64", "/bin", "/etc/ld.so.cache"):
         if os.path.islink(folder):
             command += ["--symlink", os.readlink(folder), folder]

@@ -99,7 +99,7 @@ def exercise(id: str, *, points: float = 1, right: Callable[..., Any], **rest: A
             print(result)
             return result
 
-        check.points, check.exercise = points, made
+        check.points, check.exercise = points, made  # type: ignore[attr-defined]  # a function with two labels
         EXERCISES[id] = check
         return check
 

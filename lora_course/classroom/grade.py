@@ -78,6 +78,8 @@ def grade(
         try:
             for count, future in enumerate(as_completed(waiting), 1):
                 who, record = waiting[future], future.result()
+                if record is None:  # it was stopped
+                    continue
                 save_record(folder, who, record)
                 records[who] = record
                 passed = time.monotonic() - start
@@ -94,7 +96,7 @@ def grade(
         rate = len(todo) / (time.monotonic() - start) * 60
         say(f"{len(todo)} graded, {rate:.1f} a minute with {jobs} at a time.")
     grades = {who: f"{record.points:g}" for who, record in records.items()}
-    if table is not None:
+    if table is not None and roster is not None:
         filled = table.write(out / roster.name, column or assignment.name, grades, assignment.points)  # fmt: skip
         say(f"{out / roster.name}: column {filled!r} filled for {len(grades)} students.")
     absent = [who for who in table.students() if who not in records] if table else []

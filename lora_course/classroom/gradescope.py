@@ -89,8 +89,7 @@ def main(root: Path) -> None:
     if (root / "submission_metadata.json").is_file():
         users = json.loads((root / "submission_metadata.json").read_text()).get("users") or [{}]
         student = str(users[0].get("sid") or users[0].get("email") or student)
-    entry = collect(root)
-    entry = next(e for e in entry if e.name == "submission")
+    entry = next(entry for entry in collect(root) if entry.name == "submission")
     record = grade_submission(assignment, student, entry, secrets.token_hex(8), "user", Limits())
     text = json.dumps(results(assignment, record), indent=1) + "\n"
     (root / "results" / "results.json").write_text(text)

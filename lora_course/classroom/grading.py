@@ -56,7 +56,8 @@ class Boxes:
     """Sandboxes of one submission: one, and another where it was lost."""
 
     def __init__(self, kind: Kind, limits: Limits) -> None:
-        self.kind, self.limits, self.box = kind, limits, None
+        self.kind, self.limits = kind, limits
+        self.box: Sandbox | None = None
 
     def get(self) -> Sandbox:
         if self.box is None:

@@ -109,7 +109,7 @@ class Exercise:
 
     def _difference(self, found: dict[str, Any], expected: dict[str, Any]) -> Difference | None:
         # gradients through a result of 16 bits are no better than the result
-        kind = getattr(found.get("what you return"), "dtype", None)
+        kind: Any = getattr(found.get("what you return"), "dtype", None)
         tolerance = max(self.tolerance, PRECISION.get(kind, 0))
         for what, value in expected.items():
             # a gradient that is zero may be what is left of sums that cancel

@@ -84,7 +84,8 @@ class Remote(Answer):
 
             @staticmethod
             def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-                found = ask({"kind": "gradients", "upstream": list(upstream)}).get("gradients")
+                answer = ask({"kind": "gradients", "upstream": list(upstream)})
+                found: Any = answer.get("gradients")
                 fits = isinstance(found, list) and len(found) == len(leaves)
                 if not fits or any(
                     g is not None and (not isinstance(g, Tensor) or g.shape != x.shape)

@@ -124,7 +124,8 @@ def serve(requests: int, answers: int, opening: dict[str, Any]) -> None:
     import wire
 
     names, trouble = load(opening["name"], opening["answer"], opening["own"], opening["setup"])
-    tensors, call, gradients = wire.Tensor, names.get(opening["name"]), torch.autograd.grad
+    call: Any = names.get(opening["name"])
+    tensors, gradients = wire.Tensor, torch.autograd.grad
     send(answers, wire.encode({"trouble": trouble}))
     inputs: list[Any] = []
     results: list[Any] = []

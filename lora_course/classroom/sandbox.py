@@ -56,7 +56,7 @@ class Sandbox:
     def __init__(self, kind: Kind, limits: Limits) -> None:
         self.kind, self.limits, self.looked = kind, limits, time.monotonic()
         root = os.geteuid() == 0
-        settings = {
+        settings: dict[str, Any] = {
             "uid": FIRST_UID + next(_uids) % 4000 if root and kind != "trust" else 0,
             "limits": limits.of_process(),
             "path": ["/judge/packages", "/judge"],
@@ -78,7 +78,7 @@ class Sandbox:
             settings |= {"home": str(home), "path": [str(home)]}
             script = str(home / "runner.py")
         python = [os.path.abspath(sys.executable), "-I", "-B", script, json.dumps(settings)]
-        self.process = subprocess.Popen(
+        process = subprocess.Popen(
             [*command, *python],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -89,13 +89,16 @@ class Sandbox:
             if kind != "bubblewrap"
             else None,
         )  # fmt: skip
-        os.set_blocking(self.process.stdin.fileno(), False)
+        assert process.stdin and process.stdout and process.stderr  # they are pipes
+        self.process, self.stdin = process, process.stdin
+        self.stdout, self.stderr = process.stdout, process.stderr
+        os.set_blocking(self.stdin.fileno(), False)
         try:
             self.ask(
                 None, Budget(limits.start_seconds, 4 * limits.start_seconds, limits.start_seconds)
             )
         except Ended as ended:
-            words = self.process.stderr.read().decode(errors="replace").strip().splitlines()
+            words = self.stderr.read().decode(errors="replace").strip().splitlines()
             self.close()
             raise RuntimeError(f"no sandbox starts: {(words or [str(ended)])[-1]}") from None
 
@@ -114,7 +117,7 @@ class Sandbox:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         self.process.wait()
-        for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
+        for stream in (self.stdin, self.stdout, self.stderr):
             stream.close()
         if self.folder is not None:
             self.folder.cleanup()
@@ -135,7 +138,7 @@ class Sandbox:
         out = b"" if message is None else wire.encode(message)
         out = len(out).to_bytes(8, "little") + out if out else b""
         got, length = bytearray(), None
-        reading, writing = self.process.stdout.fileno(), self.process.stdin.fileno()
+        reading, writing = self.stdout.fileno(), self.stdin.fileno()
         while length is None or len(got) < length:
             left = deadline - time.monotonic()
             if left <= 0:

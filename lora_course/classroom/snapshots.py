@@ -66,8 +66,9 @@ def _take(value: Any, place: str, found: Snapshot, seen: set[int], visit=None) -
             visit(value, place)
             return
         found[place] = _copied(value)
-        if getattr(value, "quant_state", None) is not None:
-            _take(value.quant_state.as_dict(), f"{place}.quant_state", found, seen, visit)
+        packed = getattr(value, "quant_state", None)
+        if packed is not None:
+            _take(packed.as_dict(), f"{place}.quant_state", found, seen, visit)
     elif isinstance(value, np.ndarray):
         found[place] = (str(value.dtype), value.copy())
     elif simple:

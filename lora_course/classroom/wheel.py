@@ -33,7 +33,7 @@ def build() -> tuple[str, bytes]:
         for path in sorted(package.rglob("*"))
         if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".pyc"
     }
-    files[f"{info}/METADATA"] = (project.read_text("METADATA") or project.read_text("PKG-INFO")).encode()  # fmt: skip
+    files[f"{info}/METADATA"] = (project.read_text("METADATA") or project.read_text("PKG-INFO") or "").encode()  # fmt: skip
     files[f"{info}/WHEEL"] = WHEEL.encode()
     files[f"{info}/entry_points.txt"] = (project.read_text("entry_points.txt") or "").encode()
     rows = [

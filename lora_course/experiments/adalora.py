@@ -37,7 +37,7 @@ from lora_course.experiments import (
 )
 from lora_course.injection import injection_of
 
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "model": "nano", "domain": "shakespeare", "steps": 60, "batch": 4, "length": 128,
     "train_bytes": 1_000_000, "score_bytes": {"validation": 20_000, "test": 40_000}, "seeds": [0, 1, 2], "search_seeds": [0, 1, 2],
     "learning_rates": [4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2],
@@ -57,7 +57,7 @@ class Recorder(RankAllocator):
         generator = torch.Generator().manual_seed(seed)
         for layer in self.layers.values() if choice != "importance" else ():
             scores = {"magnitude": magnitude, "per layer": per_layer, "random": drawn}[choice]
-            layer.scores = scores(layer, generator)
+            layer.scores = scores(layer, generator)  # type: ignore[method-assign]  # another choice, for comparison
 
     def step(self, t: int) -> dict[str, int] | None:
         chosen = super().step(t)
@@ -92,7 +92,8 @@ def make(method: str, seed: int, choice: str = "importance") -> Arm:
     allocator = Recorder(model, choice, seed)
 
     def finish(model: torch.nn.Module) -> dict[str, Any]:
-        injection_of(model).config.orth_reg_weight = 1.0  # to measure by, as "free" has none
+        info: Any = injection_of(model)
+        info.config.orth_reg_weight = 1.0  # to measure by, as "free" has none
         orthogonality = regularizer(model).item()
         prune_triplets(model)
         return {

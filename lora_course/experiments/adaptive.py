@@ -37,7 +37,7 @@ from lora_course.experiments.adaptive_moment import moment
 from lora_course.injection import adapter_layers
 from lora_course.lora import LoRALinear
 
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "model": "nano", "domain": "shakespeare", "domains": ["shakespeare", "bible", "milton", "python"], "steps": 60, "batch": 8,
     "length": 128, "train_bytes": 1_000_000, "score_bytes": {"validation": 20_000, "test": 40_000}, "seeds": [0, 1, 2],
     "search_seeds": [0, 1, 2], "learning_rates": [4e-3, 8e-3, 1.6e-2, 3.2e-2], "scaling": 2.0, "r": 2, "high_r": 16,
@@ -72,6 +72,7 @@ class Pruner(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         for name, layer in self.layers.items():
             size = math.sqrt(layer.in_features * layer.out_features)
+            assert layer.B.grad is not None  # a step was just made
             part = (layer.B * layer.B.grad).sum(0).abs() / size
             self.mean[name].lerp_(part, 1 - self.beta)
             self.deviation[name].lerp_((part - self.mean[name]).abs(), 1 - self.beta)
@@ -85,15 +86,13 @@ class Pruner(TrainerCallback):
                 kept = self.kept[name].nonzero().flatten().tolist()
                 parts += [(scores[i].item(), name, i) for i in kept]
             excess = parameters_of(self.layers, self.ranks) - self.targets[state.global_step]
-            for _, name, i in sorted(parts):
+            for _score, name, i in sorted(parts):
                 if excess <= 0:
                     break
                 self.kept[name][i] = False
                 excess -= cost(self.layers[name])
-        for (
-            name,
-            layer,
-        ) in self.layers.items():  # at every step: Adam goes on moving what has moments
+        # at every step: Adam goes on moving what has moments
+        for name, layer in self.layers.items():
             layer.B[:, ~self.kept[name]] = 0
 
 
@@ -120,7 +119,8 @@ def uniform_ranks(costs: dict[str, int], parameters: int) -> Ranks:
 def with_ranks(layer: type[LoRALinear], ranks: int | Ranks, seed: int) -> nn.Module:
     """nano with an adapter of the study's scale; ranks: one for all layers, or by layer."""
     by_layer = ranks if isinstance(ranks, dict) else {}
-    common, s = min(by_layer.values()) if by_layer else ranks, SETTINGS["scaling"]
+    common = ranks if isinstance(ranks, int) else min(ranks.values())
+    s = SETTINGS["scaling"]
     config = LoraConfig(
         r=common, lora_alpha=s * common, target_modules="all-linear", rank_pattern=by_layer,
         alpha_pattern={name: s * r for name, r in by_layer.items()},
@@ -135,6 +135,7 @@ def make(arm: str, seed: int, like: Ranks | None = None) -> Arm:
         model = with_ranks(GrowingLoRALinear, SETTINGS["r"], seed)
         return Arm(model, [RankGrower(model, schedule)], finish=histories)
     layers = adapter_layers(with_ranks(LoRALinear, 1, 0))
+    assert like is not None  # the other arms copy the grown one's parameters
     total = parameters_of(layers, like)
     if arm == "pruned":
         model = with_ranks(LoRALinear, SETTINGS["high_r"], seed)

@@ -41,14 +41,15 @@ def moment(settings: Mapping[str, Any], seed: int) -> dict[str, Any]:
         copied = copy.deepcopy(model)
         copied_optimizer = optimizer_of(copied)
         copied_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-        grower, losses = RankGrower(copied, schedule), {"before": loss_of(copied, aside)}
+        grower = RankGrower(copied, schedule)
+        losses: dict[str, Any] = {"before": loss_of(copied, aside)}
         if way != "none":
             grower.grow(copied_optimizer, plan["before"])
         for layer in grower.layers.values():
             if way == "scale not held":
                 layer.scaling *= settings["r"] / layer.r
             if way == "both zero":
-                nn.init.zeros_(layer.A1)
+                nn.init.zeros_(layer.get_parameter("A1"))
         if way == "moments thrown away":
             copied_optimizer.state.clear()
         losses["after"] = loss_of(copied, aside)
@@ -56,7 +57,7 @@ def moment(settings: Mapping[str, Any], seed: int) -> dict[str, Any]:
         losses["then"] = steps(copied, copied_optimizer, rest, grower)
         losses["end"] = loss_of(copied, aside)
         grown = [layer for layer in grower.layers.values() if len(layer.pairs) > 1]
-        new = [layer.B1.abs().max().item() for layer in grown]
+        new = [layer.get_parameter("B1").abs().max().item() for layer in grown]
         found[way] = losses | {"largest_new_weight": max(new, default=0.0)}
     return found
 

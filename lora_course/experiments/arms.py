@@ -102,7 +102,8 @@ class Kept:
     the other split."""
 
     def __init__(self, train: Callable[..., Any], *arguments: Any) -> None:
-        self.train, self.made = functools.partial(train, *arguments), {}
+        self.train = functools.partial(train, *arguments)
+        self.made: dict[tuple[float, int], Any] = {}
 
     def __call__(self, rate: float, seed: int) -> Any:
         if (rate, seed) not in self.made:
@@ -140,6 +141,9 @@ def search(
         found = value(rate, seed)
         return math.inf if math.isnan(found) else found
 
+    def best_of(seed: int) -> float:
+        return min(rates, key=lambda rate: lost(rate, seed))
+
     while True:
         means = {rate: statistics.fmean(lost(rate, s) for s in seeds[:count]) for rate in rates}
         best = min(means, key=means.__getitem__)
@@ -151,7 +155,7 @@ def search(
                 )
             rates.append(best * 2 if best == max(rates) else best / 2)
             continue
-        own = sum(min(rates, key=lambda r, s=seed: lost(r, s)) == best for seed in seeds[:count])
+        own = sum(best_of(seed) == best for seed in seeds[:count])
         if own >= (agree or 0) or count == len(seeds):
             return best
         count += 1
@@ -205,16 +209,15 @@ def tokenizer_of(name: str) -> PreTrainedTokenizerBase:
     return lab.load_base(name)[1]
 
 
-def base_of(settings: Mapping[str, Any]) -> nn.Module:
-    """The base, without an adapter."""
+def base_of(settings: Mapping[str, Any]) -> Any:
+    """The base, without an adapter: a model of transformers, whose types hide what it can do."""
     return lab.load_base(settings["model"])[0]
 
 
 def config_of(r: int, scaling: float = 2.0, **fields: Any) -> LoraConfig:
     """LoRA on all linear layers with α = scaling · r."""
-    return LoraConfig(
-        **{"r": r, "lora_alpha": scaling * r, "target_modules": "all-linear"} | fields
-    )
+    given: dict[str, Any] = {"r": r, "lora_alpha": scaling * r, "target_modules": "all-linear"}
+    return LoraConfig(**given | fields)
 
 
 def adapted(settings: Mapping[str, Any], seed: int, config: LoraConfig, **layer: Any) -> nn.Module:

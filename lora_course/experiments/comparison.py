@@ -58,7 +58,7 @@ def train(method: str, domain: str, rate: float, seed: int) -> tuple[Trained, in
     arm, rows, peak = METHODS[method].make(seed), ordered_rows(domain, seed), []
     plan = (rate, seed, SETTINGS["steps"], SETTINGS["batch"])
     measure = lambda: peak.append(step_bytes(arm.model, arm.auxiliary_loss, rows))  # noqa: E731
-    how = {"before_finish": measure, "train_sampling_strategy": "sequential"}
+    how: dict[str, Any] = {"before_finish": measure, "train_sampling_strategy": "sequential"}
     return train_arm(arm, rows, *plan, **how), peak[0]
 
 

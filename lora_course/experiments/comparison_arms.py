@@ -74,7 +74,7 @@ def make_peft(seed: int, **fields: Any) -> Arm:
     """PEFT's layers in transformers' own Trainer, starting from the `A`s that the course's LoRA draws with this seed."""
     drawn = adapter_layers(injected(seed))
     config = config_of(SETTINGS["r"], SETTINGS["scaling"], task_type="CAUSAL_LM", **fields)
-    model = get_peft_model(base_of(SETTINGS), config)
+    model: Any = get_peft_model(base_of(SETTINGS), config)
     with torch.no_grad():
         for name, layer in drawn.items():
             theirs = model.base_model.model.get_submodule(name)
@@ -88,7 +88,7 @@ def make_peft(seed: int, **fields: Any) -> Arm:
             trainer.train()
         return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
-    return Arm(model, fit=fit, save=lambda model, folder: model.save_pretrained(folder))
+    return Arm(model, fit=fit, save=lambda _, folder: model.save_pretrained(folder))
 
 
 def make_rslora(seed: int) -> Arm:
@@ -154,7 +154,11 @@ def make_delta(seed: int) -> Arm:
 
 
 def make_nested(seed: int) -> Arm:
-    nested = {"layer": NestedLoRALinear, "ranks": (1, 2, 4, 8), "weighting": "matryoshka"}
+    nested: dict[str, Any] = {
+        "layer": NestedLoRALinear,
+        "ranks": (1, 2, 4, 8),
+        "weighting": "matryoshka",
+    }
     return Arm(injected(seed, **nested))
 
 

@@ -9,6 +9,7 @@ adapters of the isolated runs: the first two, three and four of the order. Task 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -48,7 +49,7 @@ from lora_course.merging import Merged
 from lora_course.states import concatenate, relative_error, use_adapter
 
 DOMAINS = ["bible", "shakespeare", "milton", "python"]
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "model": "nano", "r": 8, "steps": 20, "batch": 8, "length": 64, "train_bytes": 300_000,
     "score_bytes": {"validation": 4_000, "test": 4_000}, "piece": 1_000,
     "learning_rates": [4e-3, 8e-3, 1.6e-2], "seeds": [0, 10, 20], "search_seeds": [0],
@@ -57,10 +58,16 @@ SETTINGS = {
     "ranks": [2, 32], "ties_density": 0.2, "dare_density": 0.5,
     "orders": [DOMAINS, DOMAINS[::-1], ["milton", "python", "bible", "shakespeare"]],
 }  # fmt: skip
+
+
+def orthogonal(strength: float, seed: int) -> Orthogonal:
+    return Orthogonal(strength)
+
+
 STRATEGIES: dict[str, Callable[[int], Sequential]] = {
     "sequential": lambda seed: Sequential(),
     "replay": lambda seed: Replay(SETTINGS["memory"], SETTINGS["share"], seed),
-    "orthogonal": lambda seed: Orthogonal(SETTINGS["strength"]),
+    "orthogonal": functools.partial(orthogonal, SETTINGS["strength"]),
     "isolated": lambda seed: Isolated(),
 }
 
@@ -73,6 +80,11 @@ def task(domain: str, split: str) -> Task:
     tokenizer = tokenizer_of(SETTINGS["model"])
     evaluate = lambda model: lab.bits_per_byte(model, tokenizer, held_out)  # noqa: E731
     return Task(domain, rows_of(SETTINGS, domain), evaluate)
+
+
+def score_of(model: torch.nn.Module, domain: str, split: str) -> float:
+    evaluate: Any = task(domain, split).evaluate  # a function: `Task` takes rows as well
+    return evaluate(model)
 
 
 def sequence(
@@ -98,9 +110,9 @@ def sequence(
         scores = []
         for index, domain in enumerate(order):
             with strategy.serving(model, index):
-                scores.append(task(domain, split).evaluate(model))
+                scores.append(score_of(model, domain, split))
         return result(scores)
-    found = {"names": results.names, "matrix": rounded(results.matrix.tolist())}
+    found: dict[str, Any] = {"names": results.names, "matrix": rounded(results.matrix.tolist())}
     found |= metrics(results.matrix)
     if isinstance(strategy, Orthogonal):
         found["overlap"] = overlap(model).item()
@@ -114,9 +126,9 @@ def joint(rate: float, seed: int, split: str) -> dict[str, Any]:
     model = adapted(SETTINGS, seed, config_of(SETTINGS["r"]))
     learned = [task(domain, split) for domain in DOMAINS]
     rows, steps = datasets.concatenate_datasets([t.train for t in learned]), SETTINGS["steps"]
-    plan, how = (steps * len(DOMAINS), SETTINGS["batch"]), {"use_cpu": True, "disable_tqdm": True}
-    study.fit(model, rows, rate, seed, *plan, **how)
-    return result([one.evaluate(model.eval()) for one in learned])
+    plan = (steps * len(DOMAINS), SETTINGS["batch"])
+    study.fit(model, rows, rate, seed, *plan, use_cpu=True, disable_tqdm=True)
+    return result([score_of(model.eval(), domain, split) for domain in DOMAINS])
 
 
 def result(scores: list[float]) -> dict[str, Any]:
@@ -135,7 +147,7 @@ def merges(
         for method, merged in merged_states(SETTINGS, part, seed).items():
             state = merged.state if isinstance(merged, Merged) else merged
             use_adapter(model, state)
-            scores = [task(domain, "test").evaluate(model) for domain in DOMAINS[:count]]
+            scores = [score_of(model, domain, "test") for domain in DOMAINS[:count]]
             values = result(scores) | {"error": relative_error(state, exact)}
             if isinstance(merged, Merged):
                 values["truncation_error"] = merged.truncation_error
@@ -178,11 +190,11 @@ def body(runs: Runs) -> None:
     for seed in seeds:
         runs(f"joint/{seed}", joint, best["joint"], seed, "test")
     for size in SETTINGS["memories"]:
-        test(f"memory {size}", lambda s, m=size: Replay(m, SETTINGS["share"], s), "replay")
+        test(f"memory {size}", functools.partial(Replay, size, SETTINGS["share"]), "replay")
     for r in SETTINGS["ranks"]:
         test(f"rank {r}", STRATEGIES["sequential"], "sequential", r=r)
     for strength in SETTINGS["strengths"]:
-        test(f"strength {strength:g}", lambda s, g=strength: Orthogonal(g), "orthogonal")
+        test(f"strength {strength:g}", functools.partial(orthogonal, strength), "orthogonal")
     for number, order in enumerate(SETTINGS["orders"][1:], 1):
         for name, make in STRATEGIES.items():
             if name != "isolated":  # an isolated adapter knows nothing of the others

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from torch import nn
 
 from lora_course.experiments import base_of
 from lora_course.lora import AdapterState
@@ -39,9 +38,10 @@ def merged_states(
     }
 
 
-def in_peft(settings: Mapping[str, Any], states: Sequence[AdapterState]) -> nn.Module:
+def in_peft(settings: Mapping[str, Any], states: Sequence[AdapterState]) -> Any:
     """nano with the states as PEFT adapters "0", "1", …"""
-    model, r = None, settings["r"]
+    model: Any = None
+    r = settings["r"]
     for i, state in enumerate(states):
         config = LoraConfig(r=r, lora_alpha=2 * r, target_modules=sorted(split_state(state)))
         if model is None:
@@ -55,9 +55,7 @@ def in_peft(settings: Mapping[str, Any], states: Sequence[AdapterState]) -> nn.M
     return model
 
 
-def peft_merge(
-    model: nn.Module, weights: list[float], kind: str, **arguments: object
-) -> AdapterState:
+def peft_merge(model: Any, weights: list[float], kind: str, **arguments: object) -> AdapterState:
     """What PEFT's add_weighted_adapter makes of the adapters, as a state."""
     names = [str(i) for i in range(len(weights))]
     with warnings.catch_warnings():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -38,8 +40,8 @@ class Ensemble(nn.Module):
         self.model, self.config = teachers.model, teachers.model.config
         self.each, self.settings = teachers, DistillationConfig(mixture=mixture)
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.get_input_embeddings()
+    def get_input_embeddings(self) -> Any:
+        return self.model.get_input_embeddings()  # type: ignore[operator]  # a method of transformers' models
 
     def forward(self, input_ids: Tensor, use_cache: bool = False) -> SimpleNamespace:
         each = []
@@ -82,15 +84,21 @@ def latency(seed: int) -> dict[str, Any]:
     return {"milliseconds": medians, "threads": torch.get_num_threads()}
 
 
+def step_of(teachers: Teachers, plain: dict[str, Tensor]) -> None:
+    distillation_step(teachers, plain).loss.backward()
+
+
 def memory(seed: int) -> dict[str, Any]:
     """Bytes: of the base, of one teacher as an adapter, of the student; and what a training step allocates at its peak."""
     states, model = teacher_states(seed), student(seed).train()
     batch = mixed_rows()[: SETTINGS["batch"]]
     plain = {key: value for key, value in batch.items() if key != "domain"}
-    steps = {"data alone": lambda: model(**plain, use_cache=False).loss.backward()}
+    steps: dict[str, Callable[[], Any]] = {
+        "data alone": lambda: model(**plain, use_cache=False).loss.backward()
+    }
     for count in range(1, len(states) + 1):
         teachers = Teachers(model, dict(list(states.items())[:count]))
-        steps[f"{count} teachers"] = lambda t=teachers: distillation_step(t, plain).loss.backward()
+        steps[f"{count} teachers"] = functools.partial(step_of, teachers, plain)
     peaks = {}
     for name, step in steps.items():
         step()  # gradients exist from here on

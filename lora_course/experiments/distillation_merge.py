@@ -16,7 +16,7 @@ from lora_course.experiments import Kept, Runs, Study, Witness, compete
 from lora_course.experiments import distillation as first
 from lora_course.experiments import distillation_models as models
 
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "weights": [0.0625, 0.125, 0.1875, 0.25, 0.5], "seeds": [0, 1, 2], "search_seeds": [0, 1, 2],
     "pair": {"domains": ["bible", "python"], "seed": 0, "steps": 16, "learning_rate": 1.6e-2, "batch": 8},
 }  # fmt: skip

@@ -21,13 +21,13 @@ from lora_course.lora import AdapterState
 from lora_course.states import adapter_state, concatenate, truncate
 
 # What the teachers' mixture is made of: each row's own teacher, all four equally, or all four's logits equally.
-DISTILLED = {
+DISTILLED: dict[str, dict[str, Any]] = {
     "by domain": {"by_domain": True},
     "by domain, reverse KL": {"by_domain": True, "divergence": "reverse"},
     "equal weights": {"by_domain": False},
     "equal weights, logits": {"by_domain": False, "mixture": "logits"},
 }
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "model": "nano", "domains": ["bible", "shakespeare", "milton", "python"], "train_bytes": 160_000, "score_bytes": 8_000,
     "batch": 8, "length": 128, "seeds": [0, 1, 2], "search_seeds": [0, 1, 2],
     "teacher": {"r": 8, "steps": 24, "learning_rate": 8e-3}, "student": {"r": 4, "steps": 32},
@@ -72,7 +72,7 @@ def distilled(kind: str, rate: float, seed: int, **settings: Any) -> Found:
     """A student of the four teachers; the recipe is that of `lab.study.fit`."""
     how = dict(DISTILLED[kind])
     weights = torch.eye(len(DOMAINS)) if how.pop("by_domain") else None
-    usual = {"alpha": SETTINGS["alpha"], "temperature": SETTINGS["temperature"]}
+    usual: dict[str, Any] = {"alpha": SETTINGS["alpha"], "temperature": SETTINGS["temperature"]}
     config = DistillationConfig(**usual | how | settings)
     return distil(teacher_states(seed), weights, config, rate, seed, STEPS, mixed_rows())
 
@@ -88,7 +88,7 @@ def distil(
             folder, learning_rate=rate, seed=seed, max_steps=steps, warmup_steps=0.1, lr_scheduler_type="linear",
             per_device_train_batch_size=SETTINGS["batch"], save_strategy="no", disable_tqdm=True,
         )  # fmt: skip
-        more = {"teachers": Teachers(model, states, weights), "config": config}
+        more: dict[str, Any] = {"teachers": Teachers(model, states, weights), "config": config}
         trainer = DistillationTrainer(model, args, train_dataset=rows, **more)
         start = time.perf_counter()
         trainer.train()

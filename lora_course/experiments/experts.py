@@ -38,7 +38,7 @@ from lora_course.lab import study
 from lora_course.lora import AdapterState
 from lora_course.states import concatenate, factor_state, use_adapter
 
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "model": "nano", "domains": ["bible", "shakespeare", "milton", "python"], "steps": 16, "router_steps": 16, "batch": 8,
     "length": 128, "train_bytes": 160_000, "score_bytes": 8_000, "r": 8, "seeds": [0, 1, 2], "search_seeds": [0],
     "learning_rates": [2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2], "router_rates": [3e-2, 1e-1, 3e-1, 1.0],
@@ -67,7 +67,7 @@ def fit(
     balance: float = 0.0,
 ) -> nn.Module:
     auxiliary = functools.partial(experts.balance_loss, weight=balance) if balance else None
-    how = {"auxiliary_loss": auxiliary, "disable_tqdm": True}
+    how: dict[str, Any] = {"auxiliary_loss": auxiliary, "disable_tqdm": True}
     study.fit(model, data, rate, seed, steps, SETTINGS["batch"], **how)
     return model
 

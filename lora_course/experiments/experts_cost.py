@@ -19,7 +19,7 @@ from lora_course.experiments import config_of
 from lora_course.export import export_peft
 from lora_course.injection import inject
 
-SMOL_SHAPES = {
+SMOL_SHAPES: dict[str, Any] = {
     "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
     "vocab_size": 49152, "tie_word_embeddings": True,
 }  # fmt: skip
@@ -38,7 +38,7 @@ def arms_of(name: str) -> dict[str, nn.Module]:
         theirs = get_peft_model(copy.deepcopy(base), settings)
     ours = {}
     for count in (1, 8):
-        layer = {"layer": experts.ExpertsLinear, "num_experts": count}
+        layer: dict[str, Any] = {"layer": experts.ExpertsLinear, "num_experts": count}
         ours[count] = inject(copy.deepcopy(base), config_of(8), **layer)
     frozen = experts.freeze_experts(copy.deepcopy(ours[8]))
     return {"one": ours[1], "eight": ours[8], "eight, frozen": frozen, "X-LoRA, frozen": theirs}

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from lora_course import lab
 from lora_course.experiments import Runs, Study, Witness
 
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "model": "smol", "formats": ["int4", "fp4", "nf4"], "edges": [0, 0.15, 0.45, 0.75, 1.0], "tokens": 512, "windows": 10,
     "draws": 3, "texts": ["glosses", "bible", "shakespeare", "milton", "python"],
 }  # fmt: skip
@@ -71,7 +71,7 @@ def measure(
     """Error and losses with the weights between `low` and `high` of their block's largest rounded; draw: with new signs.
     count: of the windows of each text."""
     model, originals, texts = loaded()
-    error, total = 0.0, sum(w.square().sum() for w in originals.values()).item()
+    error, total = 0.0, sum(w.square().sum().item() for w in originals.values())
     if draw is not None:
         torch.manual_seed(draw)
     for name, weight in originals.items():

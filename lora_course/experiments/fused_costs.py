@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from lora_course.fused import FusedLoRALinear
 from lora_course.injection import inject
 from lora_course.lora import LoRALinear
 
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "model": "nano", "batch": 4, "length": 128, "dropout": 0.1, "memory_ranks": [4, 16, 64], "autocast_rank": 16,
     "process": [8, 256, 16], "step_ranks": [8, 64], "step_rounds": 61,
     "layer": {"width": 1024, "tokens": 512, "r": 16, "rounds": 31},
@@ -95,7 +95,7 @@ def process(kind: str, dropout: float) -> dict[str, int]:
     return {"grown": lab.process_peak(f"{__name__}:process_step", kind, dropout).grown}
 
 
-def race(arms: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+def race(arms: Mapping[str, Callable[..., Any]], rounds: int) -> dict[str, list[float]]:
     """Processor seconds of each arm in each round, after one that isn't counted; the order turns with the rounds."""
     times: dict[str, list[float]] = {name: [] for name in arms}
     names = list(arms)

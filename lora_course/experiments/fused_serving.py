@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from peft import get_peft_model
-from torch import nn
 
 from lora_course.experiments import base_of
 from lora_course.experiments.fused_costs import config, injected, race, tokens
@@ -15,7 +15,7 @@ from lora_course.lora import AdapterState
 from lora_course.serving import load_adapters, row_adapters
 from lora_course.states import factor_state, split_state, use_adapter
 
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "model": "nano", "latency_ranks": [4, 16, 64, 256], "tokens": [1, 4, 16, 64, 256], "latency_rounds": 31,
     "served": {"rows": 32, "r": 8, "adapters": [1, 2, 4, 8, 16, 32], "rounds": 21},
     "generate": {"rows": 16, "adapters": 4, "r": 8, "prompt": 16, "new": 24, "rounds": 7},
@@ -35,12 +35,12 @@ def latency(count: int) -> dict[str, list[float]]:
     return race(arms, SETTINGS["latency_rounds"])
 
 
-def fleet(count: int, r: int) -> tuple[dict[str, AdapterState], nn.Module, nn.Module, nn.Module]:
+def fleet(count: int, r: int) -> tuple[dict[str, AdapterState], Any, Any, Any]:
     """States of so many adapters; all of them on one base, ours and PEFT's; and a model that takes one at a time."""
     states = {f"adapter {i}": factor_state(injected("plain", r, seed=i)) for i in range(count)}
     ours = load_adapters(base_of(SETTINGS), states).eval()
     one = injected("plain", r).eval()
-    theirs = get_peft_model(base_of(SETTINGS), config(r), adapter_name="adapter 0")
+    theirs: Any = get_peft_model(base_of(SETTINGS), config(r), adapter_name="adapter 0")
     for name in list(states)[1:]:
         theirs.add_adapter(name, config(r))
     for name, state in states.items():
@@ -102,7 +102,8 @@ def generated() -> dict[str, list[float]]:
         written = torch.empty(len(ids), s["prompt"] + s["new"], dtype=ids.dtype)
         for name, state in states.items():
             own = [i for i, n in enumerate(names) if n == name]
-            written[own] = use_adapter(one, state).generate(ids[own], **how)
+            use_adapter(one, state)
+            written[own] = one.generate(ids[own], **how)
         return written
 
     def peft() -> torch.Tensor:

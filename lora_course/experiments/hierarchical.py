@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import statistics
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -37,20 +38,20 @@ from lora_course.states import factor_state, truncate, use_adapter
 
 RANKS = [1, 2, 4, 8]
 STEPS = 32
-TRAININGS = {
+TRAININGS: dict[str, dict[str, Any]] = {
     **{f"lora-{r}": {"r": r, "steps": STEPS} for r in RANKS},
     **{f"short-{r}": {"r": r, "steps": STEPS // len(RANKS)} for r in RANKS},
     "truncation": {"r": 8, "steps": STEPS, "weighting": "equal", "hold": True},
     "not-held": {"r": 8, "steps": STEPS, "weighting": "equal", "hold": False},
     "matryoshka": {"r": 8, "steps": STEPS, "weighting": "matryoshka"},
 }
-SERVINGS = {
+SERVINGS: dict[str, Any] = {
     **{f"lora-{r}": ["whole"] for r in RANKS[:-1]},
     "lora-8": ["whole", "sliced", "svd"],
     **{f"short-{r}": ["whole"] for r in RANKS},
     "truncation": ["cut"], "not-held": ["cut"], "matryoshka": ["cut", "bare"],
 }  # fmt: skip
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "model": "nano", "domain": "shakespeare", "batch": 4, "length": 128, "train_bytes": 1_000_000, "score_bytes": 10_000,
     "seeds": [0, 1, 2], "search_seeds": [0],
     "learning_rates": [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2, 0.128, 0.256], "first": [8e-3, 1.6e-2, 3.2e-2],
@@ -59,7 +60,8 @@ SETTINGS = {
 
 
 def trained(name: str, rate: float, seed: int) -> Trained:
-    how, layer = TRAININGS[name], {}
+    how = TRAININGS[name]
+    layer: dict[str, Any] = {}
     if "weighting" in how:
         layer = {"layer": NestedLoRALinear, "ranks": RANKS, "weighting": how["weighting"]}
     model = adapted(SETTINGS, seed, config_of(how["r"], SETTINGS["scaling"]), **layer)
@@ -102,7 +104,7 @@ def score(serving: str, found: Trained, split: str) -> dict[str, Any]:
     return values | {"losses": found.curve} if split == "test" else values
 
 
-def mean(values: dict[str, Any]) -> float:
+def mean(values: Mapping[str, Any]) -> float:
     return statistics.fmean(values["bits_per_byte"].values())
 
 

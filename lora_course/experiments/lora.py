@@ -33,7 +33,7 @@ from lora_course.injection import adapter_layers
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
-ARMS = {
+ARMS: dict[str, dict[str, Any]] = {
     "lora": {"target_modules": "all-linear", "r": 8, "scale": "alpha = 2r"},
     "full": {"target_modules": None, "r": None, "scale": None},
     "mlp": {"target_modules": MLP, "r": 13, "scale": "alpha = 2r"},
@@ -45,7 +45,7 @@ ARMS = {
     "r16-rslora": {"target_modules": "all-linear", "r": 16, "scale": "rslora"},
     "r2": {"target_modules": "all-linear", "r": 2, "scale": "alpha = 2r"},
 }
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "model": "nano", "domain": "shakespeare", "own_domain": "glosses", "steps": 60, "batch": 8, "length": 128,
     "train_bytes": 1_000_000, "score_bytes": {"domain": 40_000, "own_domain": 20_000}, "seeds": [0, 1, 2], "search_seeds": [0],
     "arms": ARMS, "learning_rates": [2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2], "first": [4e-3, 8e-3, 1.6e-2],

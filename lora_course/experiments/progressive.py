@@ -34,17 +34,17 @@ from lora_course.experiments import (
 )
 from lora_course.injection import adapter_layers
 
-METHODS = {
+METHODS: dict[str, dict[str, Any]] = {
     "small": {"mode": "stack", "r": 4, "stages": 1}, "large": {"mode": "stack", "r": 16, "stages": 1},
     "restarts": {"mode": "restart", "r": 4, "stages": 4}, "stack": {"mode": "stack", "r": 4, "stages": 4},
     "merge": {"mode": "merge", "r": 4, "stages": 4, "rate_of": "stack"},
 }  # fmt: skip
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "model": "nano", "domain": "shakespeare", "steps": 48, "batch": 8, "length": 128, "train_bytes": 1_000_000,
     "score_bytes": 20_000, "seeds": [0, 1, 2], "search_seeds": [0], "learning_rates": [4e-3, 8e-3, 1.6e-2, 3.2e-2], "scaling": 2.0,
     "warmup": 0.1, "methods": METHODS,
 }  # fmt: skip
-TRAINING = {
+TRAINING: dict[str, Any] = {
     "disable_tqdm": True, "save_strategy": "no", "per_device_train_batch_size": SETTINGS["batch"],
     "train_sampling_strategy": "sequential",
 }  # fmt: skip
@@ -89,8 +89,8 @@ def restart(
     progressive.begin_stage(model, stages[0], seed)
     losses = []
     for k, stage in enumerate(stages):
-        plan = {"learning_rate": stage.learning_rate, "max_steps": stage.steps}
-        args = training_arguments(folder, seed=seed + 1000 * k, **plan, **TRAINING)
+        plan: dict[str, Any] = {"learning_rate": stage.learning_rate, "max_steps": stage.steps}
+        args = training_arguments(folder, **plan | TRAINING, seed=seed + 1000 * k)
         trainer = progressive.StageTrainer(model, args, stages, k, "run", train_dataset=parts[k])
         trainer.train()
         losses += [entry["loss"] for entry in trainer.history]
@@ -127,7 +127,7 @@ def body(runs: Runs) -> None:
     runs.expect(2 + tried + len(METHODS) * len(runs.seeds))
     for split in ("validation", "test"):
         runs(f"base/{split}", base_score, SETTINGS, split)
-    best = {}
+    best: dict[str, float] = {}
     for method, how in METHODS.items():
         if "rate_of" in how:
             rate = best[how["rate_of"]]

@@ -30,12 +30,12 @@ from lora_course.experiments import (
 )
 from lora_course.injection import inject, merge, unload
 
-METHODS = {
+METHODS: dict[str, dict[str, Any]] = {
     "lora": {"quantize": False, "target_modules": "all-linear", "r": 8},
     "qlora": {"quantize": True, "target_modules": "all-linear", "r": 8},
     "attention": {"quantize": True, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"], "r": 21},
 }  # fmt: skip
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "model": "nano", "domain": "shakespeare", "steps": 60, "batch": 8, "length": 128, "train_bytes": 1_000_000,
     "score_bytes": 40_000, "seeds": [0, 1, 2], "search_seeds": [0, 1, 2], "learning_rates": [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2],
     "methods": METHODS,

@@ -8,6 +8,7 @@ that are written. Scale 2 for all.
 from __future__ import annotations
 
 import copy
+import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from lora_course.injection import adapter_layers
 from lora_course.quantized import QuantizedLoRALinear, quantize_after_training, save_quantized
 
 RANKS = {"lora": 8, "r1": 1, "r2": 2}
-GRIDS = {
+GRIDS: dict[str, dict[str, Any]] = {
     "4 group": {"bits": 4}, "2 group": {"bits": 2}, "2 group clip": {"bits": 2, "clip": 0.5}, "3 group": {"bits": 3},
     "8 group": {"bits": 8}, "A2 B8": {"bits_A": 2, "bits_B": 8}, "A8 B2": {"bits_A": 8, "bits_B": 2},
     "4 tensor": {"bits": 4, "granularity": "tensor"}, "2 tensor": {"bits": 2, "granularity": "tensor"},
@@ -45,7 +46,7 @@ AFTER = GRIDS | {
     "4 channel": {"bits": 4, "granularity": "channel"}, "2 channel": {"bits": 2, "granularity": "channel"},
 }  # fmt: skip
 R2_AFTER = {"bits": 16, "granularity": "channel"}
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "model": "nano", "domain": "shakespeare", "steps": 40, "batch": 4, "length": 128, "r": 8, "scaling": 2,
     "train_bytes": 1_000_000, "score_bytes": {"validation": 15_000, "test": 25_000}, "seeds": [0, 1, 2], "search_seeds": [0],
     "target_modules": "all-linear", "group_size": 64, "ranks": RANKS, "trained": GRIDS, "after": AFTER, "r2 after": R2_AFTER,
@@ -91,8 +92,8 @@ def quantized_after(found: Trained, grid: dict[str, Any], with_error: bool) -> d
     if with_error:
         before = {n: x.delta_weight() for n, x in adapter_layers(found.model).items()}
         after = {n: x.delta_weight() for n, x in adapter_layers(model).items()}
-        lost = sum((after[n] - before[n]).square().sum() for n in before)
-        values["error"] = (lost / sum(w.square().sum() for w in before.values())).sqrt().item()
+        lost = sum((after[n] - before[n]).square().sum().item() for n in before)
+        values["error"] = math.sqrt(lost / sum(w.square().sum().item() for w in before.values()))
     return values
 
 

@@ -107,10 +107,10 @@ class Record:
             raise ValueError(
                 f"{self.path} is the record of {name}, not of {self.new['study']}: give another file"
             )
-        without = [
+        old, new = (
             {k: v for k, v in s.items() if k != "seeds"} for s in (settings, self.new["settings"])
-        ]
-        if different := changed(*without):
+        )
+        if different := changed(old, new):
             raise ValueError(
                 f"{self.path} holds runs of other settings: {'; '.join(different)}. Give another file (--out FILE), or "
                 "start this one anew (--overwrite)"

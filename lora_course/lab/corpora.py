@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
-from lora_course.lab.models import document_start, evaluating
+from lora_course.lab.models import document_start, embedding_of, evaluating
 
 TEXT = Path(__file__).resolve().parents[1] / "data" / "text"
 DOMAINS = ("glosses", "bible", "shakespeare", "milton", "python")
@@ -128,8 +128,8 @@ def bits_per_byte(
     for ids in _tokens(tokenizer, texts):
         windows += [torch.tensor(ids[i : i + context + 1]) for i in range(0, len(ids) - 1, context)]
     windows.sort(key=len, reverse=True)
-    batch = max(1, LOGITS_AT_ONCE // (model.config.vocab_size * context))
-    device = model.get_input_embeddings().weight.device
+    batch = max(1, LOGITS_AT_ONCE // (len(embedding_of(model)) * context))
+    device = embedding_of(model).device
     nats = 0.0
     with evaluating(model):
         for i in range(0, len(windows), batch):

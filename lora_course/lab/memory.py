@@ -67,7 +67,7 @@ def peak_memory(function: Callable[[], Result]) -> tuple[Result, int]:
     return result, _cpu_peak(recording)
 
 
-def _cpu_peak(recording: profile) -> int:
+def _cpu_peak(recording: Any) -> int:
     """Of a profile with memory: the highest sum of what was allocated and not yet released. GPU events are left out."""
     events = [
         event

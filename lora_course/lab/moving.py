@@ -129,7 +129,9 @@ def figure_data(controls: Mapping[str, Sequence[Any]], frame: Callable[..., Sequ
             f"controls={ {n: len(v) for n, v in lists.items()} } values; expected at least one control, each with two or more"
         )
     known: dict[str, int] = {}
-    frames, said, kinds = [], [], None
+    frames: list[list[int]] = []
+    said: list[str] = []
+    kinds: list[str] = []
     for values in itertools.product(*lists.values()):
         parts = frame(*values)
         panels = [_plain(part) for part in parts if not isinstance(part, str)]

@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -83,7 +84,7 @@ def bars(
         heights = np.array([s.mean() for s in seeds])
         x = np.arange(len(groups)) + (i - (len(series) - 1) / 2) * width
         spread = np.array([[s.mean() - s.min(), s.max() - s.mean()] for s in seeds]).T
-        style_of_bar = {
+        style_of_bar: dict[str, Any] = {
             "color": PALETTE[i % len(PALETTE)],
             "hatch": HATCHES[i % len(HATCHES)],
             "edgecolor": "white",
@@ -190,7 +191,7 @@ def svg(fig: Figure, alt: str, **options: object) -> str:
     mine = f"f{next(_serial)}-"  # ids are the page's: two figures must not share one
     source = re.sub(r'(\bid="|url\(#|href="#)', lambda found: found[1] + mine, source)
     source = GREY.sub(lambda found: found[0] if found[0] in ("#ffffff", FIXED) else ink(int(found[1], 16)), source)  # fmt: skip
-    box = re.search(r'viewBox="([^"]*)"', source)[1]
+    (box,) = re.findall(r'viewBox="([^"]*)"', source)[:1]
     width = round(float(box.split()[2]) * 100 / 72)  # points at 100 pixels an inch
     opening = (
         f'<svg role="img" aria-label="{html.escape(alt, quote=True)}" fill="currentColor" '
@@ -206,13 +207,15 @@ def ink(grey: int) -> str:
 
 def stack(fig: Figure) -> bool:
     """Puts a row of panels into a column as wide as a phone; a single one gets that width. False where it can't be done."""
-    grids = {ax.get_subplotspec() and ax.get_subplotspec().get_gridspec() for ax in fig.axes}
+    places = [ax.get_subplotspec() for ax in fig.axes]
+    grids = {place.get_gridspec() if place else None for place in places}
     grid = grids.pop() if len(grids) == 1 else None
     if not grid or grid.nrows != 1 or grid.ncols != len(fig.axes) or fig.legends:
         return False
     height = fig.get_figheight()
-    for ax, place in zip(fig.axes, GridSpec(grid.ncols, 1, figure=fig), strict=True):
-        ax.set_subplotspec(place)
+    column = GridSpec(grid.ncols, 1, figure=fig)
+    for row, ax in enumerate(fig.axes):
+        ax.set_subplotspec(column[row])
     fig.set_size_inches(NARROW, max(height * NARROW / WIDTH, 2.6) * grid.ncols)
     return True
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_course.lab.models import evaluating
+from lora_course.lab.models import embedding_of, evaluating
 
 FP16_LARGEST = torch.finfo(torch.float16).max  # 65,504
 
@@ -31,7 +31,7 @@ def largest_activation(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[s
 
     hooks = [module.register_forward_hook(watch(name)) for name, module in model.named_modules()]
     try:
-        device = model.get_input_embeddings().weight.device
+        device = embedding_of(model).device
         with evaluating(model):
             model(input_ids=batch["input_ids"].to(device), use_cache=False)
     finally:
@@ -46,7 +46,7 @@ def check_fp16(model: nn.Module, batch: Mapping[str, Tensor]) -> None:
 
     Raises RuntimeError where they leave the range, naming the first module that does, and what to do.
     """
-    if model.get_input_embeddings().weight.dtype != torch.float16:
+    if embedding_of(model).dtype != torch.float16:
         return
     name, largest = largest_activation(model, batch)
     if largest == torch.inf:

@@ -15,7 +15,8 @@ HEIGHT = {"line": 2.7, "bars": 2.5, "points": 3.2, "heat": 2.9}
 
 def limits(panels: Sequence[Panel]) -> dict[str, list[float]]:
     """The range of each axis over all frames of one place, so that frames can be compared: x, y, or the colours' z."""
-    kind, found = panels[0]["kind"], {"x": [], "y": [], "z": []}
+    kind = panels[0]["kind"]
+    found: dict[str, list[float]] = {"x": [], "y": [], "z": []}
     for panel in panels:
         if kind == "line":
             found["x"] += panel["x"]
@@ -132,8 +133,11 @@ def _heat(ax: Axes, panel: Panel, spans: dict) -> None:
                 if value is not None:
                     dark = value > 0.6 * high
                     ax.text(j, i, f"{value:.3g}", ha="center", va="center", fontsize=9, color="white" if dark else "black")  # fmt: skip
-        names, long = panel["columns"], max(map(len, panel["columns"])) > 5
-        ax.set_xticks(range(len(names)), names, rotation=30 * long, ha="right" if long else "center")  # fmt: skip
+    named = {place: name for place, name in enumerate(panel["columns"]) if name}
+    if len(named) <= 8:
+        long = max(map(len, named.values()), default=0) > 5
+        ax.set_xticks(list(named), list(named.values()), rotation=30 * long, ha="right" if long else "center")  # fmt: skip
+    if len(panel["rows"]) <= 8:
         ax.set_yticks(range(len(panel["rows"])), panel["rows"])
     ax.set(title=panel["title"], xlabel=panel["x_label"], ylabel=panel["y_label"])
     ax.grid(visible=False)

@@ -147,7 +147,8 @@ def budget(record: Mapping[str, Any]) -> pandas.DataFrame:
             "test bytes": f"{tested:,}" if tested else "",
         }
         # what runs on test text at several rates is as many arms, whose keys hold something else in a rate's place
-        for rate in rates or [None]:
+        found_rates: list[float | None] = [*rates]
+        for rate in found_rates or [None]:
             name = f"{arm}/{rate:g}" if len(rates) > 1 else arm
             prefix = f"{arm}/" if rate is None else f"{arm}/{rate:g}/"
             runs = [run for key, run in record["runs"].items() if key.startswith(prefix)]

@@ -1,8 +1,8 @@
 """Tasks with right answers: words in, a word out, scored by what the model writes.
 
 A task's data is a table of words with their families; no family is in two splits (see `data/tasks/README.md`). A model
-without a chat template gets `past: walk ->` and writes ` walked`; a chat model gets an instruction as system message and
-the word as user message. Only the answer and the token that ends it are trained and scored.
+without a chat template gets `past: walk ->` and writes ` walked`, where a task goes by letters `pronunciation: c a t ->`; a
+chat model gets an instruction as system message and the word as user message. Only the answer and the token that ends it are trained and scored.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from lora_course.lab.corpora import SPLITS
-from lora_course.lab.models import document_start, evaluating
+from lora_course.lab.models import document_start, embedding_of, evaluating
 
 QUESTION = "<question>"  # stands for it while a chat template is filled in
 DATA = Path(__file__).resolve().parents[1] / "data" / "tasks"
@@ -34,6 +34,7 @@ class Task:
     table: the Parquet file. question: the columns that are shown. answer: the column that is trained.
     others: the column of other right answers, or None. instruction: a chat model's system message.
     unit: what errors are counted in: letters, or phonemes, which spaces separate.
+    apart: whether the letters of the question are set apart (c a t): a small model does not know how its tokens are spelled.
     meaning: what a score says, in a sentence.
     """
 
@@ -44,6 +45,7 @@ class Task:
     instruction: str
     unit: str
     meaning: str
+    apart: bool = False
 
 
 TASKS = {
@@ -74,6 +76,7 @@ TASKS = {
         "Give the phonemes of the English word.", "phoneme",
         "Of 100 English words without a relative in the training words, this many are pronounced right from the first "
         "to the last phoneme; the error rate says how many of 100 phonemes are wrong, missing or too many.",
+        apart=True,
     ),
     "spelling": Task(
         "pronunciation", ("phonemes",), "word", "homophones",
@@ -115,14 +118,17 @@ def prompt_ids(
     tokenizer: PreTrainedTokenizerBase, name: str, questions: Sequence[str]
 ) -> list[list[int]]:
     """Tokens before each answer: the tokenizer's chat template with the task's instruction, or `name: question ->`."""
-    texts = [f"{name}: {question} ->" for question in questions]
+    asked = [" ".join(question) for question in questions] if task(name).apart else questions
+    texts = [f"{name}: {question} ->" for question in asked]
     start = [document_start(tokenizer)]
     if tokenizer.chat_template:
         messages = [
             {"role": "system", "content": task(name).instruction},
             {"role": "user", "content": QUESTION},
         ]
-        form = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        form = str(
+            tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        )
         texts, start = [form.replace(QUESTION, question) for question in questions], []
     return [start + ids for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
 
@@ -177,7 +183,7 @@ def write_answers(
     """The model's answers, greedily, up to the end token or `max_new_tokens`. Prompts of a batch are padded on the left."""
     prompts = prompt_ids(tokenizer, name, list(questions))
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    end, device = tokenizer.eos_token_id, model.get_input_embeddings().weight.device
+    end, device = tokenizer.eos_token_id, embedding_of(model).device
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=end, pad_token_id=end, use_cache=True
     )  # fmt: skip
@@ -189,7 +195,7 @@ def write_answers(
             padding = [width - len(prompts[i]) for i in chosen]
             ids = [[end] * pad + prompts[i] for i, pad in zip(chosen, padding)]
             mask = [[0] * pad + [1] * (width - pad) for pad in padding]
-            written = model.generate(
+            written = model.generate(  # type: ignore[operator]  # a method of transformers' models
                 torch.tensor(ids, device=device),
                 attention_mask=torch.tensor(mask, device=device),
                 generation_config=settings,
@@ -205,7 +211,7 @@ def bits_per_answer_token(
 ) -> float:
     """−Σ log₂ p(token | all before it) / tokens over the answers of `task_rows`, their end tokens included."""
     nats, tokens = 0.0, 0
-    device = model.get_input_embeddings().weight.device
+    device = embedding_of(model).device
     with evaluating(model):
         for part in rows.iter(batch):
             labels = part["labels"][:, 1:].to(device)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
 from pathlib import Path
 
 import torch
@@ -13,9 +12,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
-from lora_course.descriptions import base_fingerprint
+from lora_course.descriptions import base_fingerprint, warn_of_another_base
 from lora_course.files import make_folder, replace_file
 from lora_course.injection import adapter_layers, inject, injection_of, layers_of, unload
+from lora_course.linears import check_not_sharded
 from lora_course.lora import AdapterState
 from lora_course.quantized.grid import dequantize, pack, quantize, unpack
 from lora_course.quantized.layer import QuantizedLoRALinear
@@ -37,9 +37,11 @@ def save_quantized(model: nn.Module, folder: str | Path) -> Path:
         The file's path.
 
     Raises:
-        ValueError: other layers than `QuantizedLoRALinear`, or factors that are not finite.
+        ValueError: other layers than `QuantizedLoRALinear`, or factors that are not finite.    RuntimeError: FSDP2 has
+        spread the model.
     """
     info = injection_of(model)
+    check_not_sharded(model, "save_quantized")
     if info.layer is not QuantizedLoRALinear:
         raise ValueError(
             f"This model was injected with {info.layer.__name__}: call quantize_after_training(model, bits=…) first, or use save_adapter."
@@ -130,13 +132,7 @@ def load_quantized(model: nn.Module, folder: str | Path) -> nn.Module:
     except Exception:
         unload(model)
         raise
-    base, expected = base_fingerprint(adapter_layers(model)), description["base"]["fingerprint"]
-    if base and expected and base != expected:
-        warn = f"The base's weights are not those that the adapter in {folder} was trained on ({description['base']['name']!r})."
-        warnings.warn(
-            f"{warn} That is expected when a 4-bit base is replaced by its 16-bit original.",
-            stacklevel=2,
-        )
+    warn_of_another_base(adapter_layers(model), description["base"], folder)
     return model
 
 

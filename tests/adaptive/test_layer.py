@@ -8,12 +8,13 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from lora_course.adaptive import GrowingLoRALinear, RankGrower
+from lora_course.adaptive import GrowingLoRALinear, RankGrower, rank_history
 from lora_course.export import export_peft
+from lora_course.folders import read_factors
 from lora_course.injection import adapter_layers, disabled, inject, merge, unload, unmerge
 from lora_course.lora import LoRALinear
 from lora_course.qlora import quantize_model
-from lora_course.states import adapter_state, factor_state, use_adapter
+from lora_course.states import adapter_state, use_adapter
 from tests.adaptive.models import (
     SCHEDULE,
     assert_same,
@@ -23,7 +24,7 @@ from tests.adaptive.models import (
     train,
     trainable,
 )
-from tests.models import batch, config, qwen, relative
+from tests.models import batch, config, qwen, randomize, relative
 from tests.tolerances import EXACT, ROUNDED
 
 
@@ -268,12 +269,28 @@ def test_an_adapter_with_fewer_or_more_pairs_is_taken_over() -> None:
     )  # where shapes agree, the tensors stay: an optimiser may hold them
 
 
+def test_a_plain_adapter_of_another_rank_becomes_the_first_pair_and_grows(tmp_path: Path) -> None:
+    plain = randomize(inject(qwen(), config(r=3, lora_alpha=12)), 1)
+    export_peft(plain, tmp_path)
+    expected = plain.eval()(**batch()).logits
+    model = grown().eval()  # whatever it had before is gone
+    use_adapter(model, read_factors(tmp_path))
+    torch.testing.assert_close(model(**batch()).logits, expected, **ROUNDED)
+    assert rank_history(model) == [{"step": 0, "ranks": dict.fromkeys(adapter_layers(model), 3)}]
+    for layer in adapter_layers(model).values():
+        assert (layer.scaling, layer.lora_alpha) == (4.0, 12.0)
+        assert layer.importance == 0 and layer.uncertainty == 0
+        layer.grow(2, step=5)
+        assert (layer.r, layer.scaling, layer.lora_alpha) == (5, 4.0, 20.0)
+    torch.testing.assert_close(model(**batch()).logits, expected, **ROUNDED)
+
+
 def test_what_does_not_fit_is_refused_and_changes_nothing() -> None:
     model = grown()
     before = adapter_state(model)
     name = next(n for n, layer in adapter_layers(model).items() if len(layer.pairs) > 1)
     wrong = [
-        (factor_state(model), "was made with another kind of layer"),
+        (before | {f"{name}.gates": torch.ones(2)}, "was made with another kind of layer"),
         ({k: v for k, v in before.items() if k != f"{name}.B1"}, "grew [12] times keeps .*'B1'"),
         (before | {f"{name}.A1": torch.zeros(2, 3)}, r"A1 \[2, 3\] and B1"),
         (before | {f"{name}.B1": torch.zeros(before[f"{name}.B1"].shape[0], 7)}, "needs A "),

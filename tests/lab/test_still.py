@@ -3,6 +3,7 @@
 import base64
 import io
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from PIL import Image
@@ -27,6 +28,18 @@ def test_every_kind_has_a_still_form(panel) -> None:
     picture = still.picture([("k 1", data["panels"])], data["limits"])
     drawn = Image.open(io.BytesIO(base64.b64decode(picture.data))).convert("L")
     assert drawn.width == 1050 and np.mean(np.asarray(drawn) < 128) > 1e-3
+
+
+def test_a_matrix_of_many_columns_names_its_rows_and_the_columns_that_have_a_name() -> None:
+    names = ["", "1", "", "", "2", ""] * 2
+    panel = moving.heat([[1.0] * 12, [0.5] * 12], ["q", "k"], names, "R")
+    _, ax = plt.subplots()
+    still.DRAW["heat"](ax, panel, {"z": [0.5, 1.0]})
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["q", "k"]
+    assert [int(tick) for tick in ax.get_xticks()] == [1, 4, 7, 10]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["1", "2", "1", "2"]
+    assert not ax.texts  # numbers stand in few cells only
+    plt.close()
 
 
 @pytest.mark.parametrize(

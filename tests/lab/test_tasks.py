@@ -187,6 +187,14 @@ def test_the_loss_is_that_of_answer_and_end_alone(nano, chat):
         assert scored[used - 1] and not scored[used:].any() and len(prompt) + len(written) == used
 
 
+def test_letters_are_set_apart_where_a_task_goes_by_them_and_the_tokens_are_a_small_models(nano):
+    tokenizer = nano[1]
+    (prompt,) = prompt_ids(tokenizer, "pronunciation", ["were"])
+    assert [tokenizer.decode(i) for i in prompt[-6:]] == [":", " w", " e", " r", " e", " ->"]
+    (chat,) = prompt_ids(Chat(tokenizer), "pronunciation", ["were"])
+    assert "were" in tokenizer.decode(chat)
+
+
 def test_a_length_leaves_out_the_longer_rows_and_is_refused_below_all(nano):
     examples = load_task("past", "train").select(range(50))
     every = task_rows(nano[1], "past", examples)

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lora_course.lab.tasks import task
+
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "book" / "_data" / "play"
 RECORD = FOLDER / "record.json"
@@ -22,9 +24,12 @@ SETTINGS: dict[str, Any] = {
     "router_steps": 80, "router_rate": 0.3, "seed": 0,
     "validation_bytes": 20_000, "test_bytes": 10_000, "curve_bytes": 6_000, "group_size": 64,
     "cuts": [1, 2, 4, 8, 16], "scales": [0.0, 0.5, 1.0, 1.5, 2.0], "bits": [8, 4, 2], "merged": ["shakespeare", "python"],
-    "tasks": ["pronunciation"], "task_steps": 300, "task_batch": 32, "task_rate": 5e-3, "task_length": 32,
-    "task_words": 200,
+    "tasks": ["pronunciation", "plural"], "task_steps": 400, "task_batch": 64, "task_rate": 5e-3, "task_length": 44,
+    "task_words": 500,
 }  # fmt: skip
+SETTINGS["apart"] = [
+    name for name in SETTINGS["tasks"] if task(name).apart
+]  # asked letter by letter
 DOMAINS, CUT = SETTINGS["domains"], SETTINGS["cut_domain"]
 SCORED = ["glosses", *DOMAINS]
 SAMPLE_BYTES = 800

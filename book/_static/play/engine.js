@@ -126,12 +126,14 @@ class Engine {
 
   /**
    * The likeliest answer to a task's question, asked as in training: `plural: Haus (n)
-   * ->`.
+   * ->`, or with its letters apart, `pronunciation: c a t ->`.
    */
   async answer(nano, task, question, signal) {
     const ids = [];
     const token = ({ id, given }) => given || ids.push(id);
-    await this.write(nano, `${task}: ${question} ->`, {
+    const apart = PLAY.record.settings.apart.includes(task);
+    const asked = apart ? [...question].join(" ") : question;
+    await this.write(nano, `${task}: ${asked} ->`, {
       count: 40,
       temperature: 0,
       seed: 0,

@@ -4,8 +4,17 @@
 
 /** What the tasks' adapters are asked, by the names of `lora_course.lab.tasks`. */
 const TASKS = {
-  pronunciation: { label: "English word → sounds", example: "squirrel", gender: false },
-  plural: { label: "German noun → plural", example: "Zwerg", gender: true },
+  pronunciation: {
+    label: "English word → sounds",
+    example: "squirrel",
+    question: (word) => word.toLowerCase(),
+  },
+  plural: {
+    label: "German noun → plural",
+    example: "Zwerg",
+    gender: true,
+    question: (word, gender) => `${word} (${gender})`,
+  },
 };
 
 function prepareTeachers(engine) {
@@ -91,7 +100,7 @@ function prepareTasks(engine) {
     const { task, word, gender } = Object.fromEntries(new FormData(form));
     const asked = word.trim();
     if (!asked) return void (result.textContent = "Type a word first.");
-    const question = TASKS[task].gender ? `${asked} (${gender})` : asked.toLowerCase();
+    const question = TASKS[task].question(asked, gender);
     const adapter = engine.model({ adapter: task });
     const alone = engine.model({ mode: "none" });
     result.textContent = "…";

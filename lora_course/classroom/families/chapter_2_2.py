@@ -1,5 +1,7 @@
 """Graded problems of chapter 2.2, progressive LoRA: another jagged schedule, and a restart to mend."""
 
+from typing import Any
+
 from lora_course.classroom.draws import Draw
 from lora_course.classroom.families.family import Choices, Family
 
@@ -83,7 +85,7 @@ def _restart_cases(draw: Draw, choice: Choices) -> list[tuple]:
         outputs, inputs, r = (2, 4, 1) if number < 2 else draw.sizes(3, 3, 9)
         inputs, r = max(inputs, r), min(inputs, r)
         A, B = draw.normal(r, inputs), draw.normal(outputs, r)
-        state = {"step": draw.integer(5, 90)}
+        state: dict[str, Any] = {"step": draw.integer(5, 90)}
         for key, like in (("A", A), ("B", B)):
             state[f"m_{key}"], state[f"v_{key}"] = (
                 draw.normal(*like.shape),

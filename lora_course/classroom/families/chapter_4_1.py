@@ -61,7 +61,7 @@ threshold = Family(
 
 
 def _mask_cases(draw: Draw, choice: Choices) -> list[tuple]:
-    made = [
+    made: list[tuple] = [
         (draw.normal(2, 4), draw.normal(2, 4), 0.5),
         (draw.normal(3, 3), draw.normal(3, 3), 0.5),
     ]

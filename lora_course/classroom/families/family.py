@@ -65,7 +65,7 @@ class Family:
     @property
     def name(self) -> str:
         """The function that a student writes."""
-        return re.search(r"def (\w+)", self.answer).group(1)
+        return re.findall(r"def (\w+)", self.answer)[0]
 
     @property
     def kind(self) -> str:
@@ -139,8 +139,8 @@ class Family:
         """What the student gets: the function without its body, or with two mistakes."""
         if self.bugs:
             return self.plant(self.solution(choice), self.planted(seed))
-        head = re.match(r'(def [^\n]*\n    """.*?"""\n)', self.solution(choice), re.DOTALL)
-        return head.group(1) + "    ...\n"
+        head = re.findall(r'\A(def [^\n]*\n    """.*?"""\n)', self.solution(choice), re.DOTALL)[0]
+        return head + "    ...\n"
 
     def function(self, choice: Choices) -> Callable:
         """The solution as a function, compiled once."""

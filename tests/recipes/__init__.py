@@ -1,0 +1,23 @@
+"""The recipe of each chapter ("Use it") runs as it stands, on a small model in place of the large one."""
+
+import re
+
+from lora_course import lab
+from tools.run_chapters import ROOT
+
+LARGE = '"Qwen/Qwen2.5-7B-Instruct"'
+
+
+def recipe(stem: str) -> str:
+    """The Python under "Use it" of a chapter's source."""
+    source = (ROOT / "notebooks" / f"{stem}.md").read_text()
+    section = source[source.index("\n## Use it") : source.index("\n## The idea")]
+    (code,) = re.findall(r"^```python\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
+    return code
+
+
+def small(code: str, steps: int) -> str:
+    """The recipe with nano in place of the large model, and few steps."""
+    shorter, count = re.subn(r"max_steps=\d+", f"max_steps={steps}", code)
+    assert LARGE in code and count == 1
+    return shorter.replace(LARGE, repr(str(lab.base_path("nano"))))

@@ -1,0 +1,36 @@
+"""The recipe of chapter 1.1."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+from peft import PeftModel
+from peft.tuners.lora.bnb import Linear4bit as Linear4bitLora
+
+from lora_course import lab, qlora
+from lora_course.injection import adapter_layers
+from tests.recipes import recipe, small
+
+
+@pytest.mark.slow
+def test_1_1_trains_on_four_bits_and_exports_what_peft_loads_on_the_same_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = {"texts": lab.load_text("shakespeare", "train")[:2]}
+    exec(small(recipe("1_1_qlora"), steps=3), given)
+    layers = adapter_layers(given["model"])
+    assert len(layers) == 28 and all(
+        type(layer.base_layer) is Linear4bit for layer in layers.values()
+    )
+    # the first step's rate is 0 (warm-up); from the second on every B moves, by about the rate a step
+    assert all(layer.B.abs().max() > 1e-5 for layer in layers.values())
+
+    base = qlora.load_4bit(lab.base_path("nano"))
+    served = PeftModel.from_pretrained(base, tmp_path / "adapters" / "mine")
+    for name, layer in layers.items():
+        twin = served.base_model.model.get_submodule(name)
+        assert isinstance(twin, Linear4bitLora)
+        A, B = twin.lora_A["default"].weight, twin.lora_B["default"].weight
+        torch.testing.assert_close(twin.scaling["default"] * B @ A, layer.delta_weight())
