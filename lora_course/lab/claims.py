@@ -6,8 +6,9 @@ import json
 import math
 import os
 import platform
+import re
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,11 @@ class Claim:
     @property
     def anchor(self) -> str:
         """`claim-2-1-b` for the claim 2.1-b, in its chapter's table and in the ledger."""
-        return f"claim-{self.id.replace('.', '-')}"
+        return anchor_of(self.id)
+
+
+def anchor_of(id: str) -> str:
+    return f"claim-{id.replace('.', '-')}"
 
 
 class Claims:
@@ -149,6 +154,43 @@ class Claims:
         """All claims as one compact table: HTML in a notebook, text elsewhere."""
         return ClaimTable(self.claims)
 
+    def verdicts(self) -> dict[str, str]:
+        """Each claim's id → "yes" or, in bold, "no": for the table at a chapter's head."""
+        return {claim.id: "yes" if claim.holds else "<b>no</b>" for claim in self.claims}
+
+    @staticmethod
+    def link(id: str) -> str:
+        """HTML that leads to a claim in the chapter's own table."""
+        return f'<a href="#{anchor_of(id)}">{id}</a>'
+
+    def answers(self, head: Sequence[str], rows: Sequence[Sequence[str]]) -> "AnswerTable":
+        """What a chapter found, a question a row, as HTML. Raises ValueError for a row of another length than `head`."""
+        for row in rows:
+            if len(row) != len(head):
+                raise ValueError(
+                    f"the row {row[0]!r} has {len(row)} cells; expected {len(head)}: {', '.join(head)}"
+                )
+        return AnswerTable(tuple(head), [tuple(row) for row in rows])
+
+
+@dataclass(frozen=True, repr=False)
+class AnswerTable:
+    """Questions and what came out, at the head of a chapter; cells are HTML."""
+
+    head: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+    def _repr_html_(self) -> str:
+        return _html(
+            self.head,
+            ["<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in self.rows],
+            "claims answers",
+        )
+
+    def __repr__(self) -> str:
+        plain = (html.unescape(re.sub(r"<[^>]+>", "", " | ".join(row))) for row in self.rows)
+        return "\n".join([" | ".join(self.head), *plain])
+
 
 @dataclass(frozen=True, repr=False)
 class ClaimTable:
@@ -157,12 +199,7 @@ class ClaimTable:
     claims: list[Claim]
 
     def _repr_html_(self) -> str:
-        head = "".join(f'<th scope="col">{name}</th>' for name in COLUMNS)
-        body = "".join(self._row(claim) for claim in self.claims)
-        return (
-            f'{stylesheet()}<table class="claims"><thead><tr>{head}</tr></thead>'
-            f"<tbody>{body}</tbody></table>"
-        )
+        return _html(COLUMNS, [self._row(claim) for claim in self.claims], "claims")
 
     def __repr__(self) -> str:
         return "\n".join(" | ".join(row) for row in [COLUMNS, *map(_cells, self.claims)])
@@ -175,6 +212,14 @@ class ClaimTable:
             f'<tr id="{claim.anchor}"><td>{link}</td><td class="verdict">{verdict}</td>'
             f"<td>{statement}</td><td>{effect}</td></tr>"
         )
+
+
+def _html(head: Sequence[str], rows: Sequence[str], kind: str) -> str:
+    named = "".join(f'<th scope="col">{name}</th>' for name in head)
+    return (
+        f'{stylesheet()}<table class="{kind}"><thead><tr>{named}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table>"
+    )
 
 
 COLUMNS = ("claim", "verdict", "what was claimed", "what came out")

@@ -121,3 +121,17 @@ def test_the_table_has_a_row_a_claim_with_anchor_and_link_to_the_ledger() -> Non
     assert '<tr id="claim-2-1-a">' in page and '<th scope="col"' in page
     assert f'<a href="{BOOK}/book/ledger.html#claim-2-1-a">2.1-a</a>' in page
     assert repr(table).splitlines()[1] == "2.1-a | ✗ does not hold here | 4 < 5 & more | x 1"
+
+
+def test_answers_at_the_head_lead_to_their_claims() -> None:
+    claims = Claims("0_0_test")
+    claims.add("2.1-a", "s", "own", "e", {"x": [1.0]}, "mean(x) > 2", "too small")
+    claims.add("2.1-b", "s", "own", "e", {"x": [3.0]}, "mean(x) > 2")
+    assert claims.verdicts() == {"2.1-a": "<b>no</b>", "2.1-b": "yes"}
+    link = claims.link("2.1-a")
+    table = claims.answers(("question", "found"), [("Does it?", f"<b>no</b> ({link})")])
+    page = table._repr_html_()
+    assert '<td>Does it?</td><td><b>no</b> (<a href="#claim-2-1-a">2.1-a</a>)</td>' in page
+    assert repr(table) == "question | found\nDoes it? | no (2.1-a)"
+    with pytest.raises(ValueError, match=r"'Does it\?' has 1 cells; expected 2: question, found"):
+        claims.answers(("question", "found"), [("Does it?",)])
