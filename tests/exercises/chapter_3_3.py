@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from lora_course.classroom.chapter_3_3 import (
-    check_cosines,
+    check_best_weights,
     check_losses_of_a_run,
     check_offer,
     check_out_of_span,
@@ -280,7 +280,7 @@ def _(m, row, w, u, c):
     m[:] = [(key, r) for key, _, r in heap]
 
 
-alike = Answers(check_cosines)
+best = Answers(check_best_weights)
 
 
 def dot(one, other):
@@ -288,19 +288,17 @@ def dot(one, other):
     return s * t * ((B.T.double() @ D.double()) * (A.double() @ C.double().T)).sum()
 
 
-def table(adapters, dot=dot, norm=None):
-    norm = (lambda one: dot(one, one).clamp(min=0).sqrt()) if norm is None else norm
-    rows = []
-    for one in adapters:
-        rows.append([])
-        for other in adapters:
-            both = dot(one, other)
-            rows[-1].append(float(both / (norm(one) * norm(other))) if both != 0 else 0.0)
-    return torch.tensor(rows)
+def solved(adapters, target, dot=dot, solve=torch.linalg.solve):
+    gram = torch.stack([torch.stack([dot(a, b) for b in adapters]) for a in adapters])
+    return solve(gram, torch.stack([dot(a, target) for a in adapters]))
 
 
 def by(dot):
-    return lambda adapters: table(adapters, dot)
+    return lambda adapters, target: solved(adapters, target, dot)
+
+
+def solving(solve):
+    return lambda adapters, target: solved(adapters, target, solve=solve)
 
 
 def flat(one):
@@ -308,116 +306,122 @@ def flat(one):
     return (s * B @ A).flatten()
 
 
-alike.wrong(
+def scaled(change):
+    return lambda adapters, target: solved([change(one) for one in adapters], change(target))
+
+
+best.wrong("each by itself", solving(lambda G, g: g / G.diagonal()))
+best.wrong("the right side", solving(lambda G, g: g))
+best.wrong(
+    "cosines",
+    lambda adapters, target: solved(
+        adapters, target, solve=lambda G, g: g / (G.diagonal() * dot(target, target)).sqrt()
+    ),
+)
+best.wrong(
+    "sum of one", solving(lambda G, g: torch.linalg.solve(G, g) / torch.linalg.solve(G, g).sum())
+)
+best.wrong("softmax", solving(lambda G, g: torch.linalg.solve(G, g).softmax(0)))
+best.wrong("not negative", solving(lambda G, g: torch.linalg.solve(G, g).clamp(min=0)))
+best.wrong("magnitudes", solving(lambda G, g: torch.linalg.solve(G, g).abs()))
+best.wrong("turned", solving(lambda G, g: -torch.linalg.solve(G, g)))
+best.wrong(
+    "a ridge",
+    solving(lambda G, g: torch.linalg.solve(G + G.diagonal().mean() * torch.eye(len(G)), g)),
+)
+best.wrong("the Gram matrix squared", solving(lambda G, g: torch.linalg.solve(G @ G, g)))
+best.wrong("multiplied by the Gram matrix", solving(lambda G, g: G @ g))
+best.wrong("upper half", solving(lambda G, g: torch.linalg.solve(G.triu(), g)))
+best.wrong("no scalings", scaled(lambda one: (*one[:2], 1.0)))
+best.wrong("scalings' magnitude", scaled(lambda one: (*one[:2], abs(one[2]))))
+best.wrong(
+    "the target's scaling missing", lambda adapters, target: solved(adapters, (*target[:2], 1.0))
+)
+best.wrong(
+    "the adapters' scalings missing",
+    lambda adapters, target: solved([(A, B, 1.0) for A, B, _ in adapters], target),
+)
+best.wrong(
+    "equal weights", lambda adapters, target: torch.full((len(adapters),), 1 / len(adapters))
+)
+best.wrong("ones", lambda adapters, target: torch.ones(len(adapters)))
+best.wrong(
+    "the nearest alone",
+    solving(
+        lambda G, g: (lambda w: torch.where(w.abs() == w.abs().max(), w, 0.0))(g / G.diagonal())
+    ),
+)
+best.wrong(
     "through the updates",
-    lambda adapters: (
-        F.normalize(torch.stack([flat(one) for one in adapters]))
-        @ F.normalize(torch.stack([flat(one) for one in adapters])).T
-    ),
+    lambda adapters, target: torch.linalg.lstsq(
+        torch.stack([flat(a) for a in adapters], 1), flat(target)[:, None]
+    ).solution[:, 0],
 )
-alike.wrong(
-    "through each pair of updates",
-    lambda adapters: table(adapters, lambda one, other: flat(one) @ flat(other)),
-)
-alike.wrong("no scalings", lambda adapters: table([(A, B, 1.0) for A, B, _ in adapters]))
-alike.wrong("scalings' magnitude", lambda adapters: table([(A, B, abs(s)) for A, B, s in adapters]))
-alike.wrong("products", lambda adapters: table(adapters, norm=lambda one: 1))
-alike.wrong("over squared norms", lambda adapters: table(adapters, norm=lambda one: dot(one, one)))
-alike.wrong(
-    "norms of the factors",
-    lambda adapters: table(adapters, norm=lambda one: abs(one[2]) * one[0].norm() * one[1].norm()),
-)
-alike.wrong(
-    "1e-8 in the norm",
-    lambda adapters: table(adapters, norm=lambda one: dot(one, one).sqrt() + 1e-3),
-)
-alike.wrong(
-    "1e-8 in the denominator",
-    lambda adapters: torch.stack(
-        [
-            torch.stack(
-                [dot(a, b) / (dot(a, a).sqrt() * dot(b, b).sqrt() + 1e-6) for b in adapters]
-            )
-            for a in adapters
-        ]
-    ),
-)
-alike.wrong("A alone", by(lambda one, other: (one[0] @ other[0].T).square().sum().double()))
-alike.wrong("B alone", by(lambda one, other: (one[1].T @ other[1]).square().sum().double()))
-alike.wrong(
-    "part by part",
-    by(
-        lambda one, other: (
-            one[2]
-            * other[2]
-            * ((one[1].T @ other[1]) * (one[0] @ other[0].T)).diagonal().sum().double()
-        )
-    ),
-)
-alike.wrong(
-    "products of sums",
+best.wrong("through each pair of updates", by(lambda one, other: flat(one) @ flat(other)))
+best.wrong("A alone", by(lambda one, other: (one[0] @ other[0].T).square().sum().double()))
+best.wrong("B alone", by(lambda one, other: (one[1].T @ other[1]).square().sum().double()))
+best.wrong(
+    "sums multiplied",
     by(
         lambda one, other: (
             one[2] * other[2] * (one[1].T @ other[1]).sum().double() * (one[0] @ other[0].T).sum()
         )
     ),
 )
-alike.wrong(
-    "a matrix product for the entrywise one",
+best.wrong(
+    "the trace of the wrong product",
     by(
         lambda one, other: (
             one[2] * other[2] * ((one[1].T @ other[1]) @ (one[0] @ other[0].T).T).sum().double()
         )
     ),
 )
-alike.wrong("magnitudes", lambda adapters: table(adapters).abs())
-alike.wrong("squares", lambda adapters: table(adapters).square())
-alike.wrong("angles", lambda adapters: table(adapters).clamp(-1, 1).acos())
-alike.wrong("distances", lambda adapters: 1 - table(adapters))
-alike.wrong("off the diagonal", lambda adapters: table(adapters).fill_diagonal_(0))
-alike.wrong("ones on the diagonal", lambda adapters: table(adapters).fill_diagonal_(1))
-alike.wrong("upper half", lambda adapters: table(adapters).triu())
-alike.wrong("the first with all", lambda adapters: table(adapters)[0])
-alike.wrong(
-    "NaN for a zero update",
-    lambda adapters: torch.stack(
-        [
-            torch.stack([dot(a, b) / (dot(a, a).sqrt() * dot(b, b).sqrt()) for b in adapters])
-            for a in adapters
-        ]
+best.wrong("the first two", lambda adapters, target: solved(adapters[:2], target))
+best.wrong(
+    "without the last",
+    lambda adapters, target: (
+        torch.cat([solved(adapters[:-1], target), torch.zeros(1)])
+        if len(adapters) > 1
+        else solved(adapters, target)
     ),
 )
-alike.wrong("two adapters", lambda adapters: table(adapters[:2]))
-alike.wrong(
-    "the smaller rank",
-    by(
-        lambda one, other: (
-            lambda r: dot(
-                (one[0][:r], one[1][:, :r], one[2]), (other[0][:r], other[1][:, :r], other[2])
-            )
-        )(min(len(one[0]), len(other[0])))
-    ),
-)
+best.wrong("a column", lambda adapters, target: solved(adapters, target)[:, None])
+best.wrong("rounded", lambda adapters, target: solved(adapters, target).round(decimals=1))
 
 
-@alike.wrong("scales the caller's B")
-def _(adapters):
+@best.wrong("scales the caller's B")
+def _(adapters, target):
     for _, B, s in adapters:
         B.mul_(s)
-    return table([(A, B, 1.0) for A, B, _ in adapters])
+    return solved([(A, B, 1.0) for A, B, _ in adapters], target)
 
 
-alike.right("as the solution", table)
-alike.right("a list of lists", lambda adapters: table(adapters).tolist())
-alike.right("numpy out", lambda adapters: table(adapters).numpy())
-alike.right("in 64 bits", lambda adapters: table(adapters).double())
-alike.right(
+best.right("as the solution", solved)
+best.right(
     "in 32 bits",
     by(
-        lambda one, other: one[2] * other[2] * ((one[1].T @ other[1]) * (one[0] @ other[0].T)).sum()
+        lambda one, other: torch.as_tensor(
+            one[2] * other[2] * ((one[1].T @ other[1]) * (one[0] @ other[0].T)).sum()
+        )
     ),
 )
-alike.right(
+best.right("a list", lambda adapters, target: solved(adapters, target).tolist())
+best.right("by name only", lambda *, adapters, target: solved(adapters, target))
+best.right(
+    "least squares of the equations",
+    solving(lambda G, g: torch.linalg.lstsq(G, g[:, None]).solution[:, 0]),
+)
+best.right(
+    "Cholesky",
+    solving(lambda G, g: torch.cholesky_solve(g[:, None], torch.linalg.cholesky(G))[:, 0]),
+)
+best.right(
+    "numpy",
+    lambda adapters, target: solved(
+        adapters, target, solve=lambda G, g: np.linalg.solve(G.numpy(), g.numpy())
+    ),
+)
+best.right(
     "a trace",
     by(
         lambda one, other: (
@@ -431,32 +435,15 @@ alike.right(
 )
 
 
-@alike.right("all factors stacked")
-def _(adapters):
-    A = torch.cat([A.double() for A, _, _ in adapters])
-    B = torch.cat([s * B.double() for _, B, s in adapters], 1)
-    entries = (A @ A.T) * (B.T @ B)
-    ranks = [len(A) for A, _, _ in adapters]
-    gram = torch.stack(
-        [
-            torch.stack([block.sum() for block in rows.split(ranks, 1)])
-            for rows in entries.split(ranks)
-        ]
+@best.right("in the factors' own coordinates")
+def _(adapters, target):
+    everyone = [*adapters, target]
+    QA = torch.linalg.qr(torch.cat([A.double() for A, _, _ in everyone]).T).Q
+    QB = torch.linalg.qr(torch.cat([B.double() for _, B, _ in everyone], 1)).Q
+    cores = torch.stack(
+        [(s * (QB.T @ B.double()) @ (A.double() @ QA)).flatten() for A, B, s in everyone]
     )
-    norms = gram.diagonal().sqrt()
-    return torch.nan_to_num(gram / torch.outer(norms, norms), nan=0.0)
-
-
-@alike.right("part by part with all parts")
-def _(adapters):
-    n = len(adapters)
-    found = torch.zeros(n, n, dtype=torch.float64)
-    for i, (A, B, s) in enumerate(adapters):
-        for j, (C, D, t) in enumerate(adapters):
-            for a, b in zip(A, B.T, strict=True):
-                found[i, j] += s * t * ((C @ a).double() * (D.T @ b)).sum()
-    norms = found.diagonal().clamp(min=0).sqrt()
-    return torch.where(torch.outer(norms, norms) > 0, found / torch.outer(norms, norms), 0.0)
+    return torch.linalg.pinv(cores[:-1].T) @ cores[-1]
 
 
 span = Answers(check_out_of_span)
@@ -597,16 +584,6 @@ def _(past, gradient):
     return g - g @ np.linalg.pinv(P, rcond=1e-4) @ P
 
 
-for mutant in ("torch.zeros(n, n)", "torch.zeros(n, n, dtype=torch.float64)"):
-    alike.equivalent(f"torch.zeros(n, n, dtype=torch.float64) → {mutant}", "precise enough")
-alike.equivalent("torch.zeros → torch.ones", "every entry is written")
-alike.equivalent(
-    "(norms[:, None] * norms).where(products != 0, 1.0) → (norms[:, None] * norms).where(products != 0, 2.0)",
-    "zero divided by it is zero",
-)
-alike.equivalent(
-    "(B.T @ D * (A @ C.T)).sum → (B.T @ D * (A @ C.T)).mean", "the ranks cancel in the cosine"
-)
 span.equivalent(
     "sizes > 1e-05 * sizes.max() → sizes >= 1e-05 * sizes.max()", "no singular value is that number"
 )
@@ -616,3 +593,7 @@ memory.equivalent(
     "no two keys are equal",
 )
 memory.equivalent("pair[0] → pair", "no two keys are equal")
+
+best.equivalent("s * t → t", "each equation may be divided by its adapter's scaling")
+best.equivalent("inner(a, b) → inner(b, a)", "the products are symmetric")
+best.equivalent("inner(a, target) → inner(target, a)", "the products are symmetric")
