@@ -70,6 +70,14 @@ def test_the_time_it_takes_is_the_rules(chapter: Chapter) -> None:
     assert (int(stated[1]), int(stated[2])) == chapter.minutes
 
 
+@each
+def test_what_is_said_and_shown_as_code_is_not_taken_for_something_else(chapter: Chapter) -> None:
+    """`say` shows CommonMark, in which a dollar is a dollar; code in prose that is not fenced would get links to terms."""
+    said = [c.source for c in chapter.cells if c.cell_type == "code" and "say(" in c.source]
+    assert not [line for source in said for line in source.splitlines() if "$" in line]
+    assert not re.findall(r"\n\n    \S.*", chapter.prose)
+
+
 TOY = """---
 jupytext:
   formats: ipynb,md:myst

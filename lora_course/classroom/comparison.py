@@ -59,7 +59,7 @@ def difference(
         listed = _listed(found)
         if listed is None:
             return Difference(f"Names are expected for {what}; it is {described(found)}.", True)
-        same = len(listed) == len(expected) and set(listed) == expected
+        same = len(listed) == len(expected) and all(item in listed for item in expected)
         return None if same else Difference(f"{_start(what)} holds others than were asked for.")
     elif isinstance(expected, (list, tuple)):
         listed = None if isinstance(found, Mapping) else _listed(found)
@@ -77,6 +77,16 @@ def difference(
         if problem := difference(part[0], part[1], tolerance, whole, part[2], floor):
             return problem
     return None
+
+
+def _listed(value: Any) -> list[Any] | None:
+    """What is in it, in order; None where there is nothing to go through, as in a string or a tensor of one number."""
+    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
+        return None
+    try:
+        return list(value)
+    except Exception:  # a tensor [], a generator that stops with an error of its own
+        return None
 
 
 def described(value: Any) -> str:
@@ -98,16 +108,6 @@ def as_tensor(value: Any) -> Tensor | None:
         return None
     tensor = tensor.detach().cpu()
     return tensor.to_dense() if tensor.layout != torch.strided else tensor
-
-
-def _listed(value: Any) -> list[Any] | None:
-    """What is in `value`, one after the other; None for a text, and for what can't be gone through, such as a tensor of no dimensions."""
-    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
-        return None
-    try:
-        return list(value)
-    except Exception:  # whatever an object of a learner's own raises
-        return None
 
 
 def _plain(value: Any) -> Any:
