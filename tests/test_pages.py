@@ -69,7 +69,7 @@ def test_the_ledger_has_a_line_a_claim_that_opens_with_anchor_and_classes_for_th
     held, failed = text.split("::::{dropdown} ")[1:]
     assert held.startswith("a · ✓ holds · NF4 beats | FP4\n:name: claim-a\n")
     assert ":class-container: claim chapter-1-1 verdict-holds model-tiny" in held
-    assert failed.startswith("b · ✗ does not hold here") and "verdict-fails model-smol" in failed
+    assert failed.startswith("b · ✗ not seen") and "verdict-fails model-smol" in failed
     assert "`mean(a) < mean(b)`" in held and "a: 1, 2" in held and "too small a model" in failed
     assert "chosen after seeing" in failed and "chosen after seeing" not in held
     assert 'href="../notebooks/1_1_qlora.html#claim-b"' in failed

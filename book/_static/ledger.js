@@ -16,7 +16,7 @@
   const classes = (prefix) => [...new Set(claims.flatMap((claim) => [...claim.classList]))].filter((name) => name.startsWith(prefix));
   const choices = {
     chapter: classes("chapter-").map((name) => [name, name.slice(8).replace("-", ".")]),
-    verdict: [["verdict-holds", "holds"], ["verdict-fails", "does not hold"]],
+    verdict: [["verdict-holds", "holds, or seen"], ["verdict-fails", "does not hold, or not seen"]],
     model: classes("model-").map((name) => [name, {tiny: "nano", smol: "SmolLM2-135M", gpu: "a GPU"}[name.slice(6)]]),
   };
   place.innerHTML = Object.entries(choices).map(([name, options]) =>
