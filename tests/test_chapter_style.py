@@ -16,6 +16,7 @@ SECOND_EDITION: tuple[str, ...] = (
     "2_1_experts",
     "3_1_adaptive",
     "3_3_continual",
+    "4_1_sparse",
     "4_2_hierarchical",
     "4_4_fused",
 )  # stems of the chapters rewritten so far

@@ -1,0 +1,37 @@
+"""The recipe of chapter 4.1."""
+
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from lora_course import lab, sparse
+from lora_course.injection import adapter_layers
+from tests.recipes import LARGE, recipe
+
+
+@pytest.mark.slow
+def test_4_1_closes_the_gates_that_start_small_and_exports_plain_lora_of_one_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = recipe("4_1_sparse")
+    assert LARGE in code and code.count("2000") == 1  # the steps of run and penalty
+    for large, small_one in (
+        (LARGE, repr(str(lab.base_path("nano")))),
+        ("2000", "20"),
+        ("512", "64"),
+    ):
+        code = code.replace(large, small_one)
+    given = {"texts": lab.load_text("bible", "train")[:40]}
+    exec(code, given)
+    model = given["model"]
+    ranks = sparse.open_gates(model)
+    # 38% of 448 normal gates start within the 0.5 that the schedule takes: 172, with a deviation of 10
+    assert len(ranks) == 28 and 448 - 172 - 40 < sum(ranks.values()) < 448 - 172 + 40
+    assert {len(layer.A) for layer in adapter_layers(model).values()} == set(ranks.values())
+    written = load_file(tmp_path / "adapters" / "law" / "adapter_model.safetensors")
+    A = [w for name, w in written.items() if "lora_A" in name]
+    assert {len(w) for w in A} == {max(ranks.values())}
+    # rows that no rank fills are zeros
+    assert sum((w != 0).any(1).sum().item() for w in A) == sum(ranks.values())
