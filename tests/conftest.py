@@ -20,7 +20,6 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))
 
 
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     browser = bool(chromium.executable()) or os.environ.get("REQUIRE_BROWSER") == "1"
     for item in items:
