@@ -14,6 +14,7 @@ SECOND_EDITION: tuple[str, ...] = (
     "1_1_qlora",
     "1_2_adalora",
     "2_1_experts",
+    "2_2_progressive",
     "3_1_adaptive",
     "4_4_fused",
 )  # stems of the chapters rewritten so far
