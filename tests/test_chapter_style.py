@@ -15,6 +15,7 @@ SECOND_EDITION: tuple[str, ...] = (
     "1_1_qlora",
     "1_2_adalora",
     "2_1_experts",
+    "2_2_progressive",
     "3_1_adaptive",
     "3_3_continual",
     "4_1_sparse",

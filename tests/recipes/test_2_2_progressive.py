@@ -1,0 +1,44 @@
+"""The recipe of chapter 2.2."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lora_course import lab
+from lora_course.injection import adapter_layers
+from lora_course.progressive import load_stage
+from tests.recipes import LARGE, recipe
+
+
+@pytest.mark.slow
+def test_2_2_adds_a_third_stage_to_two_that_stay_as_they_were_and_exports_their_sum(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = recipe("2_2_progressive")
+    assert LARGE in code and code.count("300") == 2 and code.count("512") == 1
+    for large, small_one in (
+        (LARGE, repr(str(lab.base_path("nano")))),
+        ("300", "3"),
+        ("512", "64"),
+    ):
+        code = code.replace(large, small_one)
+    texts = lab.load_text("bible", "train")
+    months = {
+        name: texts[20 * i : 20 * i + 20] for i, name in enumerate(("january", "february", "march"))
+    }
+    given: dict = dict(months)
+    exec(code, given)
+    layers = adapter_layers(given["model"])
+    before = adapter_layers(load_stage(lab.load_base("nano")[0], "runs/year", 1))
+    assert len(layers) == len(before) == 28
+    for name, layer in layers.items():
+        assert layer.ranks.tolist() == [16, 16] and layer.r == 16
+        assert torch.equal(layer.frozen_A, before[name].factors()[0])
+        assert torch.equal(layer.frozen_B, before[name].factors()[1])
+        # every stage has moved: with B = 0 it would add nothing
+        assert all(B.any() for _, B in layer.stages())
+    written = load_file("adapters/year/adapter_model.safetensors")
+    assert {len(w) for name, w in written.items() if "lora_A" in name} == {48}
