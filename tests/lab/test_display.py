@@ -27,3 +27,14 @@ def test_shown_source_is_the_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     assert shown == [
         f"```python\n{inspect.getsource(fails).rstrip()}\n\n\n{inspect.getsource(show_source).rstrip()}\n```"
     ]
+
+
+def test_a_long_message_is_folded_to_the_page(capsys: pytest.CaptureFixture[str]) -> None:
+    def refuse() -> None:
+        raise ValueError("expected a matrix of some shape, got " + "another " * 30)
+
+    fails(refuse)
+    first, *others = capsys.readouterr().out.rstrip("\n").split("\n")
+    assert first.startswith("ValueError: expected a matrix") and len(others) >= 2
+    assert all(len(line) <= 88 for line in (first, *others))
+    assert all(line.startswith("    another") for line in others)
