@@ -20,6 +20,7 @@ SECOND_EDITION: tuple[str, ...] = (
     "3_3_continual",
     "4_1_sparse",
     "4_2_hierarchical",
+    "4_3_quantized",
     "4_4_fused",
 )  # stems of the chapters rewritten so far
 CHAPTERS = [Chapter(ROOT / "notebooks" / f"{stem}.md") for stem in SECOND_EDITION]

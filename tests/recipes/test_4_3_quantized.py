@@ -1,0 +1,66 @@
+"""The recipe of chapter 4.3."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from lora_course import lab
+from lora_course.export import export_peft, load_peft
+from lora_course.injection import adapter_layers, inject, unload
+from lora_course.quantized import QuantizedLoRALinear, load_quantized
+from tests.models import config, randomize, relative
+from tests.recipes import LARGE, recipe
+from tools.run_chapters import ROOT
+
+
+@pytest.mark.slow
+def test_4_3_packs_a_folder_of_peft_and_gives_a_server_the_rounded_adapter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = str(lab.base_path("nano"))
+    # in bf16, as the recipe loads it
+    base = AutoModelForCausalLM.from_pretrained(name, dtype="auto").eval()
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        plain = base(ids).logits
+        trained = randomize(inject(base, config(r=8)), 1)(ids).logits
+    export_peft(base, "adapters/law")
+    unload(base)
+
+    code = recipe("4_3_quantized")
+    assert LARGE in code
+    given: dict = {}
+    exec(code.replace(LARGE, repr(name)), given)
+    with torch.no_grad():
+        logits = given["model"](ids).logits
+        stored = load_quantized(base, "store/law")(ids).logits
+        served = load_peft(unload(base), "served/law")(ids).logits
+    torch.testing.assert_close(stored, logits)
+    # factors in fp32, activations in bf16: 2^-8 of each
+    assert relative(served, logits) < 0.01
+    # 4 bits: an error of a seventh of ΔW, which is far from none of it, and from all
+    assert 0.01 < relative(logits, trained) < 0.5 * relative(plain, trained)
+    # 4.5 bits a number of 32, beside a header that a small model's file cannot hide
+    assert (
+        given["file"].stat().st_size
+        < 0.3 * (tmp_path / "adapters/law/adapter_model.safetensors").stat().st_size
+    )
+
+
+def test_4_3_the_line_that_trains_with_the_rounding_does() -> None:
+    source = (ROOT / "notebooks" / "4_3_quantized.md").read_text()
+    section = source[source.index("\n## Use it") : source.index("\n## The idea")]
+    (line,) = re.findall(r"`(inject\(.+?\))`", section)
+    model = lab.load_base("nano")[0]
+    given = {"inject": inject, "model": model, "config": config(r=2)}
+    exec(line, given | {"QuantizedLoRALinear": QuantizedLoRALinear})
+    randomize(model)
+    for layer in adapter_layers(model).values():
+        A, B, _ = layer.factors()
+        assert layer.bits_A == layer.bits_B == 2
+        assert all(len(row.abs().unique()) <= 2 for row in A[:, :64])  # zero, and one size
+        assert not torch.equal(A, layer.A) and not torch.equal(B, layer.B)
