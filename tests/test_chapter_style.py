@@ -70,6 +70,14 @@ def test_the_time_it_takes_is_the_rules(chapter: Chapter) -> None:
     assert (int(stated[1]), int(stated[2])) == chapter.minutes
 
 
+@each
+def test_what_is_said_and_shown_as_code_is_not_taken_for_something_else(chapter: Chapter) -> None:
+    """`say` shows CommonMark, in which a dollar is a dollar; code in prose that is not fenced would get links to terms."""
+    said = [c.source for c in chapter.cells if c.cell_type == "code" and "say(" in c.source]
+    assert not [line for source in said for line in source.splitlines() if "$" in line]
+    assert not re.findall(r"\n\n    \S.*", chapter.prose)
+
+
 TOY = """---
 jupytext:
   formats: ipynb,md:myst
@@ -118,12 +126,13 @@ def test_what_is_measured_is_what_a_reader_sees(toy: Path) -> None:
     assert chapter.visible == [["x = 1", "y = 2"]] and not chapter.wide and not chapter.long
     assert chapter.claims == {"9.9-a"} and chapter.linked == {"claim-9-9-a"}
     assert chapter.figures == [1] and chapter.headings == ["Exercises"]
-    assert chapter.words == 26 and chapter.minutes == (5, 25)
+    assert chapter.words == 8 and chapter.minutes == (5, 25)
 
 
 def test_wide_lines_long_cells_and_long_chapters_are_found(toy: Path) -> None:
     cell = "\n".join(["z = 3"] * CELL)
-    toy.write_text(TOY.replace("y = 2", f"{cell}\n{'w' * (COLUMNS + 1)}") + "word " * WORDS)
+    source = TOY.replace("y = 2", f"{cell}\n{'w' * (COLUMNS + 1)}")
+    toy.write_text(source.replace("## Exercises", f"{'word ' * WORDS}\n\n## Exercises"))
     chapter = Chapter(toy)
     assert chapter.wide == ["w" * (COLUMNS + 1)] and chapter.long == ["x = 1"]
     assert chapter.words > WORDS

@@ -34,6 +34,7 @@ def test_equal(found, expected) -> None:
         (1, True), (None, False), (torch.ones(2), torch.ones(2, dtype=torch.bool)), (torch.tensor([True]), torch.tensor([1.0])),
         (["a", "a"], {"a"}), (["a", "c"], {"a", "b"}), (torch.tensor([1.5]), torch.tensor([1])), ("x", "y"),
         (torch.tensor([1.0, 1.0]), torch.tensor([float("inf"), 1.0])),
+        (torch.tensor(1.0), (1.0, 2.0)), (np.array(1.0), (1.0, 2.0)), (torch.tensor(1.0), {"a"}), ((1 / 0 for _ in "a"), [1.0]), ([["a"], ["b"]], {"a", "b"}),
     ],
 )  # fmt: skip
 def test_different(found, expected) -> None:

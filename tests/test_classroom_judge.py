@@ -211,6 +211,14 @@ def test_a_way_that_the_text_forbids_by_its_size_is_refused() -> None:
     assert check_trace(lambda A, B: (B @ A).trace()).status == "wrong"
     assert check_trace(lambda A, B: (A @ B).trace()).status == "right"
 
+    @exercise("0.0-through", right=lambda g, W: g @ W.T)
+    def check_through(draw: Draw):
+        yield case(draw.normal(3, 50), draw.normal(40, 50), largest=400)
+
+    # a view of what was given takes no memory, a copy does
+    assert check_through(lambda g, W: torch.nn.functional.linear(g, W)).status == "right"
+    assert check_through(lambda g, W: g @ W.T.contiguous()).status == "wrong"
+
 
 def test_an_answer_may_live_elsewhere(check) -> None:
     class Elsewhere(Answer):

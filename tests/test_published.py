@@ -1,9 +1,11 @@
 """An executed chapter as the book shows it."""
 
 import json
+import re
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 from nbformat import v4
 
@@ -106,3 +108,12 @@ def test_folded_cells_that_show_nothing_are_one_fold_with_the_next(tmp_path: Pat
     sources = ["".join(cell["source"]) for cell in found]
     assert sources[2:] == ["x = 1\n\nclaims.add('9.9-a')\n\nprint(x)", "print(x + 1)", "y = 2"]
     assert found[2]["metadata"]["mystnb"]["code_prompt_show"] == "Show how the claims are checked"
+
+
+def test_the_name_of_a_tables_rows_stands_in_its_corner() -> None:
+    frame = pd.DataFrame({"mean": [1], "most": [2]}, index=["a"]).rename_axis("bits a byte")
+    page = published.page_html(frame.to_html())
+    head = re.findall(r"<t[hd]>([^<]*)", page.split("</thead>")[0])
+    assert head == ["bits a byte", "mean", "most"] and page.count("<tr") == 2
+    plain = published.page_html(frame.rename_axis(None).to_html())
+    assert re.findall(r"<t[hd]>([^<]*)", plain.split("</thead>")[0]) == ["", "mean", "most"]

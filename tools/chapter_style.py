@@ -17,13 +17,14 @@ from tools.crosslinks import LINK
 from tools.run_chapters import chapters
 
 FOLDED = {"hide-input", "hide-cell", "remove-input", "remove-cell"}
-COLUMNS, CELL, WORDS = 88, 15, 3500  # a line, a cell's lines, a chapter's words: at most
+COLUMNS, CELL, WORDS = 88, 15, 3200  # a line, a cell's lines, a chapter's words: at most
 ORDER = (  # sections of a chapter of the second edition; others may stand between them
     "When you need it", "Use it", "The idea", "Build it", "The sketch", "Check it", "Train it",
     "Claims", "Exercises",
 )  # fmt: skip
 WORDS_A_MINUTE, SECONDS_A_LINE = 200, 4  # prose as one reads it to understand; code, line by line
 MINUTES = re.compile(r"^\*\*Exercise [^\n]*?\(\w+, (\d+) minutes?\)", re.MULTILINE)
+EXERCISES = re.compile(r"^## Exercises$.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
 TIME = re.compile(r"\*\*Time\*\*: (\d+) minutes to read, (\d+) for the exercises")
 
 
@@ -53,8 +54,9 @@ class Chapter:
 
     @property
     def words(self) -> int:
-        """Words of prose; a formula, an address and a code span are none."""
-        return len(re.sub(r"\$[^$]*\$|`[^`]*`|(?<=\])\([^)]*\)", " ", self.prose).split())
+        """Words of prose without the exercises, which have minutes of their own; a formula, an address and a code span are none."""
+        read = EXERCISES.sub("", self.prose)
+        return len(re.sub(r"\$[^$]*\$|`[^`]*`|(?<=\])\([^)]*\)", " ", read).split())
 
     @property
     def wide(self) -> list[str]:

@@ -10,6 +10,9 @@ from tools.run_chapters import Result
 
 BOOK = facts.read().book
 EXERCISE = re.compile(r"^\*\*Exercise (\d+\.\d+-\w+)", re.MULTILINE)
+NAMED = re.compile(  # pandas gives the name of the rows a line of its own
+    r"(<thead>\s*<tr[^>]*>\s*)<th></th>((?:\s*<th>[^<]*</th>)+\s*</tr>)\s*<tr>\s*<th>([^<]+)</th>(?:\s*<th></th>)+\s*</tr>"
+)
 FOLDS = (  # what a folded cell holds → what its button says; the first that fits
     (r"%pip install", "the set-up, and what runs here"),
     (r"claims\.add\(", "how the claims are checked"),
@@ -109,5 +112,6 @@ def fold(cell: nbformat.NotebookNode) -> str:
 
 
 def page_html(text: str) -> str:
-    """HTML of an output: links stay within the book, and a table's corner is no empty header."""
+    """HTML of an output: links stay within the book; a table's corner says what its rows are, and is no empty header."""
+    text = NAMED.sub(r"\1<th>\3</th>\2", text)
     return text.replace(f'href="{BOOK}/', 'href="../').replace("<th></th>", "<td></td>")

@@ -125,13 +125,13 @@ def told(error: BaseException, function: Callable) -> str:
 
 
 class _LargestMade(TorchDispatchMode):
-    """Remembers the number of elements of the largest tensor that an operation makes."""
+    """Remembers the number of elements of the largest tensor that an operation makes; a view makes none."""
 
     elements = 0
 
     def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
         result = operation(*arguments, **(keywords or {}))
-        for leaf in tree_leaves(result):
+        for leaf in () if getattr(operation, "is_view", False) else tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
                 self.elements = max(self.elements, leaf.numel())
         return result

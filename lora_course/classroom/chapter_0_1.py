@@ -2,6 +2,7 @@
 
 import copy
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -192,7 +193,7 @@ MERGE_MISTAKES = {
 )
 def check_merged_at(draw: Draw):
     """A plain layer that computes the base with a share of its adapter."""
-    for strength, arguments, hint in [
+    cases: list[tuple[Any, ...]] = [
         (draw.number(0.2, 0.9), {}, ""),
         (
             draw.number(1.1, 3),
@@ -208,7 +209,8 @@ def check_merged_at(draw: Draw):
         (-draw.number(0.2, 0.9), {}, "With a negative strength it goes wrong."),
         (0.0, {}, "With a strength of 0 it goes wrong: the base is asked for, in a new nn.Linear."),
         (1, {}, "With a strength of 1 it goes wrong."),
-    ]:
+    ]
+    for strength, arguments, hint in cases:
         inputs, outputs, r = draw.sizes(3, 2, 24)
         layer = draw.lora(inputs, outputs, r, **arguments)
         layer.train(draw.choice([True, False]))

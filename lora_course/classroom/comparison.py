@@ -56,20 +56,19 @@ def difference(
             )
         parts = [(found[k], expected[k], f"{what} [{k!r}]") for k in expected]
     elif isinstance(expected, (set, frozenset)):
-        listed = list(found) if isinstance(found, Iterable) else None
-        if listed is None or isinstance(found, str):
+        listed = _listed(found)
+        if listed is None:
             return Difference(f"Names are expected for {what}; it is {described(found)}.", True)
-        same = len(listed) == len(expected) and set(listed) == expected
+        same = len(listed) == len(expected) and all(item in listed for item in expected)
         return None if same else Difference(f"{_start(what)} holds others than were asked for.")
     elif isinstance(expected, (list, tuple)):
-        if isinstance(found, Iterable) and not isinstance(found, (str, bytes, Mapping)):
-            found = list(found)
-        if not isinstance(found, list) or len(found) != len(expected):
+        listed = None if isinstance(found, Mapping) else _listed(found)
+        if listed is None or len(listed) != len(expected):
             return Difference(
                 f"{len(expected)} values are expected for {what}; it is {described(found)}.", True
             )
         parts = [
-            (f, e, f"{what} [{i}]") for i, (f, e) in enumerate(zip(found, expected, strict=True))
+            (f, e, f"{what} [{i}]") for i, (f, e) in enumerate(zip(listed, expected, strict=True))
         ]
     else:
         same = found is expected if expected is None else bool(found == expected)
@@ -78,6 +77,16 @@ def difference(
         if problem := difference(part[0], part[1], tolerance, whole, part[2], floor):
             return problem
     return None
+
+
+def _listed(value: Any) -> list[Any] | None:
+    """What is in it, in order; None where there is nothing to go through, as in a string or a tensor of one number."""
+    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
+        return None
+    try:
+        return list(value)
+    except Exception:  # a tensor [], a generator that stops with an error of its own
+        return None
 
 
 def described(value: Any) -> str:

@@ -49,7 +49,7 @@ class Claim:
     @property
     def verdict(self) -> str:
         """In words beside the sign, with what kind of statement it is."""
-        if self.kind == "observation":
+        if self.kind != "claim":
             return "✓ seen" if self.holds else "✗ not seen"
         return "✓ holds" if self.holds else "✗ does not hold here"
 

@@ -39,7 +39,8 @@ def _changes(node: ast.AST) -> Iterator[ast.AST | None]:
     """What may stand in the node's place; None for nothing."""
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
         yield ast.Constant(node.value + 1)
-        yield ast.Constant(node.value - 1 if isinstance(node.value, int) else 0.0)
+        if isinstance(node.value, int) or node.value != 0:
+            yield ast.Constant(node.value - 1 if isinstance(node.value, int) else 0.0)
     elif isinstance(node, ast.Constant) and isinstance(node.value, bool):
         yield ast.Constant(not node.value)
     elif isinstance(node, ast.BinOp):
