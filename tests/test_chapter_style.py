@@ -17,6 +17,7 @@ SECOND_EDITION: tuple[str, ...] = (
     "3_1_adaptive",
     "3_3_continual",
     "4_4_fused",
+    "5_1_comparison",
 )  # stems of the chapters rewritten so far
 CHAPTERS = [Chapter(ROOT / "notebooks" / f"{stem}.md") for stem in SECOND_EDITION]
 each = pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda chapter: chapter.path.stem)
