@@ -22,6 +22,7 @@ SECOND_EDITION: tuple[str, ...] = (
     "4_2_hierarchical",
     "4_3_quantized",
     "4_4_fused",
+    "5_1_comparison",
 )  # stems of the chapters rewritten so far
 CHAPTERS = [Chapter(ROOT / "notebooks" / f"{stem}.md") for stem in SECOND_EDITION]
 each = pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda chapter: chapter.path.stem)

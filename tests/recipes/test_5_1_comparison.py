@@ -1,0 +1,132 @@
+"""The recipe of chapter 5.1, its lines for PEFT's other methods, and the broken comparison that it prints."""
+
+import copy
+import re
+from pathlib import Path
+
+import jupytext
+import peft
+import pytest
+import torch
+from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+
+from lora_course import lab
+from lora_course.experiments import comparison, comparison_arms
+from lora_course.lab import study
+from lora_course.lab.evidence import differences, interval, verdict
+from tests.recipes import recipe, small
+from tools.run_chapters import ROOT
+
+CHAPTER = ROOT / "notebooks" / "5_1_comparison.md"
+
+
+@pytest.mark.slow
+def test_5_1_compares_two_methods_by_pairs_each_at_its_own_rate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = recipe("5_1_comparison")
+    for long, short in (("range(5)", "range(2)"), ("(1e-4, 2e-4, 4e-4)", "(1e-4, 4e-3)"), ("length=512", "length=64")):  # fmt: skip
+        assert code.count(long) == 1
+        code = code.replace(long, short)
+    given = {
+        "texts": lab.load_text("bible", "train")[:20],
+        "validation": [lab.load_text("bible", "validation")[0][:2000]],
+        "test": [lab.load_text("bible", "test")[0][:2000]],
+    }
+    exec(small(code, steps=3), given)
+    assert given["found"].keys() == {"lora", "dora"} and given["rate"] == 4e-3
+    assert all(gap != 0 for gap in given["gaps"])
+    alone = dict(
+        given
+    )  # a method against itself: the same A and the same rows, so no difference at all
+    assert code.count('{"use_dora": True}') == 1
+    exec(small(code.replace('{"use_dora": True}', "{}"), steps=3), alone)
+    assert alone["gaps"] == [0, 0] and len(set(alone["found"]["lora"])) == 2
+
+
+def neighbours() -> str:
+    """The lines of code that switch PEFT's other methods on."""
+    cells = jupytext.read(CHAPTER).cells
+    heading = next(i for i, c in enumerate(cells) if "## The neighbours" in c.source)
+    seen = [c for c in cells[heading:] if c.cell_type == "code" and not c.metadata.get("tags")]
+    return "\n".join(c.source for c in seen[:5])
+
+
+@pytest.fixture(scope="module")
+def lines() -> dict:
+    given = {
+        "comparison": comparison, "comparison_arms": comparison_arms, "copy": copy, "torch": torch,
+        "create_loraplus_optimizer": create_loraplus_optimizer, "create_lorafa_optimizer": create_lorafa_optimizer,
+    } | {n: getattr(peft, n) for n in ("EvaConfig", "LoraConfig", "OFTConfig", "VeraConfig", "get_peft_model")}  # fmt: skip
+    exec(neighbours(), given)
+    return given
+
+
+METHODS = ("pissa", "olora", "eva", "rslora", "dora", "oft", "vera", "plus", "lora_fa")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_line_for_peft_gives_a_model_that_starts_as_the_base_and_learns(name: str, lines: dict) -> None:  # fmt: skip
+    base = lab.load_base("nano")[0]
+    ids = comparison.ordered_rows("python", 0)[:2]["input_ids"][:, :32]
+    config, keywords = lines[name], {"low_cpu_mem_usage": True} if name == "eva" else {}
+    optimizer = None
+    if isinstance(config, torch.optim.Optimizer):  # the line made the optimiser of its own model
+        optimizer, config = config, None
+        learnt = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        count = sum(1 for group in optimizer.param_groups for p in group["params"] if p.requires_grad)  # fmt: skip
+        assert learnt and count == 28 * (2 if name == "plus" else 1)  # A and B; LoRA-FA B alone
+        if name == "plus":
+            rates = {group["lr"] for group in optimizer.param_groups if group["params"]}
+            assert rates == {1e-4, 16e-4}
+        return
+    with torch.no_grad():
+        before = base(input_ids=ids).logits
+    model = peft.get_peft_model(copy.deepcopy(base), config, **keywords)
+    if name == "eva":
+        peft.initialize_lora_eva_weights(model, [{"input_ids": ids}] * 8, show_progress_bar=False)
+    with torch.no_grad():
+        # decompositions in fp32 and their sum again: 1e-5 of logits of the order of ten
+        torch.testing.assert_close(model(input_ids=ids).logits, before, atol=1e-3, rtol=0)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    losses = []
+    for _ in range(4):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.01
+
+
+def test_the_line_for_experts_in_one_tensor_reaches_each_of_them() -> None:
+    (line,) = re.findall(r"`(LoraConfig\(target_modules=\[\].*?\))`", CHAPTER.read_text())
+    shape = {"hidden_size": 32, "intermediate_size": 64, "moe_intermediate_size": 16, "head_dim": 8, "vocab_size": 100}  # fmt: skip
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = AutoModelForCausalLM.from_config(
+        Qwen3MoeConfig(num_experts=4, num_experts_per_tok=2, **shape, **heads)
+    )
+    adapted = peft.get_peft_model(model, eval(line, {"LoraConfig": peft.LoraConfig}))
+    trained = {n: p for n, p in adapted.named_parameters() if p.requires_grad}
+    assert len(trained) == 2 * 2 * 2  # layers, tensors, factors
+    assert all(8 * 4 in p.shape for p in trained.values())  # rank 8 for each of four experts
+
+
+def test_the_broken_comparison_gives_the_numbers_that_the_exercise_prints() -> None:
+    text = CHAPTER.read_text()
+    bug = text[text.index("**Find the bug**") : text.index("## Self-test")]
+    given: dict = {"interval": interval}
+    exec(re.search(r"```python\n(.*?)```", bug, re.DOTALL)[1], given)
+    record = study.load_study("5_1_comparison")
+    arms = [
+        dict(enumerate(comparison.series(record, arm, "shakespeare")))
+        for arm in ("adaptive", "lora")
+    ]
+    printed = [float(n) for n in re.search(r"# (\S+) \((\S+) to (\S+)\)", bug).groups()]
+    assert [round(n, 4) for n in given["compare"](*arms)] == printed
+    right = differences(*(list(arm.values()) for arm in arms))
+    _, low, high = interval(right)
+    assert f"from −{-low:.4f} to +{high:.4f}" in bug and verdict(right) == "within noise"
