@@ -14,6 +14,7 @@ SECOND_EDITION: tuple[str, ...] = (
     "1_2_adalora",
     "2_1_experts",
     "3_1_adaptive",
+    "3_2_distillation",
     "4_4_fused",
 )  # stems of the chapters rewritten so far
 CHAPTERS = [Chapter(ROOT / "notebooks" / f"{stem}.md") for stem in SECOND_EDITION]
