@@ -17,6 +17,7 @@ SECOND_EDITION: tuple[str, ...] = (
     "2_1_experts",
     "2_2_progressive",
     "3_1_adaptive",
+    "3_2_distillation",
     "3_3_continual",
     "4_1_sparse",
     "4_2_hierarchical",

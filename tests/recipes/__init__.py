@@ -9,11 +9,12 @@ LARGE = '"Qwen/Qwen2.5-7B-Instruct"'
 
 
 def recipe(stem: str) -> str:
-    """The Python under "Use it" of a chapter's source."""
+    """The Python under "Use it" of a chapter's source, all blocks in order."""
     source = (ROOT / "notebooks" / f"{stem}.md").read_text()
     section = source[source.index("\n## Use it") : source.index("\n## The idea")]
-    (code,) = re.findall(r"^```python\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
-    return code
+    blocks = re.findall(r"^```python\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
+    assert blocks
+    return "\n".join(blocks)
 
 
 def small(code: str, steps: int) -> str:
