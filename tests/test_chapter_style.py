@@ -1,4 +1,4 @@
-"""The measurable part of a chapter's style (DESIGN, "A chapter, second edition"), for the chapters that have it."""
+"""The measurable part of a chapter's style."""
 
 import re
 from pathlib import Path
@@ -8,24 +8,9 @@ import pytest
 from tools import chapter_style
 from tools.chapter_style import CELL, COLUMNS, ORDER, TIME, WORDS, Chapter
 from tools.crosslinks import OPAQUE
-from tools.run_chapters import ROOT
+from tools.run_chapters import chapters
 
-SECOND_EDITION: tuple[str, ...] = (
-    "0_1_lora",
-    "1_1_qlora",
-    "1_2_adalora",
-    "2_1_experts",
-    "2_2_progressive",
-    "3_1_adaptive",
-    "3_2_distillation",
-    "3_3_continual",
-    "4_1_sparse",
-    "4_2_hierarchical",
-    "4_3_quantized",
-    "4_4_fused",
-    "5_1_comparison",
-)  # stems of the chapters rewritten so far
-CHAPTERS = [Chapter(ROOT / "notebooks" / f"{stem}.md") for stem in SECOND_EDITION]
+CHAPTERS = [Chapter(path) for path in chapters()]
 each = pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda chapter: chapter.path.stem)
 
 
