@@ -27,5 +27,5 @@ def test_2_1_puts_three_folders_of_peft_under_a_router_and_saves_it(
     assert experts.expert_state(model, 2).keys() and len(adapter_layers(model)) == 28
     routers = [layer.router for layer in adapter_layers(model).values() if hasattr(layer, "router")]
     assert len(routers) == 4
-    # started at a size of 0.02; two steps of a rate of 0.05 move entries further than that
+    # started at a size of 0.02; two steps of a rate of 0.08 move entries further than that
     assert all(router.abs().max() > 0.05 for router in routers)
