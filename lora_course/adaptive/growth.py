@@ -132,7 +132,7 @@ class RankGrower(ModelCallback):
                 layer.observe(self.schedule.beta)
 
     def scores(self) -> dict[str, float]:
-        """Ī · Ū of each layer: how much it matters, times how little that has settled."""
+        """J̄ · Ū of each layer: how much it matters, times how little that has settled."""
         scores = [layer.importance * layer.uncertainty for layer in self.layers.values()]
         together = torch.stack(
             [score.to(scores[0].device) for score in scores]

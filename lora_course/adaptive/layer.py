@@ -22,7 +22,7 @@ class GrowingLoRALinear(LoRALinear):
 
     Attributes:
         A, B, A1, B1, …: the pairs, `[r_k, in]` and `[out, r_k]`, in the order in which they came; r = Σ r_k.
-        importance, uncertainty: the smoothed sensitivity Ī and its smoothed deviation Ū, scalars; see `observe`.
+        importance, uncertainty: the smoothed sensitivity J̄ and its smoothed deviation Ū, scalars; see `observe`.
         grown_at: the step at which each later pair came, `[K]` int64. With the pairs' shapes it is the layer's whole
             history, and like the averages it is saved and loaded with the adapter.
     """
@@ -91,7 +91,7 @@ class GrowingLoRALinear(LoRALinear):
 
     @torch.no_grad()
     def sensitivity(self) -> Tensor:
-        """I = Σᵢ |⟨ΔWᵢ, G⟩| / √(in · out), a scalar, with G = ∂L/∂ΔW, from the gradients that lie there.
+        """J = Σᵢ |⟨ΔWᵢ, G⟩| / √(in · out), a scalar, with G = ∂L/∂ΔW, from the gradients that lie there.
 
         ΔWᵢ = s bᵢ aᵢ is the i-th part of rank one, and ⟨ΔWᵢ, G⟩, to first order, what the loss would change without it.
         As ∂L/∂B = s G Aᵀ, it is bᵢ · ∂L/∂bᵢ (and as well aᵢ · ∂L/∂aᵢ): G itself is not needed. For random factors and
@@ -112,7 +112,7 @@ class GrowingLoRALinear(LoRALinear):
 
     @torch.no_grad()
     def observe(self, beta: float) -> None:
-        """Ī ← β Ī + (1 − β) I, then Ū ← β Ū + (1 − β) |I − Ī|. An I that overflowed, as fp16's may, is passed over."""
+        """J̄ ← β J̄ + (1 − β) J, then Ū ← β Ū + (1 − β) |J − J̄|. A J that overflowed, as fp16's may, is passed over."""
         sensitivity = self.sensitivity()
         finite = sensitivity.isfinite()  # used on the device: a GPU need not be waited for
         importance = torch.lerp(sensitivity, self.importance, beta)
