@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import yaml
 
 from benchmarks import report
-from tools import pacing, record_runs
+from tools import pacing, projects, record_runs
 from tools.ledger import ledger
 from tools.playpage import tables as playpage
 from tools.run_chapters import Result, title
@@ -198,4 +198,5 @@ PARTS: dict[str, Callable[[Path, list[Result]], str]] = {
     "play tasks": playpage.tasks,
     "order": pacing.order,
     "plans": pacing.plans,
+    "projects": projects.page,
 }

@@ -1,0 +1,114 @@
+"""Every chapter's open exercise is a project with a rubric and two graded answers, and no number in them is typed."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tools import crosslinks, pages, projects
+from tools.run_chapters import ROOT, chapters
+
+STEMS = [path.stem for path in chapters(ROOT) if path.stem != "5_1_comparison"]
+PROJECTS = {project["chapter"]: project for project in projects.projects(ROOT)}
+OPEN = re.compile(r"^\*\*Exercise (\d\.\d-\w): ([^*]+)\*\* \(open, ([^)]+)\)\.(.*)$", re.MULTILINE)
+GRADED = re.compile(r"^\*Graded (\d+) of (\d+)\*: (.*)$", re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def page() -> str:
+    return pages.fill((ROOT / "book" / "projects.md").read_text(), ROOT, [])
+
+
+def open_exercise(stem: str) -> re.Match[str]:
+    """The chapter's last exercise, which is its open one."""
+    text = (ROOT / "notebooks" / f"{stem}.md").read_text()
+    found = list(OPEN.finditer(text))
+    assert len(found) == 1, f"{stem}: one open exercise"
+    assert text.rfind("**Exercise ") == found[0].start()
+    return found[0]
+
+
+def test_every_chapter_has_its_project_in_order() -> None:
+    assert list(PROJECTS) == STEMS
+    assert list(projects.NUMBERS) == [project["number"] for project in PROJECTS.values()]
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_the_chapters_open_exercise_is_the_project_and_links_to_it(stem: str, page: str) -> None:
+    number, name, time, text = open_exercise(stem).groups()
+    project = PROJECTS[stem]
+    assert (number, name, time) == (project["exercise"], project["name"], project["time"])
+    anchor = projects.anchor(project["number"])
+    assert f"[Rubric and two graded answers](../book/projects.md#{anchor})" in text
+    assert page.count(f"({anchor})=\n## {project['number']} ") == 1
+    assert f'href="../book/projects.html#{anchor}"' in crosslinks.for_book(text, stem, "", set())
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_points_fit_the_rubric_and_tell_the_answers_apart(stem: str) -> None:
+    totals = {}
+    for sample in projects.SAMPLES:
+        points = PROJECTS[stem][sample]["points"]
+        assert tuple(points) == projects.LINES
+        assert all(given in range(projects.MOST + 1) for given, _ in points.values())
+        assert all(len(why) > 10 and not why.endswith(".") for _, why in points.values())
+        totals[sample] = sum(given for given, _ in points.values())
+    assert totals["good"] >= 10 and 4 <= totals["middling"] <= 8
+
+
+def test_the_page_states_the_rubric_and_sums_that_add_up(page: str) -> None:
+    assert page.replace("\n", " ").isprintable()  # an escape in a quoted text would not be
+    rows = re.findall(r"^\| \*\*(\w+)\*\* \|(.*)\|$", page, re.MULTILINE)
+    assert tuple(line for line, _ in rows) == projects.LINES
+    assert all(len(levels.split("|")) == projects.MOST + 1 for _, levels in rows)
+    graded = GRADED.findall(page)
+    assert len(graded) == len(projects.SAMPLES) * len(STEMS)
+    for total, most, reasons in graded:
+        given = [re.search(rf"\b{line} (\d), ", reasons) for line in projects.LINES]
+        assert sum(int(found[1]) for found in given if found) == int(total) and all(given)
+        assert int(most) == projects.MOST * len(projects.LINES)
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_numbers_come_from_records_and_each_is_used(stem: str) -> None:
+    project = PROJECTS[stem]
+    texts = [project["good"]["answer"], project["middling"]["answer"], project["measured"]]
+    typed = re.compile(r"\d[.,]\d{2,}|\d ?%|\d nats")
+    assert not any(typed.search(text) for text in texts)
+    names = set(re.findall(r"\{(\w+)\}", " ".join(texts)))
+    assert names == set(projects.NUMBERS[project["number"]]())
+
+
+def test_what_the_answers_say_of_the_records_holds() -> None:
+    """Sentences that lean on a sign or an order, which a new record could change."""
+    of = {number: numbers() for number, numbers in projects.NUMBERS.items()}
+    assert of["0.1"]["near"].verdict == "within noise" and of["0.1"]["targets"].verdict == "higher"
+    error, lost = (
+        {kind: float(of["1.1"][f"{name}_{kind}"].rstrip("%")) for kind in ("nf4", "int4", "fp4")}
+        for name in ("error", "lost")
+    )
+    assert error["nf4"] < error["int4"] < error["fp4"] and lost["nf4"] < lost["fp4"] < lost["int4"]
+    assert of["1.2"]["adalora"].verdict == "within noise"
+    assert of["1.2"]["drawn"] < of["1.2"]["least"] and of["1.2"]["parameters"] < of["1.2"]["least"]
+    assert of["2.1"]["others"].verdict == of["2.1"]["mixed"].verdict == "higher"
+    assert of["2.1"]["gate_shakespeare"] > of["2.1"]["gate_milton"]
+    assert of["2.2"]["stack"].verdict == of["2.2"]["restarts"].verdict == "higher"
+    assert of["3.1"]["random"].verdict == "lower"
+    assert of["3.2"]["taught"].verdict == "within noise"
+    assert of["3.3"]["ties"].verdict == of["3.3"]["summed"].verdict == "higher"
+    assert of["4.1"]["gates"].verdict == "within noise"
+    assert of["4.2"]["own_8"].verdict == "higher" and of["4.2"]["own_1"].verdict == "within noise"
+    assert of["4.3"]["bits_3"].verdict == "within noise" and of["4.3"]["bits_2"].verdict == "higher"
+    assert of["4.3"]["middle"] == of["4.3"]["bytes_3"]
+
+
+def test_a_pair_is_the_first_less_the_second() -> None:
+    lower = projects.Pair([1.0, 1.1, 1.2], [2.0, 2.2, 2.1])
+    assert lower.verdict == "lower" and str(lower).startswith(
+        "-1.000 bits a byte (95% interval -1."
+    )
+    assert lower.half == pytest.approx(0.2484, abs=1e-3)  # t(0.975, 2) = 4.303, s = 0.1, n = 3
+
+
+def test_the_guide_leads_to_the_page() -> None:
+    assert "](projects.md)" in Path(ROOT / "book" / "instructors.md").read_text()

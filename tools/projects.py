@@ -1,0 +1,228 @@
+"""The page of the open projects: book/_data/projects.yml, with every number in it read from the studies' records."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import yaml
+
+from lora_course.lab import study
+from lora_course.lab.evidence import differences, interval, verdict
+from tools.run_chapters import Result, title
+
+LINES = ("question", "measurement", "evidence", "conclusion")  # of the rubric, 0 to 3 points each
+MOST = 3
+SAMPLES = ("good", "middling")
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two arms of a record, seed by seed: the first less the second, in the unit of `unit`."""
+
+    first: Sequence[float]
+    second: Sequence[float]
+    unit: str = "bits a byte"
+
+    @property
+    def differences(self) -> list[float]:
+        return differences(self.first, self.second)
+
+    @property
+    def verdict(self) -> str:
+        return verdict(self.differences)
+
+    @property
+    def half(self) -> float:
+        """Half the width of the 95% interval: a smaller difference is not seen with these seeds."""
+        mean, _, high = interval(self.differences)
+        return high - mean
+
+    def __str__(self) -> str:
+        mean, low, high = interval(self.differences)
+        return f"{mean:+.3f} {self.unit} (95% interval {low:+.3f} to {high:+.3f}, {self.verdict})"
+
+
+def pair(record: Record, first: str, second: str, rank: str = "") -> Pair:
+    """Bits a byte of two arms on test text. rank: of the arms that have a value for each rank."""
+    values = [study.series(record, arm) for arm in (first, second)]
+    return Pair(*([of_seed[rank] for of_seed in series] if rank else series for series in values))
+
+
+def seeds(record: Record, prefix: str, suffix: str = "/test") -> list[dict[str, Any]]:
+    """The runs of an arm that has no learning rate in its keys, in the order of the seeds."""
+    return [record["runs"][f"{prefix}/{seed}{suffix}"] for seed in record["settings"]["seeds"]]
+
+
+# ------------------------------------------------------------ by chapter: what its project's text takes from its records
+
+
+def other_zero() -> dict[str, Any]:
+    record = study.load_study("0_1_lora")
+    near = pair(record, "mlp", "lora")
+    return {"near": near, "half": f"{near.half:.3f}", "targets": pair(record, "attention", "lora")}
+
+
+def codebook() -> dict[str, Any]:
+    runs = study.load_study("1_1_formats")["runs"]
+    error = {kind: runs[f"{kind}/all"]["error"] for kind in ("int4", "fp4", "nf4")}
+    lost = {kind: {text: fmean(differences(windows, runs["base"]["loss"][text])) for text, windows in runs[f"{kind}/all"]["loss"].items()}
+            for kind in error}  # fmt: skip
+    said = {f"error_{kind}": f"{100 * value:.2f}%" for kind, value in error.items()}
+    said |= {f"lost_{kind}": f"{fmean(by.values()):.3f}" for kind, by in lost.items()}
+    ahead = [text for text in lost["fp4"] if lost["fp4"][text] < lost["int4"][text]]
+    return said | {"ahead": len(ahead), "texts": len(lost["fp4"])}
+
+
+def parameters_kept() -> dict[str, Any]:
+    record = study.load_study("1_2_adalora")
+    count = {arm: study.series(record, arm, "parameters") for arm in ("lora", "adalora", "random")}
+    chosen, drawn = pair(record, "adalora", "lora"), pair(record, "random", "adalora")
+    most, least = max(count["adalora"]), min(count["adalora"])
+    return {
+        "adalora": chosen, "random": drawn, "half": f"{chosen.half:.3f}", "parameters": f"{count['lora'][0]:,}",
+        "most": f"{most:,}", "least": f"{least:,}", "drawn": f"{fmean(count['random']):,.0f}",
+    }  # fmt: skip
+
+
+def fifth_domain() -> dict[str, Any]:
+    runs = seeds(study.load_study("2_1_experts"), "separate")
+    names = list(runs[0]["bits_per_byte"])
+    milton = names.index("milton")
+    others = [min(e["milton"] for i, e in enumerate(run["each"]) if i != milton) for run in runs]
+    own = [run["each"][milton]["milton"] for run in runs]
+    mixed = [run["bits_per_byte"]["milton"] for run in runs]
+    blocks = [block for run in runs for block in run["usage"]["gates"][milton]]
+    gates = [fmean(of_expert) for of_expert in zip(*blocks, strict=True)]
+    said = {f"gate_{name}": f"{100 * gate:.0f}%" for name, gate in zip(names, gates, strict=True)}
+    return said | {"mixed": Pair(mixed, own), "others": Pair(others, own)}
+
+
+def stages() -> dict[str, Any]:
+    record = study.load_study("2_2_progressive")
+    against = pair(record, "stack", "large")
+    return {"stack": against, "half": f"{against.half:.3f}", "restarts": pair(record, "restarts", "small"),
+            "tried": len(study.tried_rates(record, "large"))}  # fmt: skip
+
+
+def chance() -> dict[str, Any]:
+    record, controls = (study.load_study(name) for name in ("3_1_adaptive", "3_1_controls"))
+    arms = {arm: study.series(controls, arm) for arm in ("random", "small")}
+    grown, uniform = (study.series(record, arm) for arm in ("grown", "uniform"))
+    spread = {arm: fmean(max(ranks.values()) for ranks in study.series(source, arm, "ranks"))
+              for arm, source in (("grown", record), ("random", controls))}  # fmt: skip
+    random = Pair(arms["random"], grown)
+    return {
+        "random": random, "small": Pair(grown, arms["small"]), "uniform": Pair(arms["random"], uniform),
+        **{f"largest_{arm}": f"{value:.1f}" for arm, value in spread.items()},
+    }  # fmt: skip
+
+
+def labels() -> dict[str, Any]:
+    record = study.load_study("3_2_distillation")
+    half_taught = pair(record, "by domain", "data alone")
+    return {"taught": half_taught, "half": f"{half_taught.half:.3f}", "data": f"{fmean(study.series(record, 'data alone')):.3f}",
+            "equal": pair(record, "equal weights", "by domain")}  # fmt: skip
+
+
+def scale() -> dict[str, Any]:
+    runs = seeds(study.load_study("3_3_continual"), "isolated/order 0", "")
+    by = {name: [run["merges"][f"{name}/4"]["ACC"] for run in runs]
+          for name in ("mean", "sum", "TIES", "mean, cut to r", "sum, cut to r")}  # fmt: skip
+    return {
+        "ties": Pair(by["TIES"], by["mean, cut to r"]), "whole": Pair(by["TIES"], by["mean"]),
+        "summed": Pair(by["sum, cut to r"], by["mean, cut to r"]),
+    }  # fmt: skip
+
+
+def gates() -> dict[str, Any]:
+    record = study.load_study("4_1_sparse")
+    open_gates = {
+        p: fmean(run[-1] for run in study.series(record, f"gates/{p}", "opened")) for p in (1, 2, 4)
+    }
+    ranks = study.series(record, "gates/2", "ranks")[0]
+    against = pair(record, "gates/2", "lora/4")
+    return {
+        "gates": against, "half": f"{against.half:.3f}", "all": 8 * len(ranks),
+        **{f"open_{p}": f"{value:.0f}" for p, value in open_gates.items()},
+    }  # fmt: skip
+
+
+def last_block() -> dict[str, Any]:
+    record = study.load_study("4_2_hierarchical")
+    own = {b: pair(record, "truncation/cut", f"lora-{b}/whole", b) for b in ("1", "8")}
+    small = pair(record, "truncation/cut", "matryoshka/cut", "1")
+    return {
+        "own_1": own["1"],
+        "own_8": own["8"],
+        "half": f"{own['1'].half:.3f}",
+        "matryoshka": small,
+    }
+
+
+def components() -> dict[str, Any]:
+    record = study.load_study("4_3_quantized")
+    by = {bits: pair(record, f"after {bits} group", "lora") for bits in (2, 3, 4)}
+    size = {bits: fmean(study.series(record, f"after {bits} group", "bytes")) for bits in by}
+    said = {f"bits_{bits}": value for bits, value in by.items()}
+    return said | {f"bytes_{bits}": f"{value / 1000:.1f} kB" for bits, value in size.items()} | {"middle": f"{(size[2] + size[4]) / 2000:.1f} kB"}  # fmt: skip
+
+
+def fused_more() -> dict[str, Any]:
+    runs = study.load_study("4_4_fused")["runs"]
+    kept = {(how, kind): runs[f"memory/{how}/16/{kind}"]["saved"] / 1e6
+            for how in ("fp32", "dropout") for kind in ("plain", "fused")}  # fmt: skip
+    return {f"{how}_{kind}": f"{value:.1f} MB" for (how, kind), value in kept.items()} | {
+        "saved": f"{100 * (1 - kept['fp32', 'fused'] / kept['fp32', 'plain']):.1f}%"
+    }
+
+
+NUMBERS: dict[str, Callable[[], dict[str, Any]]] = {
+    "0.1": other_zero, "1.1": codebook, "1.2": parameters_kept, "2.1": fifth_domain, "2.2": stages, "3.1": chance,
+    "3.2": labels, "3.3": scale, "4.1": gates, "4.2": last_block, "4.3": components, "4.4": fused_more,
+}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ the page
+
+
+def projects(root: Path) -> list[dict[str, Any]]:
+    """The projects as written, with the number of their chapter as `number`."""
+    found = yaml.safe_load((root / "book" / "_data" / "projects.yml").read_text())
+    return [project | {"number": ".".join(project["chapter"].split("_")[:2])} for project in found]
+
+
+def filled(text: str, numbers: Mapping[str, Any]) -> str:
+    """A text with its {names} replaced. Braces of formulas have to be doubled."""
+    return text.format_map(numbers)
+
+
+def anchor(number: str) -> str:
+    return f"project-{number.replace('.', '-')}"
+
+
+def graded(points: Mapping[str, Sequence[Any]]) -> str:
+    """The line under a sample answer: its sum, then each line of the rubric with points and reason."""
+    total = sum(given for given, _ in points.values())
+    reasons = "; ".join(f"{line} {given}, {why}" for line, (given, why) in points.items())
+    return f"*Graded {total} of {MOST * len(points)}*: {reasons}."
+
+
+def page(root: Path, results: list[Result]) -> str:
+    """Every project: question, deliverable, two graded answers, and what was measured."""
+    parts = []
+    for project in projects(root):
+        number, stem, numbers = project["number"], project["chapter"], NUMBERS[project["number"]]()
+        chapter = title(root / "notebooks" / f"{stem}.md")
+        parts += [
+            f"({anchor(number)})=\n## {number} {project['name'].capitalize()}",
+            f"Exercise {project['exercise']} of [{chapter}](../notebooks/{stem}.ipynb), {project['time']}. {project['question']}",
+            f"**Hand in.** {project['hand_in']}",
+        ]
+        for place, sample in enumerate(SAMPLES, 1):
+            answer = filled(project[sample]["answer"], numbers)
+            parts += [f"> **Answer {place}.** {answer}", graded(project[sample]["points"])]
+        parts.append(f"**What came out.** {filled(project['measured'], numbers)}")
+    return "\n\n".join(parts)
