@@ -39,3 +39,26 @@ def test_grading_runs_the_same_checks_and_refuses_unknown_ids(check) -> None:
     assert grade({})["0.0-sum"].status == "not attempted"
     with pytest.raises(ValueError, match=r"0.0-cube.*0.0-sum"):
         grade({"0.0-cube": abs})
+
+
+def test_a_check_that_refuses_the_course_s_own_answer_does_not_accuse_the_learner() -> None:
+    def look(result, x):
+        exercises.mistake(True, "The scale is missing.")
+
+    @exercise("0.0-broken", right=lambda x: x, look=look)
+    def check_broken(draw: Draw):
+        yield case(draw.number(1, 2))
+
+    with pytest.raises(RuntimeError, match=r"0.0-broken refuses the course's own answer"):
+        check_broken(lambda x: x)
+
+
+def test_no_draw_of_2_2_c_refuses_a_right_restart_or_takes_the_stub_for_an_answer() -> None:
+    from lora_course.classroom.chapter_2_2.restart import check_restart, restart
+
+    def stub(layer, optimizer):
+        raise NotImplementedError
+
+    for seed in range(60):  # one in twenty once drew rsLoRA's scale as 1
+        assert check_restart(restart, seed).status == "right"
+        assert check_restart(stub, seed).status == "not attempted"

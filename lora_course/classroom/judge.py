@@ -75,10 +75,14 @@ class Exercise:
     @functools.lru_cache(maxsize=4)  # noqa: B019 (exercises live as long as their module)
     def _prepared(self, seed: int) -> list[tuple[Case, dict[str, Any]]]:
         """The cases of a seed, each with the right outcome."""
-        return [
-            (this, self._outcome(lambda a: _called(self.right, a), this))
-            for this in self.cases(Draw(seed))
-        ]
+        try:
+            return [
+                (this, self._outcome(lambda a: _called(self.right, a), this))
+                for this in self.cases(Draw(seed))
+            ]
+        except Mistake as refused:  # no answer is wrong by that: it must not be told to a learner
+            text = f"The check of {self.id} refuses the course's own answer at seed {seed} ({refused}). Please report it, and run the cell again."
+            raise RuntimeError(text) from refused
 
     def _compare(self, answer: Answer, cases: list[tuple[Case, dict[str, Any]]]) -> None:
         """Raises Mistake or Unanswered for an answer that is not right on every case."""

@@ -13,7 +13,7 @@ from tests.recipes import LARGE, recipe
 
 
 @pytest.mark.slow
-def test_2_2_adds_a_third_stage_to_two_that_stay_as_they_were_and_exports_their_sum(
+def test_2_2_adds_stages_to_two_that_stay_as_they_were_and_exports_their_sum(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -35,10 +35,10 @@ def test_2_2_adds_a_third_stage_to_two_that_stay_as_they_were_and_exports_their_
     before = adapter_layers(load_stage(lab.load_base("nano")[0], "runs/year", 1))
     assert len(layers) == len(before) == 28
     for name, layer in layers.items():
-        assert layer.ranks.tolist() == [16, 16] and layer.r == 16
-        assert torch.equal(layer.frozen_A, before[name].factors()[0])
-        assert torch.equal(layer.frozen_B, before[name].factors()[1])
-        # every stage has moved: with B = 0 it would add nothing
-        assert all(B.any() for _, B in layer.stages())
+        assert layer.ranks.tolist() == [16, 16, 16] and layer.r == 16 and not layer.B.any()
+        assert torch.equal(layer.frozen_A[:32], before[name].factors()[0])
+        assert torch.equal(layer.frozen_B[:, :32], before[name].factors()[1])
+        # every finished stage has moved: with B = 0 it would add nothing
+        assert all(B.any() for _, B in layer.stages()[:-1])
     written = load_file("adapters/year/adapter_model.safetensors")
     assert {len(w) for name, w in written.items() if "lora_A" in name} == {48}

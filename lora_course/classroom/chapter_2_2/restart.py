@@ -150,7 +150,8 @@ def check_restart(draw: Draw):
             2, 16, 28
         )  # in so many dimensions no new row is like an old one
         r = draw.integer(3, 5)
-        alpha = draw.choice([a for a in range(2, 30) if a not in (r, 2 * r, r * r)])
+        # never a scale of 1, with rsLoRA neither: there "the scale is missing" would be right
+        alpha = draw.choice([a for a in range(3, 30) if a not in (r, 2 * r, r * r)])
         layer = draw.lora(inputs, outputs, r, lora_alpha=alpha, **arguments)
         rate = draw.number(0.01, 0.1)
         optimizer = torch.optim.AdamW([layer.A, layer.B], lr=rate, weight_decay=0)
