@@ -59,6 +59,6 @@ def test_no_draw_of_2_2_c_refuses_a_right_restart_or_takes_the_stub_for_an_answe
     def stub(layer, optimizer):
         raise NotImplementedError
 
-    for seed in range(60):  # one in twenty once drew rsLoRA's scale as 1
+    for seed in range(60):  # 45 among them once drew a scale of 1
         assert check_restart(restart, seed).status == "right"
         assert check_restart(stub, seed).status == "not attempted"
