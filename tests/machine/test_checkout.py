@@ -26,7 +26,7 @@ def test_they_run_in_the_repository_from_any_folder_of_it(monkeypatch) -> None:
     ]
     recipes = (ROOT / "Makefile").read_text()
     for command in checkout.COMMANDS.values():
-        assert f"@$(PY) {' '.join(command)}\n" in recipes
+        assert f"@$(PY) {' '.join(command)}" in recipes
 
 
 def test_elsewhere_it_says_where_the_repository_is(tmp_path, monkeypatch, capsys) -> None:

@@ -50,9 +50,9 @@ def test_4_4_merges_one_adapter_into_a_plain_model(
     adapted = randomize(inject(model, config(r=2)), 1).eval()
     export_peft(adapted, "adapters/law")
     expected = adapted(ids).logits
-    given = {"model": unload(adapted), "merge": merge, "unload": unload, "load_peft": load_peft}
-    lines = re.findall(r"`((?:merge|unload)\(.+?\))`", use_it("4_4_fused"))
-    assert len(lines) == 2
+    given = {"base": unload(adapted), "merge": merge, "unload": unload, "load_peft": load_peft}
+    lines = re.findall(r"`((?:load_peft|merge|unload)\(.+?\))`", use_it("4_4_fused"))
+    assert len(lines) == 3
     for line in lines:
         exec(line, given)
     served = AutoModelForCausalLM.from_pretrained("served")
