@@ -67,6 +67,7 @@ def test_what_is_said_and_shown_as_code_is_not_taken_for_something_else(chapter:
     """`say` shows CommonMark, in which a dollar is a dollar; code in prose that is not fenced would get links to terms."""
     said = [c.source for c in chapter.cells if c.cell_type == "code" and "say(" in c.source]
     assert not [line for source in said for line in source.splitlines() if "$" in line]
+    assert not re.findall(r"\]\(\w+\.md", "".join(said)), "what a cell says has no links to pages"
     assert not re.findall(r"\n\n    \S.*", OPAQUE.sub("", chapter.prose))
 
 
