@@ -123,11 +123,11 @@ class Browser:
         return answer["result"].get("value")
 
     def wait(self, script: str) -> None:
-        """Wait until a JavaScript expression is true."""
+        """Wait until a JavaScript expression is truthy, in JavaScript's sense: an element, by value, is an empty dictionary here."""
 
         def holds() -> Any:
             try:
-                return self.evaluate(script)
+                return self.evaluate(f"(async () => Boolean(await ({script})))()")
             except RuntimeError as error:
                 if not any(gone in str(error) for gone in GONE):
                     raise

@@ -376,9 +376,8 @@ def test_long_lines_of_code_wrap_on_paper(browser: chromium.Browser, address: st
 
 @pytest.mark.browser
 def test_a_chapter_plays_a_step_where_it_links_to_one(
-    browser: chromium.Browser, book: Path, monkeypatch: pytest.MonkeyPatch
+    browser: chromium.Browser, book: Path
 ) -> None:
-    monkeypatch.setattr(chromium, "PATIENCE", 240.0)  # the page computes
     browser.open((book / "notebooks" / "2_1_experts.html").as_uri())
     loaded = [address for address in browser.requests if "/_static/play/" in address]
     assert [address.rsplit("/", 1)[1] for address in loaded] == ["embed.js"]
