@@ -8,6 +8,7 @@ from docutils import nodes
 from docutils.utils import new_document
 
 from tools import pages
+from tools.ledger import carried_over
 from tools.run_chapters import ROOT, Result
 from tools.sphinx_extension import Search, escape, first_sentences, mark_chinese, render
 
@@ -73,6 +74,22 @@ def test_the_ledger_has_a_line_a_claim_that_opens_with_anchor_and_classes_for_th
     assert "`mean(a) < mean(b)`" in held and "a: 1, 2" in held and "too small a model" in failed
     assert "chosen after seeing" in failed and "chosen after seeing" not in held
     assert 'href="../notebooks/1_1_qlora.html#claim-b"' in failed
+
+
+def test_claims_on_the_chat_model_are_held_against_nanos(
+    project: tuple[Path, list[Result]],
+) -> None:
+    _, results = project
+    assert "None of" in carried_over(results)
+    path = results[0].folder / "claims" / "1_1_qlora.json"
+    chapter = json.loads(path.read_text())
+    chapter["claims"] += [CLAIM | {"id": id, "holds": holds} for id, holds in (
+        ("1.1-b", True), ("1.1-s", True), ("1.2-a", True), ("1.2-s", False),
+    )]  # fmt: skip
+    path.write_text(json.dumps(chapter))
+    text = carried_over(results)
+    assert " 2 were tried" in text and ": 1 have the verdict" in text
+    assert "1 have not: [1.2-s](#claim-1-2-s) (on nano [1.2-a](#claim-1-2-a))" in text
 
 
 def test_run_times_name_each_chapter_and_add_up(project: tuple[Path, list[Result]]) -> None:

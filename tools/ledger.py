@@ -3,7 +3,8 @@
 import html
 from pathlib import Path
 
-from lora_course.lab.claims import EVIDENCE, KINDS, Claim, load_claims
+from lora_course.lab.chat_model import QUESTIONS
+from lora_course.lab.claims import EVIDENCE, KINDS, Claim, anchor_of, load_claims
 from tools.run_chapters import Result, title
 
 
@@ -21,6 +22,30 @@ def ledger(root: Path, results: list[Result]) -> str:
             )
             parts += [claim_row(claim, result.stem) for claim in claims]
     return "\n".join(parts) or "*No chapter yet.*"
+
+
+def carried_over(results: list[Result]) -> str:
+    """How many of the claims that were tried on the chat model have nano's verdict there, and which have not."""
+    held = {
+        claim.id: claim.holds
+        for result in results
+        for chapter in load_claims(result.folder / "claims")
+        for claim in chapter["claims"]
+    }
+    tried = {id: QUESTIONS[id].nano for id in QUESTIONS if id in held}
+    if not tried:
+        return f"None of {len(QUESTIONS)} central claims has been tried on SmolLM2-135M yet."
+    other = [id for id, nano in tried.items() if held[id] != held[nano]]
+    apart = ", ".join(f"{link(id)} (on nano {link(tried[id])})" for id in other)
+    return (
+        f"Of {len(QUESTIONS)} central claims {len(tried)} were tried on SmolLM2-135M, with three seeds each, and stated before: "
+        f"{len(tried) - len(other)} have the verdict that they have on nano"
+        + (f"; {len(other)} have not: {apart}." if other else ".")
+    )
+
+
+def link(id: str) -> str:
+    return f"[{id}](#{anchor_of(id)})"
 
 
 def claim_row(claim: Claim, stem: str) -> str:

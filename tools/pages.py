@@ -11,7 +11,7 @@ import yaml
 
 from benchmarks import report
 from tools import pacing, projects, record_runs
-from tools.ledger import ledger
+from tools.ledger import carried_over, ledger
 from tools.playpage import tables as playpage
 from tools.run_chapters import Result, title
 
@@ -191,6 +191,7 @@ PARTS: dict[str, Callable[[Path, list[Result]], str]] = {
     "recorded runs": lambda root, results: record_runs.table(root),
     "coverage": coverage,
     "bibliography": bibliography,
+    "carried over": lambda root, results: carried_over(results),
     "ledger": ledger,
     "api": api_list,
     "benchmarks": benchmarks,

@@ -1,0 +1,180 @@
+"""What the chapters' central claims come to on SmolLM2-135M: each was stated here before its arms had run.
+
+The model learns a task with right answers (the past of English verbs, or that and two more), and a claim compares two arms of
+the record by bits an answer token on test words, seed by seed. 0.05 bits, where a rule has a margin, is a tenth of what LoRA had
+left on validation words when its rate was searched. Three seeds make observations.
+"""
+
+from __future__ import annotations
+
+import html
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lora_course.lab.claims import Claims
+from lora_course.lab.study import STUDIES, chosen_rate, load_study
+
+LIKE = "as on nano"
+UNLIKE = "<b>not</b> as on nano"
+
+
+@dataclass(frozen=True)
+class Question:
+    """A claim on the chat model, and the claim on nano whose verdict it is held against.
+
+    arms: for each name in `rule` the values that it stands for, as "arm" or "arm/field/key" within a run; several are averaged
+    seed by seed. first, second: the two that the row at a chapter's head speaks of, in words.
+    """
+
+    nano: str
+    study: str
+    statement: str
+    arms: Mapping[str, Sequence[str]]
+    rule: str
+    first: str
+    second: str
+
+
+def _lower(a: str, b: str) -> str:
+    return f"all(x < y for x, y in zip({a}, {b}))"
+
+
+PAST, SEVERAL = "smol_past", "smol_several"
+SMALLER = (1, 2, 4)
+QUESTIONS: dict[str, Question] = {
+    "0.1-s": Question(
+        "0.1-b", PAST, "Rank 2 ends at most 0.05 bits an answer token behind rank 8, with every seed.",
+        {"r2": ["lora-2"], "r8": ["lora"]}, "all(a - b < 0.05 for a, b in zip(r2, r8))", "rank 2", "rank 8",
+    ),
+    "1.1-s": Question(
+        "1.1-b", PAST, "LoRA on the base in NF4 ends within 0.05 bits an answer token of LoRA on the base as it is, with every seed.",
+        {"qlora": ["qlora"], "lora": ["lora"]}, "all(abs(q - l) < 0.05 for q, l in zip(qlora, lora))", "QLoRA", "LoRA",
+    ),
+    "1.2-s": Question(
+        "1.2-a", PAST, "At the same final budget and scale AdaLoRA ends lower than LoRA, with every seed.",
+        {"adalora": ["adalora"], "lora": ["lora"]}, _lower("adalora", "lora"), "AdaLoRA", "LoRA",
+    ),
+    "2.1-s": Question(
+        "2.1-a", SEVERAL, "A router over three frozen specialists beats the average of the same specialists, with every seed.",
+        {"router": ["router"], "average": ["average"]}, _lower("router", "average"), "router", "average",
+    ),
+    "2.1-t": Question(
+        "2.1-h", SEVERAL, "One LoRA of as many parameters as three specialists beats each on its own task, with every seed.",
+        {"lora": ["joint"], "specialists": ["specialists"]}, _lower("lora", "specialists"), "one LoRA", "specialists",
+    ),
+    "2.2-s": Question(
+        "2.2-b", PAST, "One LoRA of rank 8 beats two stages of rank 4 with as many steps in all, with every seed.",
+        {"lora": ["lora"], "stages": ["progressive"]}, _lower("lora", "stages"), "one LoRA", "two stages",
+    ),
+    "3.1-s": Question(
+        "3.1-g", PAST, "Grown ranks end lower than uniform ones at equal parameters, with every seed.",
+        {"grown": ["adaptive"], "uniform": ["lora"]}, _lower("grown", "uniform"), "grown ranks", "rank 8",
+    ),
+    "3.2-s": Question(
+        "3.2-b", SEVERAL, "A student taught by the specialists ends lower than one trained on the same rows alone, with every seed.",
+        {"taught": ["distilled"], "alone": ["student"]}, _lower("taught", "alone"), "taught", "alone",
+    ),
+    "3.3-s": Question(
+        "3.3-e", SEVERAL, "After three tasks in a row replay ends with a better mean than training on and on, with every seed.",
+        {"replay": ["replay"], "sequential": ["sequential"]}, _lower("replay", "sequential"), "replay", "sequential",
+    ),
+    "4.1-s": Question(
+        "4.1-a", PAST, "At equal numbers of trained parameters a mask on the update ends lower than LoRA, with every seed.",
+        {"update": ["delta"], "lora": ["lora"]}, _lower("update", "lora"), "mask on the update", "LoRA",
+    ),
+    "4.1-t": Question(
+        "4.1-f", PAST, "Gates that close a third of rank 12 end lower than LoRA of rank 8, with every seed.",
+        {"gates": ["gates"], "lora": ["lora"]}, _lower("gates", "lora"), "gates", "LoRA",
+    ),
+    "4.2-s": Question(
+        "4.2-c", PAST, "At ranks 1, 2 and 4 on average the cuts of a nested adapter (Matryoshka) are lower than SVD cuts of plain LoRA, with every seed.",
+        {"nested": [f"nested/cut/{b}" for b in SMALLER], "svd": [f"lora/cut/{b}" for b in SMALLER]},
+        _lower("nested", "svd"), "nested", "cut by SVD",
+    ),
+    "4.3-s": Question(
+        "4.3-d", PAST, "Rounding LoRA to 4 bits after training changes the bits an answer token by less than LoRA's own seeds differ, with every seed.",
+        {"lora": ["lora"], "bits4": ["lora/rounded/4"]}, "all(abs(b - l) < max(lora) - min(lora) for b, l in zip(bits4, lora))",
+        "4 bits", "as trained",
+    ),
+    "4.3-t": Question(
+        "4.3-i", PAST, "At 2 bits training with the rounding is lower than rounding afterwards, with every seed.",
+        {"trained": ["factors-2bit"], "after": ["lora/rounded/2"]}, _lower("trained", "after"), "trained in 2 bits", "rounded to 2",
+    ),
+    "5.1-s": Question(
+        "5.1-c", PAST, "DoRA ends lower than LoRA, with every seed.",
+        {"dora": ["dora"], "lora": ["lora"]}, _lower("dora", "lora"), "DoRA", "LoRA",
+    ),
+}  # fmt: skip
+
+
+def series(record: Mapping[str, Any], paths: Sequence[str]) -> list[float]:
+    """The mean of what the paths name, one value a seed. Raises KeyError for an arm that has not run with every seed."""
+    columns = []
+    for path in paths:
+        arm, *inside = path.split("/")
+        rate = chosen_rate(record, arm)
+        column = []
+        for seed in record["settings"]["seeds"]:
+            value = record["runs"][f"{arm}/{rate:g}/{seed}/test"]
+            for key in inside or ["bits_per_token"]:
+                value = value[key]
+            column.append(value)
+        columns.append(column)
+    return [statistics.fmean(values) for values in zip(*columns, strict=True)]
+
+
+def right(record: Mapping[str, Any], path: str) -> str:
+    """ "71%": the mean share of test words that an arm answers exactly; "" for what was scored by bits alone."""
+    if "/" in path:
+        return ""
+    rate = chosen_rate(record, path)
+    runs = [record["runs"][f"{path}/{rate:g}/{s}/test"] for s in record["settings"]["seeds"]]
+    asked = [list(run["tasks"].values()) if "tasks" in run else [run] for run in runs]
+    return f"{statistics.fmean(one['exact'] for run in asked for one in run):.0%}"
+
+
+def missing(id: str) -> list[str]:
+    """The arms that a question waits for, all of them where its study has no record; none once it can be answered."""
+    question = QUESTIONS[id]
+    arms = dict.fromkeys(path.split("/")[0] for paths in question.arms.values() for path in paths)
+    if not (STUDIES / f"{question.study}.json").is_file():
+        return list(arms)
+    record = load_study(question.study)
+    waiting = []
+    for arm in arms:
+        try:
+            series(record, [arm])
+        except KeyError:
+            waiting.append(arm)
+    return waiting
+
+
+def answer(claims: Claims, *ids: str) -> list[tuple[str, str, str]]:
+    """Adds the claims whose arms have run, and returns a row for each, as a chapter's table of answers has them.
+
+    The claim on nano of each (`Question.nano`) is to be among `claims` already; its verdict is compared, not its amount.
+    """
+    rows = []
+    for id in ids:
+        question, waiting = QUESTIONS[id], missing(id)
+        asked = f"On a 135M chat model: {html.escape(question.first)} or {html.escape(question.second)}?"
+        if waiting:
+            rows.append((asked, "not measured yet", f"<code>{question.study}</code> still lacks {', '.join(waiting)}"))  # fmt: skip
+            continue
+        record = load_study(question.study)
+        values = {name: series(record, paths) for name, paths in question.arms.items()}
+        one, two = values.values()
+        apart = [a - b for a, b in zip(one, two, strict=True)]
+        effect = f"{statistics.fmean(apart):+.3f} bits an answer token ({min(apart):+.3f} to {max(apart):+.3f})"
+        nano = next(claim for claim in claims.claims if claim.id == question.nano)
+        claims.add(
+            id, question.statement, f"this course, as {question.nano} on nano", "stated before the runs", values,
+            question.rule, f"On nano {question.nano}: {nano.verdict}.", kind="observation", evidence="smol", effect=effect,
+        )  # fmt: skip
+        first, second = (right(record, paths[0]) for paths in question.arms.values())
+        exact = f"{first} and {second} of unseen words exactly right, " if first and second else ""
+        same = LIKE if claims.claims[-1].holds == nano.holds else UNLIKE
+        rows.append((asked, f"{exact}{effect} ({claims.link(id)})", same))
+    return rows

@@ -1,0 +1,90 @@
+"""`lora_course.lab.chat_model`: what chapters claim of a chat model is compared with what they found on nano."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from lora_course.experiments import smol_several
+from lora_course.experiments.smol_methods import METHODS
+from lora_course.lab import Claims, chat_model
+from lora_course.lab.chat_model import LIKE, QUESTIONS, UNLIKE, answer, missing, series
+
+NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
+TEXTS = {path.stem: path.read_text() for path in NOTEBOOKS.glob("[0-9]*.md")}
+
+
+def run(bits: float, exact: float, **more: object) -> dict:
+    return {"bits_per_token": bits, "exact": exact} | more
+
+
+@pytest.fixture
+def record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two seeds: DoRA lower with both, AdaLoRA with one; nested lower than the cuts on average and not at rank 1."""
+    runs = {}
+    for seed, shift in ((0, 0.0), (1, 0.1)):
+        cuts = {"1": 0.5 + shift, "2": 0.4 + shift, "4": 0.3 + shift}
+        runs[f"lora/0.002/{seed}/test"] = run(0.3 + shift, 0.5, cut=cuts)
+        runs[f"dora/0.004/{seed}/test"] = run(0.25 + shift, 0.6)
+        runs[f"adalora/0.004/{seed}/test"] = run(0.35, 0.5)
+        nested = {"1": 0.55 + shift, "2": 0.2 + shift, "4": 0.2 + shift}
+        runs[f"nested/0.002/{seed}/test"] = run(0.3, 0.5, cut=nested)
+    text = {"study": "smol_past", "settings": {"seeds": [0, 1]}, "runs": runs, "made": []}
+    (tmp_path / "smol_past.json").write_text(json.dumps(text))
+    for module in (chat_model, chat_model.load_study.__globals__):
+        names = module if isinstance(module, dict) else vars(module)
+        monkeypatch.setitem(names, "STUDIES", tmp_path)
+    return tmp_path
+
+
+def with_nano(holds: bool, id: str) -> Claims:
+    claims = Claims("5_1_comparison", "tiny")
+    claims.add(
+        QUESTIONS[id].nano, "on nano", "here", "lower", {"x": [1.0]}, f"x[0] {'>' if holds else '<'} 0", "why"
+    )  # fmt: skip
+    return claims
+
+
+def test_a_row_says_whether_the_verdict_is_nanos(record: Path) -> None:
+    for holds, said in ((True, LIKE), (False, UNLIKE)):
+        claims = with_nano(holds, "5.1-s")
+        (row,) = answer(claims, "5.1-s")
+        assert row[2] == said
+        assert "60% and 50% of unseen words" in row[1] and "-0.050 bits" in row[1]
+        assert claims.claims[-1].holds and claims.claims[-1].evidence == "smol"
+    assert answer(with_nano(False, "1.2-s"), "1.2-s")[0][2] == LIKE  # lower with one seed of two
+
+
+def test_values_inside_a_run_are_averaged_seed_by_seed(record: Path) -> None:
+    claims = with_nano(False, "4.2-s")
+    (row,) = answer(claims, "4.2-s")
+    assert row[2] == UNLIKE and "words" not in row[1]
+    assert claims.claims[-1].values["svd"] == pytest.approx([0.4, 0.5])
+
+
+def test_what_has_not_run_is_named_and_claims_nothing(record: Path) -> None:
+    assert missing("3.1-s") == ["adaptive"] and missing("5.1-s") == []
+    assert missing("2.1-s") == ["router", "average"]  # no record at all
+    claims = with_nano(True, "3.1-s")
+    assert answer(claims, "3.1-s")[0][1:] == ("not measured yet", "<code>smol_past</code> still lacks adaptive")  # fmt: skip
+    assert len(claims.claims) == 1
+    path = record / "smol_past.json"
+    text = json.loads(path.read_text())
+    del text["runs"]["dora/0.004/1/test"]  # one seed short
+    path.write_text(json.dumps(text))
+    assert missing("5.1-s") == ["dora"]
+
+
+@pytest.mark.parametrize("id", QUESTIONS)
+def test_each_question_names_arms_of_its_study_and_a_claim_of_its_chapter(id: str) -> None:
+    question = QUESTIONS[id]
+    several = Path(smol_several.__file__).read_text()
+    for path in (path for paths in question.arms.values() for path in paths):
+        arm = path.split("/")[0]
+        assert arm in METHODS if question.study == "smol_past" else f'"{arm}"' in several
+    (chapter,) = [text for stem, text in TEXTS.items() if f'chat_model.answer(claims, "{id}"' in text or f', "{id}"' in text]  # fmt: skip
+    assert re.search(rf'^    "{question.nano}"', chapter, re.MULTILINE)
+    assert len(question.arms) == 2 and set(question.arms) <= set(re.findall(r"\w+", question.rule))
+    with pytest.raises(KeyError):
+        series({"study": "smol_past", "settings": {"seeds": [0]}, "runs": {}}, ["lora"])
