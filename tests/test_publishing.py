@@ -88,6 +88,7 @@ def test_an_entry_counts_minutes_claims_and_peak(tmp_path: Path) -> None:
         "peak_gib": 2,
     }
     assert "peak_gib" not in record_runs.entry(result, None)
+    assert record_runs.entry(result, None, on_gpu=False) == {"minutes": 1.5}
 
 
 def test_the_book_shows_records_and_says_where_there_are_none(tmp_path: Path) -> None:
@@ -100,3 +101,6 @@ def test_the_book_shows_records_and_says_where_there_are_none(tmp_path: Path) ->
     shown = record_runs.table(tmp_path)
     assert "`t4` on a T4, 2026-01-02 (torch 2.11)" in shown and "guesses" not in shown
     assert "| 0_1 | 2.5 | 3.2 GiB | 8 of 9 |" in shown
+    cpu = record | {"profile": "tiny", "device": "2 CPUs", "chapters": {"0_1": {"minutes": 2.5}, "1_1": {"minutes": 3.0}}}  # fmt: skip
+    (folder / "tiny.json").write_text(json.dumps(cpu))
+    assert "`tiny` on 2 CPUs, 2026-01-02 (torch 2.11): 6 minutes" in record_runs.table(tmp_path)

@@ -83,7 +83,21 @@ def test_the_loss_is_of_the_answers_alone_over_padded_rows(tmp_path: Path) -> No
     assert trainer.history[0]["loss"] == pytest.approx(losses / count, rel=1e-4)
 
 
-@pytest.mark.parametrize("packing", [{}, {"packing": True, "packing_strategy": "wrapped"}])
+def test_rows_packed_by_trls_default_strategy_do_not_see_each_other(tmp_path: Path) -> None:
+    """The loss of a packed batch is that of its rows one by one, over all answer tokens (the first of a row has no loss)."""
+    packed = sft(tmp_path / "a", max_steps=1, packing=True, per_device_train_batch_size=len(TALKS))
+    assert packed.args.packing_strategy == "bfd" and len(packed.train_dataset) < len(TALKS)
+    padded = sft(tmp_path / "b", max_steps=1, per_device_train_batch_size=len(TALKS))
+    losses = []
+    for trainer in (packed, padded):
+        trainer.train()
+        losses.append(trainer.history[0]["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "packing", [{}, {"packing": True}, {"packing": True, "packing_strategy": "wrapped"}]
+)
 def test_it_is_resumed_to_the_same_weights_and_checkpoints_hold_the_adapter_alone(
     tmp_path: Path, packing: dict[str, Any]
 ) -> None:

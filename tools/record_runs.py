@@ -46,7 +46,10 @@ def device(profile: str) -> str:
     return f"{os.cpu_count()} CPUs ({platform.machine()})"
 
 
-def entry(result: run_chapters.Result, peak_mib: int | None) -> dict:
+def entry(result: run_chapters.Result, peak_mib: int | None, on_gpu: bool = True) -> dict:
+    """What a record keeps of a chapter. What it claims on a CPU is the book's own, so minutes alone are kept of that."""
+    if not on_gpu:
+        return {"minutes": round(result.seconds / 60, 2)}
     claims = [claim for path in result.claims for claim in json.loads(path.read_text())["claims"]]
     found = {"minutes": round(result.seconds / 60, 2), "claims": len(claims), "hold": sum(claim["holds"] for claim in claims)}  # fmt: skip
     return found | ({} if peak_mib is None else {"peak_gib": round(peak_mib / 1024, 2)})
@@ -77,9 +80,12 @@ def table(root: Path = ROOT) -> str:
     for path in records:
         record = json.loads(path.read_text())
         versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-        parts.append(
-            f"`{record['profile']}` on {record['device']}, {record['date']} ({versions}):\n"
-        )
+        where = f"`{record['profile']}` on {record['device']}, {record['date']} ({versions})"
+        if record["profile"] not in run_chapters.GPU_PROFILES:
+            minutes = sum(run["minutes"] for run in record["chapters"].values())
+            parts.append(f"{where}: {minutes:.0f} minutes for all chapters, one after another.\n")
+            continue
+        parts.append(f"{where}:\n")
         parts.append(
             "| chapter | minutes | peak of the GPU's memory | claims that hold |\n|---|---|---|---|"
         )
@@ -112,7 +118,7 @@ def main() -> None:
         try:
             result = run_chapters.execute(chapter)
             measured = on_gpu and result.fresh  # one from the cache used no GPU now
-            found[chapter.stem] = entry(result, watch.peak if measured else None)
+            found[chapter.stem] = entry(result, watch.peak if measured else None, on_gpu)
         except run_chapters.ChapterFailed as failure:
             failed.append(chapter.stem)
             run_chapters.say(f"FAILED {failure}")

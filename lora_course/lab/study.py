@@ -63,7 +63,7 @@ def fit(
 
 def load_study(name: str) -> dict[str, Any]:
     """A committed record: `study` (its name), `settings`, `runs` (values by key), `made` (date, commit, versions and machine of
-    which runs) and `verified` (when its witness last ran again, and how far apart it came out; None before).
+    which runs) and `verified` (when a run last ran again, and how far apart it came out; None before).
 
     Raises ValueError for an unknown name, listing what there is.
     """
@@ -75,29 +75,29 @@ def load_study(name: str) -> dict[str, Any]:
 
 
 def provenance(record: Mapping[str, Any]) -> str:
-    """One or two sentences: when, at which commit and with which torch the record was made, and when it last held."""
-    made = [entry for entry in record["made"] if entry["keys"]]
-    if not made:
+    """One sentence: when the record was made, and how far off its witness was when that was last run again.
+
+    Of several fields the one that came nearest to its tolerance is told; commits, versions and keys stand in the record.
+    """
+    dates = sorted({entry["date"] for entry in record["made"] if entry["keys"]})
+    if not dates:
         return "Nothing is recorded yet."
-    versions = sorted({entry["versions"]["torch"] for entry in made})
-    said = f"Recorded {_when(made)} with torch {' and '.join(versions)}"
+    span = f"on {dates[0]}" if len(dates) == 1 else f"from {dates[0]} to {dates[-1]}"
     verified = record["verified"]
     if not verified:
-        return f"{said}; not verified since."
-    apart = ", ".join(
-        f"{field.replace('_', ' ')} {value:.2g} (allowed: {verified['within'][field]:g})"
-        for field, value in verified["largest"].items()
+        return f"Recorded {span}; no run was repeated since."
+    largest, within = verified["largest"], verified["within"]
+    nearest = max(
+        largest,
+        key=lambda field: largest[field] / within[field] if within[field] else largest[field],
     )
-    keys = " and ".join(f"`{key}`" for key in verified["keys"])
-    held = "" if verified["holds"] else " IT DID NOT HOLD."
-    return f"{said}. Verified {_when([verified])} by running {keys} again; largest difference: {apart}.{held}"
-
-
-def _when(entries: Sequence[Mapping[str, Any]]) -> str:
-    dates = sorted({entry["date"] for entry in entries})
-    commits = list(dict.fromkeys(entry["commit"] for entry in entries if entry["commit"]))
-    span = f"on {dates[0]}" if len(dates) == 1 else f"from {dates[0]} to {dates[-1]}"
-    return f"{span} (commit {', '.join(commits)})" if commits else span
+    again = f"Recorded {span}; repeated on {verified['date']}, a run of it"
+    if not verified["holds"]:
+        return f"{again} DID NOT HOLD."
+    if not largest[nearest]:
+        return f"{again} came out the same."
+    field = nearest.replace("_per_", " a ").replace("_", " ")
+    return f"{again} was off by {largest[nearest]:.2g} {field} ({within[nearest]:g} allowed)."
 
 
 def tried_rates(record: Mapping[str, Any], arm: str) -> list[float]:

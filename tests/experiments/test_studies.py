@@ -58,7 +58,7 @@ def test_a_record_says_where_each_run_was_made_and_when_it_last_held(name: str) 
     assert verified["keys"] == list(study.witness.keys) and study.witness.reason
     assert verified["within"] == dict(study.witness.within)
     assert study.witness.chapter in ("", *(p.stem for p in reading.STUDIES.parents[2].glob("notebooks/*.md")))  # fmt: skip
-    assert "Verified" in reading.provenance(record)
+    assert "repeated on" in reading.provenance(record)
 
 
 @pytest.mark.parametrize("name", COMPLETE)

@@ -102,15 +102,18 @@ def test_provenance_is_a_sentence_of_when_and_how_far() -> None:
     }
     record = record_of({}) | {"made": [made, made | {"date": "2026-11-26", "commit": None}]}
     assert provenance(record) == (
-        "Recorded from 2026-11-24 to 2026-11-26 (commit bcf0bcb) with torch 2.13.0; not verified since."
+        "Recorded from 2026-11-24 to 2026-11-26; no run was repeated since."
     )
-    record["verified"] = {
-        "date": "2026-12-01", "commit": "1234567", "keys": ["a"], "largest": {"bits_per_byte": 0.0012}, "within": {"bits_per_byte": 0.01},
-        "reason": "", "holds": True,
+    verified = {
+        "date": "2026-12-01", "commit": "1234567", "keys": ["a"], "reason": "", "holds": True,
+        "largest": {"bits_per_byte": 0.0012, "own_domain": 0.001, "parameters": 0},
+        "within": {"bits_per_byte": 0.01, "own_domain": 0.02, "parameters": 0},
     }  # fmt: skip
-    assert provenance(record).endswith(
-        "Verified on 2026-12-01 (commit 1234567) by running `a` again; largest difference: bits per byte 0.0012 (allowed: 0.01)."
-    )
+    off = "; repeated on 2026-12-01, a run of it was off by 0.0012 bits a byte (0.01 allowed)."
+    assert provenance(record | {"verified": verified}).endswith(off)
+    same = verified | {"largest": dict.fromkeys(verified["largest"], 0)}
+    assert provenance(record | {"verified": same}).endswith("came out the same.")
+    assert provenance(record | {"verified": verified | {"holds": False}}).endswith("DID NOT HOLD.")
     assert provenance(record_of({})) == "Nothing is recorded yet."
 
 
