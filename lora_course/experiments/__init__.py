@@ -87,7 +87,7 @@ NAMES = {
 """The file in this folder that holds a study, by the name of its record."""
 
 UNDER_WAY = ("5_1_longer", "5_1_neighbours", "smol_past", "smol_several", "tasks_nano")
-"""Studies whose records are still to be completed: what is there is whole, more is to come, and no chapter builds on it yet."""
+"""Studies whose records are still to be completed: what is there is whole, and a chapter that reads one says what is missing."""
 
 
 def get(name: str) -> Study:

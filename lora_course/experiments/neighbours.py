@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy
@@ -181,29 +181,29 @@ STUDY = Study(
 # ------------------------------------------------------------------------------------------------ reading the record
 
 
-def measured(record: Mapping[str, Any]) -> list[str]:
-    """The neighbours that have run on both texts with every seed, in the order of `NEIGHBOURS`."""
+def measured(record: Mapping[str, Any], domains: Sequence[str] = rule.DOMAINS) -> list[str]:
+    """The neighbours that have run on these texts with every seed, in the order of `NEIGHBOURS`."""
     seeds, runs = record["settings"]["seeds"], record["runs"]
 
     def tested(name: str, domain: str) -> int:
         return sum(k.startswith(f"{name}/{domain}/") and k.endswith("/test") for k in runs)
 
-    return [n for n in NEIGHBOURS if all(tested(n, d) == len(seeds) for d in rule.DOMAINS)]
+    return [n for n in NEIGHBOURS if all(tested(n, d) == len(seeds) for d in domains)]
 
 
 def less_loras(
-    record: Mapping[str, Any], name: str, quantity: str = "bits_per_byte"
-) -> list[float]:
-    """A neighbour less the comparison's LoRA, seed by seed, as the mean of both texts.
+    record: Mapping[str, Any], name: str, quantity: str = "bits_per_byte", domains: Sequence[str] = rule.DOMAINS
+) -> list[float]:  # fmt: skip
+    """A neighbour less the comparison's LoRA, seed by seed, as the mean of these texts.
 
     quantity: a field of the runs; "own_domain" is what is forgotten, since the base is the same.
     """
     lora = load_study("5_1_comparison")
     gaps = [
         differences(*(rule.series(of, arm, domain, quantity) for of, arm in ((record, name), (lora, "lora"))))
-        for domain in rule.DOMAINS
+        for domain in domains
     ]  # fmt: skip
-    return [statistics.fmean(pair) for pair in zip(*gaps, strict=True)]
+    return [statistics.fmean(values) for values in zip(*gaps, strict=True)]
 
 
 def curve(record: Mapping[str, Any], domain: str, seed: int) -> list[tuple[float, float, float]]:
