@@ -30,7 +30,7 @@ SETTINGS: dict[str, Any] = rule.SETTINGS | {
         "lora_fa": [8e-3, 1.6e-2, 3.2e-2], "oft": [4e-3, 8e-3, 1.6e-2], "vera": [3.2e-2, 6.4e-2, 0.128],
         "loha": [1.6e-2, 3.2e-2, 6.4e-2], "beft": [8e-3, 1.6e-2, 3.2e-2],
     },
-    "loraplus_lr_ratio": 16, "vera_r": 256, "strengths": [1.0, 0.9, 0.8, 0.7, 0.6, 0.5], "turned_seeds": [0, 1, 2, 3, 4, 5],
+    "loraplus_lr_ratio": 16, "vera_r": 256, "strengths": [1.0, 0.8, 0.7, 0.6, 0.5, 0.4], "turned_seeds": [0, 1, 2, 3, 4, 5],
     "other": {"r": [4, 16], "batch": [2, 8]}, "other_domain": "python", "other_seeds": [0],
 }  # fmt: skip
 PISSA = functools.partial(peft.decomposed, start="pissa")
