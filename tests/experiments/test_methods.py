@@ -15,6 +15,12 @@ SMALL = SETTINGS | {"steps": 6, "batch": 2, "length": 32, "train_bytes": 60_000}
 IDS = torch.arange(5, 45).reshape(2, 20)
 
 
+@pytest.fixture(autouse=True)
+def in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the records are; in bf16 a model that starts as the base is it up to rounding alone."""
+    monkeypatch.setenv("LORA_COURSE_CPU_DTYPE", "float32")
+
+
 def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
         return model.eval()(input_ids=IDS, use_cache=False).logits
@@ -28,7 +34,9 @@ def trained(make: Any, rate: float = 4e-3, settings: Any = SMALL) -> Any:
 
 
 @pytest.mark.parametrize("name", NEIGHBOURS)
-def test_a_neighbour_starts_as_the_base_and_is_another_function_when_trained(name: str) -> None:
+def test_a_neighbour_starts_as_the_base_learns_and_has_loras_size_where_its_form_allows(
+    name: str,
+) -> None:
     # decompositions in fp32 and their sum again: 1e-4 of logits of the order of ten
     before = logits(base_of(SMALL))
     if name != "eva":  # which is begun with the rows
@@ -39,16 +47,12 @@ def test_a_neighbour_starts_as_the_base_and_is_another_function_when_trained(nam
     torch.testing.assert_close(logits(untouched.model), before, atol=1e-3, rtol=0)
     found = trained(NEIGHBOURS[name].make)
     assert len(found.losses) == 6 and all(math.isfinite(loss) for loss in found.losses)
-    assert (logits(found.model) - before).abs().max() > 0.05
-    # one seed, one start: a record's runs come out again
-    assert trained(NEIGHBOURS[name].make).losses == pytest.approx(found.losses, abs=1e-4)
-
-
-@pytest.mark.parametrize("name", NEIGHBOURS)
-def test_a_neighbour_has_loras_size_where_its_form_allows(name: str) -> None:
+    assert (logits(found.model) - before).abs().max() > 0.01
+    # one seed, one start: a record's runs come out again, from the first loss on
+    if name != "eva":  # whose start takes long
+        assert trained(NEIGHBOURS[name].make).losses == pytest.approx(found.losses, abs=1e-4)
     lora = methods.lora(SMALL, 0)
-    arm = trained(NEIGHBOURS[name].make).arm
-    share = arm.parameters(arm.model) / lora.parameters(lora.model)
+    share = found.arm.parameters(found.model) / lora.parameters(lora.model)
     expected = {"vera": 0.113, "beft": 0.065}.get(name)
     assert share == pytest.approx(expected or 1, abs=0.001 if expected else 0.1)
 
