@@ -165,7 +165,7 @@ def at_another(runs: Runs, name: str, setting: str, value: int) -> None:
 
 
 WITNESS = Witness(
-    ("lora_fa/python/0.016/0/test",),
+    ("pissa/shakespeare/0.004/0/test",),
     {"bits_per_byte": 0.005, "own_domain": 0.02, "parameters": 0},
     ROUNDING,
 )

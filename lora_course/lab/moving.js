@@ -63,7 +63,7 @@
   /* A point's name beside it, where it covers no other name and no other chosen point; "" where there is no such place. */
   function named(x, y, name, box, taken) {
     const wide = 8 * name.length, late = x > (box.left + box.right) / 2;
-    for (const [before, up] of [[late, 6], [!late, 6], [late, -14], [!late, -14]]) {
+    for (const [before, up] of [[late, 10], [!late, 10], [late, -20], [!late, -20]]) {
       const room = around(before ? x - 10 - wide : x + 10, y - up - 5, wide, 7);
       const meets = (other) => room.left < other.right && other.left < room.right && room.top < other.bottom && other.top < room.bottom;
       if (room.left < box.left || room.right > box.right || taken.some(meets)) continue;
