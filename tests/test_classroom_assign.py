@@ -13,10 +13,12 @@ import pytest
 import torch
 
 from lora_course import cli
+from lora_course.classroom import otter
 from lora_course.classroom.assign import CHAPTERS, assign, examples, student_notebook
 from lora_course.classroom.assignment import Assignment
 from lora_course.classroom.comparison import difference
 from lora_course.classroom.families import families
+from lora_course.classroom.judge import gradients_of
 from lora_course.classroom.practice import TOLERANCE, literal, practice, rounded
 from lora_course.classroom.submissions import KEY
 
@@ -112,6 +114,22 @@ def test_notebooks_are_valid_and_solutions_run_from_the_top(everything) -> None:
             source = re.sub(r"^\s*%.*$", "    pass", cell["source"], flags=re.M)
             ast.parse(source)
             exec(source, names)
+
+
+@pytest.mark.parametrize("seed", ["a class", "another", "one two"])
+def test_otters_tests_pass_the_solution_and_no_stub(tmp_path: Path, seed: str) -> None:
+    made = assign(sorted(CHAPTERS), seed, tmp_path / "hw")
+    drawn = made.seed_of()
+    for family, choice in zip(made.families, made.choices().values(), strict=True):
+        shown, hidden = (cell["source"] for cell in otter.tests(family, choice, drawn, "t"))
+        for source, passes in ((family.solution(choice), True), (family.stub(choice, drawn), False)):  # fmt: skip
+            names = {"torch": torch, "_difference": difference, "_gradients_of": gradients_of}
+            names[family.name] = family.build(source)
+            if passes:
+                exec(f"{shown}\n{hidden}", names)
+            else:
+                with pytest.raises(Exception):  # noqa: B017, PT011  # whatever a stub runs into
+                    exec(hidden, names)
 
 
 def test_a_seed_for_each_student_draws_other_problems(tmp_path: Path) -> None:

@@ -126,8 +126,20 @@ def test_each_planted_mistake_alone_is_wrong(family: Family) -> None:
             broken = family.build(family.plant(family.solution(choice), [bug]))
             assert differs(family, broken, cases, right), (bug, choice)
     if family.bugs:
-        assert len(family.planted("x")) == 2
+        for seed in SEEDS:
+            assert len(family.planted(seed)) == 2
+            family.build(family.stub(family.draw(seed), seed))  # two mistakes never share a place
         assert len({tuple(family.planted(seed)) for seed in SEEDS}) >= 3
+
+
+@pytest.mark.parametrize("id", [f.id for f in families().values() if f.gradients])
+def test_where_a_gradient_is_asked_for_no_rules_make_it_vanish(id: str) -> None:
+    """With one expert chosen and gates that sum to one, each gate was 1: the loss had no slope, and a mistake no effect."""
+    family = families()[id]
+    for choice in family.variants():
+        cases = family.cases(Draw(1), choice)
+        slopes = [outcome(family, family.function(choice), case)[1] for case in cases]
+        assert max(slope.abs().max() for slope in slopes) > 1e-4, choice
 
 
 @each_family

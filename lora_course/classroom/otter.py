@@ -6,7 +6,9 @@ fixed examples, drawn from the assignment's seed.
 
 from __future__ import annotations
 
+import copy
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from lora_course.classroom.assign import (
 from lora_course.classroom.assignment import Assignment
 from lora_course.classroom.draws import Draw
 from lora_course.classroom.families import Choices, Family
+from lora_course.classroom.judge import gradients_of
 from lora_course.classroom.practice import literal, rounded
 
 HIDDEN = 12
@@ -43,7 +46,10 @@ def source(assignment: Assignment) -> list[dict[str, Any]]:
     """Cells in otter's notebook format, version 1."""
     config = f"# ASSIGNMENT CONFIG\nname: {assignment.name}\nrequirements: requirements.txt\nsolutions_pdf: false\nexport_cell: false"
     cells = [raw("config", config), *opening(assignment)]
-    cells[-1]["source"] += "\nfrom lora_course.classroom.comparison import difference"
+    cells[-1]["source"] += (
+        "\nfrom lora_course.classroom.comparison import difference as _difference"
+    )
+    cells[-1]["source"] += "\nfrom lora_course.classroom.judge import gradients_of as _gradients_of"
     seed, chapter = assignment.seed_of(), ""
     for family, choice in zip(assignment.families, assignment.choices().values(), strict=True):
         tag = family.id.replace(".", "-")
@@ -76,12 +82,12 @@ def answer(family: Family, choice: Choices, seed: str) -> str:
 
 def tests(family: Family, choice: Choices, seed: str, tag: str) -> list[dict[str, Any]]:
     """The two examples for all to see, and hidden ones; all points hang on the hidden ones."""
-    shown = [test(family, *pair) for pair in examples(family, choice, seed)]
-    right, hidden = family.function(choice), []
+    right = family.function(choice)
     names = list(inspect.signature(right).parameters)
-    for case in family.cases(Draw(int(seed[12:24], 16)), choice)[2 : 2 + HIDDEN]:
-        arguments = dict(zip(names, rounded(case), strict=False))
-        hidden.append(test(family, arguments, expected(family, right, arguments)))
+    cases = family.cases(Draw(int(seed[12:24], 16)), choice)[2 : 2 + HIDDEN]
+    given = [dict(zip(names, rounded(case), strict=False)) for case in cases]
+    shown = [test(family, right, arguments) for arguments, _ in examples(family, choice, seed)]
+    hidden = [test(family, right, arguments) for arguments in given]
     settings = '""" # BEGIN TEST CONFIG\nhidden: {}\npoints: {}\n""" # END TEST CONFIG\n'
     return [
         code(f"{tag}-shown", settings.format("false", 0) + "\n".join(shown), role="check"),
@@ -89,8 +95,20 @@ def tests(family: Family, choice: Choices, seed: str, tag: str) -> list[dict[str
     ]  # fmt: skip
 
 
-def test(family: Family, arguments: dict[str, Any], result: Any) -> str:
-    call = f"given = {literal(arguments)}\nfound = {family.name}(**given)"
+def test(family: Family, right: Callable[..., Any], arguments: dict[str, Any]) -> str:
+    """Calls the answer, and compares what it returns or changes, and the gradients that the family asks for."""
+    result = expected(family, right, arguments)
     changed = f"{{name: given[name] for name in {list(family.changes)}}}"
     found = changed if family.changes else "found"
-    return f"{call}\nassert difference({found}, {literal(result)}, 2e-3) is None"
+    lines = [f"given = {literal(arguments)}"]
+    lines += [f"given[{name!r}].requires_grad_()" for name in family.gradients]
+    lines.append(f"found = {family.name}(**given)")
+    lines.append(f"assert _difference({found}, {literal(result)}, 2e-3) is None")
+    if family.gradients:
+        leaves = copy.deepcopy({name: arguments[name] for name in family.gradients})
+        for leaf in leaves.values():
+            leaf.requires_grad_()
+        slopes = literal(gradients_of(right(**arguments | leaves), leaves))
+        of = ", ".join(f"{name!r}: given[{name!r}]" for name in leaves)
+        lines.append(f"assert _difference(_gradients_of(found, {{{of}}}), {slopes}, 2e-3) is None")
+    return "\n".join(lines)

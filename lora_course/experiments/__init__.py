@@ -85,7 +85,7 @@ NAMES = {
 """The file in this folder that holds a study, by the name of its record."""
 
 UNDER_WAY = ("smol_past", "smol_several", "tasks_nano")
-"""Studies whose records are still to be completed: what is there is whole, more is to come, and no chapter builds on it yet."""
+"""Studies whose records are still to be completed: what is there is whole, more is to come, and chapters name what is missing."""
 
 
 def get(name: str) -> Study:

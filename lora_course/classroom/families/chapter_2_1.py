@@ -148,6 +148,7 @@ balance = Family(
         },
     },
     book={"groups": "batch", "chosen": ("one", "k"), "mean": "plain", "excess": "none"},
+    degenerate={"chosen": "one", "mean": "kept"},  # the gate of one chosen expert is 1, so P is f and has no slope
     cases=_balance_cases,
     gradients=("p",),
     bugs=(

@@ -36,6 +36,7 @@ class Family:
     cases: arguments of the calls that a check makes, from a `Draw` and the choices; the first two are small, and show
     up with their results in the student's notebook.
     bugs: for a find-the-bug family `(right, wrong)` pieces of the answer; two of them are planted by the seed.
+    degenerate: choices that go together to a problem in which a mistake makes no difference; they are not drawn.
     gradients, changes: arguments whose gradient is compared too; that are changed in place, and compared instead of a
     result.
     """
@@ -50,6 +51,7 @@ class Family:
     book: Mapping[str, str | tuple[str, ...]]
     cases: Callable[[Draw, Choices], list[tuple]]
     bugs: tuple[tuple[str, str], ...] = ()
+    degenerate: Mapping[str, str] = field(default_factory=dict)
     gradients: tuple[str, ...] = ()
     changes: tuple[str, ...] = ()
     tolerance: float = 1e-4
@@ -75,7 +77,12 @@ class Family:
         """All that can be drawn: what differs from the chapter in two conventions or more."""
         rows = itertools.product(*self.conventions.values())
         every = [dict(zip(self.conventions, row, strict=True)) for row in rows]
-        return [choice for choice in every if self.distance(choice) >= 2]
+        return [
+            choice
+            for choice in every
+            if self.distance(choice) >= 2
+            and not (self.degenerate and self.degenerate.items() <= choice.items())
+        ]
 
     def distance(self, choice: Choices) -> int:
         """In how many conventions a choice differs from the chapter's."""
@@ -123,8 +130,11 @@ class Family:
         """The mistakes that a seed plants, each in a place of its own."""
         order = list(self.bugs)
         random.Random(f"{seed}/{self.id}/bugs").shuffle(order)
-        places = dict(reversed(order))
-        return list(places.items())[-count:]
+        chosen: list[tuple[str, str]] = []
+        for right, wrong in order:
+            if not any(right in other or other in right for other, _ in chosen):
+                chosen.append((right, wrong))
+        return chosen[:count]
 
     def plant(self, source: str, bugs: list[tuple[str, str]]) -> str:
         for right, wrong in bugs:
