@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +219,13 @@ class AdapterTrainer(Trainer):
             share = self.current_gradient_accumulation_steps if summed else 1
             loss = loss + self._auxiliary(self.auxiliary_loss).to(loss.device) / share
         return (loss, outputs) if return_outputs else loss
+
+    def compute_loss_context_manager(self) -> ExitStack:
+        """Evaluation computes in training's precision, after `train` too, where the model has its own `forward` back."""
+        contexts = super().compute_loss_context_manager()
+        if not self.model.training:
+            contexts.enter_context(self.accelerator.autocast())
+        return contexts
 
     def _auxiliary(self, function: Callable[[nn.Module], Tensor]) -> Tensor:
         found = function(self.model)

@@ -2,25 +2,27 @@
 
 import re
 
+from lora_course.experiments import longer, neighbours
+from lora_course.lab import chat_model
 from tools.run_chapters import ROOT
 
 CHAPTER = ROOT / "notebooks" / "5_1_comparison.md"
 
 
 def claims_in(stem: str) -> set[str]:
-    """The ids of the claims that a chapter's text makes."""
-    return set(
-        re.findall(
-            r'claims\.add\(\s*"(\d\.\d-[a-z])"',
-            next((ROOT / "notebooks").glob(f"{stem}_*.md")).read_text(),
-        )
-    )
+    """The ids of the claims that a chapter's text makes, and of those that were stated before their runs."""
+    text = next((ROOT / "notebooks").glob(f"{stem}_*.md")).read_text()
+    before = set(chat_model.QUESTIONS) | set(neighbours.CLAIMS) | set(longer.CLAIMS)
+    return set(re.findall(r'claims\.add\(\s*"(\d\.\d-[a-z])"', text)) | {
+        identifier for identifier in before if f'"{identifier}"' in text
+    }
 
 
 def guide() -> str:
     """The section with the two tables of what to take."""
     text = CHAPTER.read_text()
-    return text[text.index("\n### Which one, when") : text.index("\n### The front")]
+    start = text.index("\n### Which one, when")
+    return text[start : text.index("\n### ", start + 1)]
 
 
 def test_each_line_of_the_guide_rests_on_claims_that_exist() -> None:

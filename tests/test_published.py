@@ -32,6 +32,7 @@ def project(tmp_path: Path) -> tuple[Path, Result]:
         v4.new_code_cell("lab.show(fig, 'x')", outputs=outputs, metadata={"tags": ["hide-input", "skip-execution"]}),
         v4.new_code_cell("# @title Solution", metadata={"tags": ["solution", "hide-cell"]}),
         v4.new_code_cell("1 + 1"),
+        v4.new_code_cell("# @title the table of costs\n2", metadata={"tags": ["hide-cell"]}),
     ]  # fmt: skip
     nbformat.write(v4.new_notebook(cells=cells), tmp_path / "9_9_toy.ipynb")
     return tmp_path, Result("9_9_toy", tmp_path, 1.0, fresh=True)
@@ -50,10 +51,11 @@ def test_links_terms_and_anchors_are_set(project) -> None:
 
 
 def test_folds_say_what_is_in_them(project) -> None:
-    _, _, figure, solution, plain = cells(project)
+    _, _, figure, solution, plain, table = cells(project)
     assert figure["metadata"]["mystnb"]["code_prompt_show"] == "Show the code of the figure"
     assert solution["metadata"]["mystnb"]["code_prompt_hide"] == "Hide the solution"
     assert "mystnb" not in plain["metadata"]
+    assert table["metadata"]["mystnb"]["code_prompt_show"] == "Show the table of costs"
 
 
 def test_outputs_are_fit_for_a_page(project) -> None:

@@ -162,6 +162,18 @@ def test_evaluation_leaves_the_auxiliary_loss_out(tmp_path: Path) -> None:
     )
 
 
+def test_a_finished_run_that_is_taken_over_evaluates_as_it_did_after_training(
+    tmp_path: Path,
+) -> None:
+    args = arguments(tmp_path, bf16=True, save_strategy="steps", save_steps=3)
+    losses = []
+    for _ in range(2):  # trains; takes the finished run over
+        trainer = AdapterTrainer(injected(), args, train_dataset=rows(), eval_dataset=rows(8))
+        trainer.train(resume_from_checkpoint=True)
+        losses.append(trainer.evaluate()["eval_loss"])
+    assert losses[0] == losses[1]
+
+
 def test_the_seed_decides_the_run_and_nothing_that_was_drawn_before(tmp_path: Path) -> None:
     def run(seed: int, drawn: int) -> dict[str, torch.Tensor]:
         model = injected(dropout=0.3)

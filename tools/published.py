@@ -108,6 +108,8 @@ def fold(cell: nbformat.NotebookNode) -> str:
         return "the solution"
     if not {"hide-input", "hide-cell"} & set(tags):
         return ""
+    if titled := re.match(r"# @title (.+)", cell.source):
+        return titled[1]
     return next((name for pattern, name in FOLDS if re.search(pattern, cell.source)), "")
 
 

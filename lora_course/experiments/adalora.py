@@ -39,7 +39,7 @@ from lora_course.injection import injection_of
 
 SETTINGS: dict[str, Any] = {
     "model": "nano", "domain": "shakespeare", "steps": 60, "batch": 4, "length": 128,
-    "train_bytes": 1_000_000, "score_bytes": {"validation": 20_000, "test": 40_000}, "seeds": [0, 1, 2], "search_seeds": [0, 1, 2],
+    "train_bytes": 1_000_000, "score_bytes": {"validation": 20_000, "test": 40_000}, "seeds": [0, 1, 2, 3, 4], "search_seeds": [0, 1, 2],
     "learning_rates": [4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2],
     "methods": {"lora": {"r": 4, "lora_alpha": 8}, "adalora": {"orth_reg_weight": 0.5}, "free": {"orth_reg_weight": 0.0}},
     "controls": ["magnitude", "per layer", "random"], "target_modules": "all-linear",

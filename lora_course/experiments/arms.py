@@ -171,8 +171,10 @@ def compete(
     *,
     agree: int | None = None,
     value: Callable[[Mapping[str, Any]], float] = lambda found: found["bits_per_byte"],
+    seeds: Sequence[int] | None = None,
 ) -> float:
-    """One arm from its search to its tests: `search` on the validation split, then `runs.seeds` at the chosen rate on the test split.
+    """One arm from its search to its tests: `search` on the validation split, then `seeds`, by default those of `runs`, at the
+    chosen rate on the test split.
 
     trained: (rate, seed) → what `score` takes.    score: (trained, split) → the values of a run.
     value: of a run's values the number that is to be low; `lambda found: -found["accuracy"]` for one that is to be high.
@@ -192,7 +194,7 @@ def compete(
 
     best = search(validate, first, search_seeds, agree)
     trained.only([best])
-    for seed in runs.seeds:
+    for seed in runs.seeds if seeds is None else seeds:
         runs(run_key(arm, best, seed, "test"), scored, best, seed, "test")
     return best
 

@@ -38,33 +38,62 @@ from lora_course.experiments import (
     run_key,
     tokenizer_of,
 )
+from lora_course.experiments import methods as own
+from lora_course.experiments import peft_methods as peft
 from lora_course.experiments import train as train_arm
-from lora_course.experiments.comparison_arms import METHODS, SETTINGS
+from lora_course.experiments.methods import Method, Settings
 from lora_course.lab import study
 from lora_course.lab.evidence import differences, interval, verdict
 
 DOMAINS = ("shakespeare", "python")
+SETTINGS: dict[str, Any] = {
+    "model": "nano", "own_domain": "glosses", "steps": 32, "batch": 4, "length": 128, "train_bytes": 1_000_000,
+    "score_bytes": {"validation": 10_000, "test": 20_000, "own_domain": 10_000}, "seeds": [0, 1, 2, 3, 4], "search_seeds": [0],
+    "learning_rates": [5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2, 0.128, 0.256], "first": [4e-3, 8e-3, 1.6e-2],
+    "r": 8, "scaling": 2.0,
+}  # fmt: skip
+CLOSING = functools.partial(own.gates, penalty=2.5)  # under which about 8 were left in a trial
+NESTED = functools.partial(own.nested, ranks=(1, 2, 4, 8))
+METHODS: dict[str, Method] = {
+    "lora": Method("LoRA", own.lora, "0_1_lora", "the reference"),
+    "rslora": Method("rsLoRA (PEFT)", functools.partial(peft.from_loras_start, use_rslora=True), "0_1_lora", "the same α, so s = α/√r is √r times LoRA's: at LoRA's own s it would be LoRA"),
+    "dora": Method("DoRA (PEFT)", functools.partial(peft.from_loras_start, use_dora=True), "0_1_lora", "a magnitude for each output on top of rank 8"),
+    "qlora": Method("QLoRA", own.qlora, "1_1_qlora", "the base in NF4 with double quantisation"),
+    "adalora": Method("AdaLoRA", own.adalora, "1_2_adalora", "from rank 12 down to 8 on average"),
+    "progressive": Method("progressive", own.in_stages, "2_2_progressive", "two stages of rank 4 and half the steps"),
+    "adaptive": Method("adaptive", own.adaptive, "3_1_adaptive", "from rank 2 up to 8 on average"),
+    "gates": Method("gates", CLOSING, "4_1_sparse", "from rank 12 down to what the penalty leaves"),
+    "delta": Method("ΔW mask", own.delta, "4_1_sparse", "as many single weights as LoRA has numbers, at random places"),
+    "nested": Method("nested", NESTED, "4_2_hierarchical", "trained for the ranks 1, 2, 4 and 8 at once, served at 8"),
+    "quantized": Method("4-bit factors", functools.partial(own.quantized, bits=4), "4_3_quantized", "factors trained and stored in 4 bits"),
+}  # fmt: skip
 
 
-@functools.cache
-def ordered_rows(domain: str, seed: int) -> datasets.Dataset:
+def ordered_rows(domain: str, seed: int, settings: Settings = SETTINGS) -> datasets.Dataset:
     """The training rows in the order of a seed, as many as the steps need."""
-    rows = rows_of(SETTINGS, domain).shuffle(seed=seed)
-    return rows.select(range(SETTINGS["steps"] * SETTINGS["batch"]))
+    rows = rows_of(settings, domain).shuffle(seed=seed)
+    return rows.select(range(settings["steps"] * settings["batch"]))
 
 
 def train(method: str, domain: str, rate: float, seed: int) -> tuple[Trained, int]:
-    """One training, and the bytes that one more step would allocate at its peak."""
-    arm, rows, peak = METHODS[method].make(seed), ordered_rows(domain, seed), []
-    plan = (rate, seed, SETTINGS["steps"], SETTINGS["batch"])
-    measure = lambda: peak.append(step_bytes(arm.model, arm.auxiliary_loss, rows))  # noqa: E731
+    """One training of a method of this comparison, and the bytes that one more step would allocate at its peak."""
+    return train_measured(SETTINGS, METHODS[method], domain, rate, seed)
+
+
+def train_measured(
+    settings: Settings, method: Method, domain: str, rate: float, seed: int
+) -> tuple[Trained, int]:
+    arm, rows, peak = method.make(settings, seed), ordered_rows(domain, seed, settings), []
+    plan = (rate, seed, settings["steps"], settings["batch"])
+    first = rows[: settings["batch"]]["input_ids"]
+    measure = lambda: peak.append(step_bytes(arm.model, arm.auxiliary_loss, first))  # noqa: E731
     how: dict[str, Any] = {"before_finish": measure, "train_sampling_strategy": "sequential"}
     return train_arm(arm, rows, *plan, **how), peak[0]
 
 
-def step_bytes(model: nn.Module, auxiliary_loss: Any, rows: datasets.Dataset) -> int:
+def step_bytes(model: nn.Module, auxiliary_loss: Any, ids: torch.Tensor) -> int:
     """Peak of what one optimiser step on one batch allocates, in bytes. At rate zero: the weights stay as they are."""
-    ids, dtype = rows[: SETTINGS["batch"]]["input_ids"], compute_dtype("cpu")
+    dtype = compute_dtype("cpu")
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def step() -> None:

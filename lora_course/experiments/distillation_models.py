@@ -29,7 +29,7 @@ DISTILLED: dict[str, dict[str, Any]] = {
 }
 SETTINGS: dict[str, Any] = {
     "model": "nano", "domains": ["bible", "shakespeare", "milton", "python"], "train_bytes": 160_000, "score_bytes": 8_000,
-    "batch": 8, "length": 128, "seeds": [0, 1, 2], "search_seeds": [0, 1, 2],
+    "batch": 8, "length": 128, "seeds": [0, 1, 2, 3, 4], "search_seeds": [0, 1, 2],
     "teacher": {"r": 8, "steps": 24, "learning_rate": 8e-3}, "student": {"r": 4, "steps": 32},
     "learning_rates": [4e-3, 8e-3, 1.6e-2, 3.2e-2], "alpha": 0.5, "temperature": 1.0,
     "distilled": DISTILLED, "temperatures": [2.0, 4.0, 8.0], "merge_weights": [0.25, 0.5, 1.0],

@@ -40,7 +40,7 @@ from lora_course.states import concatenate, factor_state, use_adapter
 
 SETTINGS: dict[str, Any] = {
     "model": "nano", "domains": ["bible", "shakespeare", "milton", "python"], "steps": 16, "router_steps": 16, "batch": 8,
-    "length": 128, "train_bytes": 160_000, "score_bytes": 8_000, "r": 8, "seeds": [0, 1, 2], "search_seeds": [0],
+    "length": 128, "train_bytes": 160_000, "score_bytes": 8_000, "r": 8, "seeds": [0, 1, 2, 3, 4], "search_seeds": [0],
     "learning_rates": [2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2], "router_rates": [3e-2, 1e-1, 3e-1, 1.0],
     "balance": 0.01, "arm_steps": {"experts": 64, "lora": 64, "joint": 64, "top_k": 64},
     "usage_rows": 16, "top_k": 2, "balances": [0.0, 0.1], "cost": {"nano": [8, 128, 7], "smol": [2, 128, 5]},

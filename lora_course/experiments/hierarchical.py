@@ -53,7 +53,7 @@ SERVINGS: dict[str, Any] = {
 }  # fmt: skip
 SETTINGS: dict[str, Any] = {
     "model": "nano", "domain": "shakespeare", "batch": 4, "length": 128, "train_bytes": 1_000_000, "score_bytes": 10_000,
-    "seeds": [0, 1, 2], "search_seeds": [0],
+    "seeds": [0, 1, 2, 3, 4], "search_seeds": [0],
     "learning_rates": [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2, 0.128, 0.256], "first": [8e-3, 1.6e-2, 3.2e-2],
     "scaling": 2.0, "target_modules": "all-linear", "ranks": RANKS, "trainings": TRAININGS, "servings": SERVINGS,
 }  # fmt: skip

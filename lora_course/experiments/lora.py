@@ -47,7 +47,7 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 SETTINGS: dict[str, Any] = {
     "model": "nano", "domain": "shakespeare", "own_domain": "glosses", "steps": 60, "batch": 8, "length": 128,
-    "train_bytes": 1_000_000, "score_bytes": {"domain": 40_000, "own_domain": 20_000}, "seeds": [0, 1, 2], "search_seeds": [0],
+    "train_bytes": 1_000_000, "score_bytes": {"domain": 40_000, "own_domain": 20_000}, "seeds": [0, 1, 2, 3, 4], "search_seeds": [0],
     "arms": ARMS, "learning_rates": [2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2], "first": [4e-3, 8e-3, 1.6e-2],
 }  # fmt: skip
 

@@ -41,7 +41,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 SETTINGS: dict[str, Any] = {
     "model": "nano", "domain": "shakespeare", "steps": 48, "batch": 8, "length": 128, "train_bytes": 1_000_000,
-    "score_bytes": 20_000, "seeds": [0, 1, 2], "search_seeds": [0], "learning_rates": [4e-3, 8e-3, 1.6e-2, 3.2e-2], "scaling": 2.0,
+    "score_bytes": 20_000, "seeds": [0, 1, 2, 3, 4], "search_seeds": [0], "learning_rates": [4e-3, 8e-3, 1.6e-2, 3.2e-2], "scaling": 2.0,
     "warmup": 0.1, "methods": METHODS,
 }  # fmt: skip
 TRAINING: dict[str, Any] = {

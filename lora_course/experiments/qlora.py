@@ -37,7 +37,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 SETTINGS: dict[str, Any] = {
     "model": "nano", "domain": "shakespeare", "steps": 60, "batch": 8, "length": 128, "train_bytes": 1_000_000,
-    "score_bytes": 40_000, "seeds": [0, 1, 2], "search_seeds": [0, 1, 2], "learning_rates": [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2],
+    "score_bytes": 40_000, "seeds": [0, 1, 2, 3, 4], "search_seeds": [0, 1, 2], "learning_rates": [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2],
     "methods": METHODS,
 }  # fmt: skip
 

@@ -48,7 +48,7 @@ AFTER = GRIDS | {
 R2_AFTER = {"bits": 16, "granularity": "channel"}
 SETTINGS: dict[str, Any] = {
     "model": "nano", "domain": "shakespeare", "steps": 40, "batch": 4, "length": 128, "r": 8, "scaling": 2,
-    "train_bytes": 1_000_000, "score_bytes": {"validation": 15_000, "test": 25_000}, "seeds": [0, 1, 2], "search_seeds": [0],
+    "train_bytes": 1_000_000, "score_bytes": {"validation": 15_000, "test": 25_000}, "seeds": [0, 1, 2, 3, 4], "search_seeds": [0],
     "target_modules": "all-linear", "group_size": 64, "ranks": RANKS, "trained": GRIDS, "after": AFTER, "r2 after": R2_AFTER,
     "learning_rates": [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2], "first": [4e-3, 8e-3, 1.6e-2],
 }  # fmt: skip

@@ -8,13 +8,15 @@ past of test verbs, greedily. "lora" is also cut by SVD and rounded after traini
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from lora_course.experiments import Kept, Runs, Study, Trained, Witness, compete
-from lora_course.experiments.arms import adapted, base_of, config_of, train
-from lora_course.experiments.smol_methods import METHODS
+from lora_course.experiments import Kept, Runs, Study, Trained, Witness, compete, methods
+from lora_course.experiments.arms import Arm, adapted, base_of, config_of, train
+from lora_course.experiments.methods import Settings
+from lora_course.experiments.peft_methods import from_loras_start
 from lora_course.experiments.task_scores import (
     answer_bits,
     own_text_bits,
@@ -32,6 +34,21 @@ SETTINGS: dict[str, Any] = {
     "seeds": [0, 1, 2], "search_seeds": [0], "first": [1e-3, 2e-3, 4e-3], "first_of": {"adalora": [2e-3, 4e-3, 8e-3]},
     "gate_threshold": 0.43, "cuts": [1, 2, 4, 8], "bits": [4, 2],
 }  # fmt: skip
+METHODS: dict[str, Callable[[Settings, int], Arm]] = {
+    "lora": methods.lora,
+    "qlora": methods.qlora,
+    "adalora": methods.adalora,
+    "lora-2": functools.partial(methods.lora, r=2),
+    "nested": functools.partial(methods.nested, ranks=SETTINGS["cuts"]),
+    "factors-4bit": functools.partial(methods.quantized, bits=4),
+    "factors-2bit": functools.partial(methods.quantized, bits=2),
+    "gates": methods.gates,
+    "adaptive": methods.adaptive,
+    "progressive": methods.in_stages,
+    "delta": methods.delta,
+    "dora": functools.partial(from_loras_start, use_dora=True),
+    "rslora": functools.partial(from_loras_start, use_rslora=True),
+}
 
 
 def trained(arm: str, rate: float, seed: int) -> Trained:

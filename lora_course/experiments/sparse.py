@@ -62,7 +62,7 @@ METHODS: dict[str, dict[str, Any]] = {
 SEARCHED = ["lora/4", "factors/4", "delta/4", "gates/2"]
 SETTINGS: dict[str, Any] = {
     "model": "nano", "domain": "shakespeare", "steps": 40, "batch": 4, "length": 128,
-    "train_bytes": 1_000_000, "score_bytes": {"validation": 15_000, "test": 30_000}, "seeds": [0, 1, 2], "search_seeds": [0],
+    "train_bytes": 1_000_000, "score_bytes": {"validation": 15_000, "test": 30_000}, "seeds": [0, 1, 2, 3, 4], "search_seeds": [0],
     "learning_rates": [4e-3, 8e-3, 1.6e-2, 3.2e-2], "scaling": 2, "methods": METHODS, "searched": SEARCHED,
     "target_modules": "all-linear",
 }  # fmt: skip

@@ -20,7 +20,7 @@ PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "datasets")
 BOOK = "https://lora-course.github.io/lora-course"
 KINDS = {
     "claim": "",
-    "observation": "observed, too few seeds for a claim",
+    "observation": "observed: few seeds, one machine or no interval",
     "chosen": "chosen after seeing the numbers",
 }
 EVIDENCE = {"tiny": "nano", "smol": "SmolLM2-135M", "gpu": "a GPU"}

@@ -58,6 +58,21 @@
 
   const datum = (value, name) => `data-value="${value}"><title>${safe(name)}: ${short(value)}</title>`;
 
+  const around = (left, y, wide, half) => ({left, right: left + wide, top: y - half, bottom: y + half});
+
+  /* A point's name beside it, where it covers no other name and no other chosen point; "" where there is no such place. */
+  function named(x, y, name, box, taken) {
+    const wide = 8 * name.length, late = x > (box.left + box.right) / 2;
+    for (const [before, up] of [[late, 10], [!late, 10], [late, -20], [!late, -20]]) {
+      const room = around(before ? x - 10 - wide : x + 10, y - up - 5, wide, 7);
+      const meets = (other) => room.left < other.right && other.left < room.right && room.top < other.bottom && other.top < room.bottom;
+      if (room.left < box.left || room.right > box.right || taken.some(meets)) continue;
+      taken.push(room);
+      return text(before ? x - 10 : x + 10, y - up, name, before ? "end" : "start", 'font-weight="bold"');
+    }
+    return "";
+  }
+
   const DRAW = {
     line(panel, limits, width, {colours}) {
       const names = Object.keys(panel.series);
@@ -87,11 +102,14 @@
     points(panel, limits, width, {colours}) {
       const pad = ([low, high], log) => log ? [low / 1.15, high * 1.15] : [low - (high - low) * .08, high + (high - low) * .08];
       const log = panel.log, range = {x: pad(limits.x, log.includes("x")), y: pad(limits.y, log.includes("y"))};
-      return plot(panel, range, width, (x, y, box) => Object.entries(panel.places).map(([name, [a, b]]) => {
-        const chosen = panel.chosen.includes(name), late = x(a) > (box.left + box.right) / 2;
-        return `<circle cx="${x(a)}" cy="${y(b)}" r="${chosen ? 7 : 5}" fill="${chosen ? colours[1] : "transparent"}" stroke="${colours[0]}" stroke-width="1.5" ${datum(b, name)}</circle>`
-          + (chosen ? text(x(a) + (late ? -10 : 10), y(b) - 6, name, late ? "end" : "start", 'font-weight="bold"') : "");
-      }).join(""), 320);
+      return plot(panel, range, width, (x, y, box) => {
+        const taken = panel.chosen.map((name) => around(x(panel.places[name][0]) - 7, y(panel.places[name][1]), 14, 7));
+        return Object.entries(panel.places).map(([name, [a, b]]) => {
+          const chosen = panel.chosen.includes(name);
+          return `<circle cx="${x(a)}" cy="${y(b)}" r="${chosen ? 7 : 5}" fill="${chosen ? colours[1] : "transparent"}" stroke="${colours[0]}" stroke-width="1.5" ${datum(b, name)}</circle>`
+            + (chosen ? named(x(a), y(b), name, box, taken) : "");
+        }).join("");
+      }, 320);
     },
 
     heat(panel, limits, width, {colours}) {

@@ -147,9 +147,20 @@ def _points(ax: Axes, panel: Panel, spans: dict) -> None:
     for name, (x, y) in panel["places"].items():
         chosen = name in panel["chosen"]
         ax.scatter(x, y, s=50, facecolors=PALETTE[1] if chosen else "none", edgecolors=PALETTE[0])
-        if chosen:
-            ax.annotate(name, (x, y), xytext=(5, 5), textcoords="offset points", fontsize=9)
     _axes(ax, panel, spans, margin=0.12)
+    taken = []
+    for name in panel["chosen"]:
+        place, late = panel["places"][name], panel["places"][name][0] > sum(spans["x"]) / 2
+        for before, below in ((late, False), (not late, False), (late, True), (not late, True)):
+            words = ax.annotate(
+                name, place, xytext=(-5 if before else 5, -5 if below else 5), textcoords="offset points", fontsize=9,
+                ha="right" if before else "left", va="top" if below else "bottom",
+            )  # fmt: skip
+            room = words.get_window_extent()
+            if not any(room.overlaps(other) for other in taken):
+                taken.append(room)
+                break
+            words.remove()  # where no place is free, the sentence below the figure has the name
 
 
 def _tokens(ax: Axes, panel: Panel, _: dict) -> None:

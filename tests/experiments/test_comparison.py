@@ -1,6 +1,7 @@
 """`lora_course.experiments.comparison`: one rule for all methods, and what is read from its record."""
 
 import copy
+import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from lora_course.experiments import base_of, comparison, comparison_arms
+from lora_course.experiments import base_of, comparison, methods
 from lora_course.experiments.comparison import METHODS, SETTINGS, STUDY, paired, series, table
+from lora_course.experiments.methods import Method
+from lora_course.experiments.peft_methods import from_loras_start
 from lora_course.injection import adapter_layers, trainable_parameters
 from lora_course.lab import study
 
@@ -23,12 +26,9 @@ SMALL = {
 
 
 @pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch):
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in SMALL.items():
         monkeypatch.setitem(SETTINGS, name, value)
-    comparison.ordered_rows.cache_clear()
-    yield
-    comparison.ordered_rows.cache_clear()
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_each_method_ends_with_about_as_many_parameters_as_lora_and_at_its_scale
 ) -> None:
     trained = comparison.train(method, "python", 4e-3, 0)
     found, values = trained[0], comparison.score("python", trained, "test")
-    plain = trainable_parameters(comparison_arms.make_lora(0).model)
+    plain = trainable_parameters(methods.lora(SETTINGS, 0).model)
     # a tenth, since what moves ranks between layers has a budget of ranks, and they cost less in small layers; gates have none
     most = 0.5 if method == "gates" else 0.1
     assert abs(values["parameters"] / plain - 1) < most
@@ -80,13 +80,13 @@ def test_pefts_layers_in_transformers_trainer_go_the_way_of_ours(
     monkeypatch.setattr("lora_course.arguments.compute_dtype", lambda device=None: torch.float32)
     alpha = SETTINGS["scaling"] * math.sqrt(SETTINGS["r"])
     makes = {
-        "ours": comparison_arms.make_lora,
-        "peft": comparison_arms.make_peft,
-        "rslora": lambda s: comparison_arms.make_peft(s, use_rslora=True, lora_alpha=alpha),
+        "ours": methods.lora,
+        "peft": from_loras_start,
+        "rslora": functools.partial(from_loras_start, use_rslora=True, lora_alpha=alpha),
     }
     losses = {}
     for name, make in makes.items():
-        monkeypatch.setitem(METHODS, name, comparison_arms.Method(name, make, "", ""))
+        monkeypatch.setitem(METHODS, name, Method(name, make, "", ""))
         losses[name] = comparison.train(name, "python", 8e-3, 3)[0].losses
     assert losses["ours"] == pytest.approx(losses["peft"], abs=2e-3)
     assert losses["ours"] == pytest.approx(losses["rslora"], abs=2e-3)

@@ -7,7 +7,7 @@ import torch
 
 from lora_course.experiments import smol_past, smol_several, task_scores, tasks_nano
 from lora_course.experiments.arms import base_of, train
-from lora_course.experiments.smol_methods import METHODS
+from lora_course.experiments.smol_past import METHODS
 from lora_course.injection import trainable_parameters
 
 SMALL = {"model": "nano", "steps": 6, "batch": 3, "length": 48, "new_tokens": 4, "own_bytes": 400}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lora_course.experiments import smol_several
-from lora_course.experiments.smol_methods import METHODS
+from lora_course.experiments.smol_past import METHODS
 from lora_course.lab import Claims, chat_model
 from lora_course.lab.chat_model import LIKE, QUESTIONS, UNLIKE, answer, missing, series
 

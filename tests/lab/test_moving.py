@@ -2,6 +2,7 @@
 
 import base64
 import io
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -169,6 +170,23 @@ def test_it_draws_moves_by_keyboard_and_shows_the_cells_values(
     assert browser.evaluate("document.querySelector('.said[aria-live=polite]').textContent") == "k is 2"  # fmt: skip
     assert browser.evaluate("document.querySelector('input').getAttribute('aria-valuetext')") == "2"
     assert not browser.errors
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [360, 700])
+def test_names_of_points_on_top_of_each_other_do_not_cover_each_other(
+    width, browser, shown, tmp_path
+) -> None:
+    places = {f"method {i}": (0.01 * i, 0.0) for i in range(8)} | {"far": (1.0, 1.0)}
+    moving.show({"k": [1, 2]}, lambda k: [moving.points(places, "x", "y", list(places))], "a figure")  # fmt: skip
+    opened(browser, tmp_path, shown[0]["text/html"], width)
+    names = "[...document.querySelectorAll('.panels text[font-weight=bold]')]"
+    drawn = json.loads(browser.evaluate(f"JSON.stringify({names}.map(e => [e.textContent, ...Object.values(e.getBoundingClientRect().toJSON())]))"))  # fmt: skip
+    rooms = {name: (x, y, x + wide, y + tall) for name, x, y, wide, tall, *_ in drawn}
+    assert 3 <= len(rooms) < len(places) and "far" in rooms
+    inside = 2  # pixels by which boxes of lines of text may meet: letters don't fill them
+    for a, b in itertools.combinations(rooms.values(), 2):
+        assert min(a[2], b[2]) - max(a[0], b[0]) < inside or min(a[3], b[3]) - max(a[1], b[1]) < 2 * inside  # fmt: skip
 
 
 @pytest.mark.browser

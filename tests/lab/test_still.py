@@ -42,6 +42,18 @@ def test_a_matrix_of_many_columns_names_its_rows_and_the_columns_that_have_a_nam
     plt.close()
 
 
+def test_names_of_points_on_top_of_each_other_do_not_cover_each_other() -> None:
+    places = {f"method {i}": (0.01 * i, 0.0) for i in range(8)} | {"far": (1.0, 1.0)}
+    figure, ax = plt.subplots()
+    still.DRAW["points"](ax, moving.points(places, "x", "y", list(places)), {"x": [0, 1], "y": [0, 1]})  # fmt: skip
+    rooms = {words.get_text(): words.get_window_extent() for words in ax.texts}
+    assert 3 <= len(rooms) < len(places) and "far" in rooms
+    pairs = [(a, b) for a in rooms for b in rooms if a < b]
+    assert not [pair for pair in pairs if rooms[pair[0]].overlaps(rooms[pair[1]])]
+    assert rooms["far"].x1 <= figure.bbox.x1
+    plt.close()
+
+
 @pytest.mark.parametrize(
     ("panel", "words"),
     [

@@ -25,6 +25,11 @@ def test_0_1_trains_an_adapter_that_peft_loads_and_merges_it_into_a_plain_model(
     exec(code, given)
     losses = given["losses"]
     assert len(set(losses.values())) == 3  # each rate trained from the base, on its own
+    kept_runs = {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*.safetensors")}
+    exec(code.replace("4e-4)", "4e-4, 8e-4)"), given)  # one more rate, as the text says
+    assert given["losses"] == losses | {8e-4: given["losses"][8e-4]}
+    assert all(path.stat().st_mtime_ns == before for path, before in kept_runs.items())
+    losses = given["losses"]
     ids = lab.blocks(tokenizer, lab.load_text("glosses", "test"), 32)[:4]["input_ids"]
     with torch.no_grad():
         before = base(input_ids=ids).logits

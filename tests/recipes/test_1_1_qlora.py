@@ -7,6 +7,7 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from peft.tuners.lora.bnb import Linear4bit as Linear4bitLora
+from transformers import AutoModelForCausalLM
 
 from lora_course import lab, qlora
 from lora_course.injection import adapter_layers
@@ -19,7 +20,8 @@ def test_1_1_trains_on_four_bits_and_exports_what_peft_loads_on_the_same_base(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     given = {"texts": lab.load_text("shakespeare", "train")[:2]}
-    exec(small(recipe("1_1_qlora"), steps=3), given)
+    code, merging = small(recipe("1_1_qlora"), steps=3).split("import torch\n")
+    exec(code, given)
     layers = adapter_layers(given["model"])
     assert len(layers) == 28 and all(
         type(layer.base_layer) is Linear4bit for layer in layers.values()
@@ -34,3 +36,15 @@ def test_1_1_trains_on_four_bits_and_exports_what_peft_loads_on_the_same_base(
         assert isinstance(twin, Linear4bitLora)
         A, B = twin.lora_A["default"].weight, twin.lora_B["default"].weight
         torch.testing.assert_close(twin.scaling["default"] * B @ A, layer.delta_weight())
+
+    ids = given["rows"][:2]["input_ids"]
+    for layer in layers.values():  # three steps move less than bf16 rounds
+        torch.nn.init.normal_(layer.B, std=0.05)
+    with torch.no_grad():
+        before, wanted = (m.eval()(input_ids=ids).logits.float() for m in (base, given["model"]))
+        exec("import torch\n" + merging, given)
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+        merged = plain(input_ids=ids).logits.float()
+    assert (wanted - before).norm() > 0.2 * wanted.norm()
+    # bf16 has 8 bits for each weight of the sum
+    assert (merged - wanted).norm() < 0.05 * wanted.norm()

@@ -34,7 +34,11 @@ def test_3_2_folders_teach_a_student_that_is_exported_and_a_large_model_a_small_
     code = code.replace(SMALL_STUDENT, repr(str(lab.base_path("nano"))))
     rows = lab.blocks(tokenizer, texts["law"], length=32)
     batches = [{key: rows[:2][key] for key in ("input_ids", "labels")}] * 2
-    given = {"texts": texts, "batches": batches}
+    held_out = {
+        name: lab.load_text(domain, "validation")[:2]
+        for name, domain in {"law": "bible", "code": "python"}.items()
+    }
+    given = {"texts": texts, "held_out": held_out, "batches": batches}
     exec(code, given)
 
     teachers, model = given["teachers"], given["model"]

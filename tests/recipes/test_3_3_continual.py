@@ -51,7 +51,9 @@ def test_3_3_learns_two_tasks_in_turn_and_merges_two_folders_of_peft(
     assert any(tensor.any() for key, tensor in learnt.items() if key.endswith(".B"))
     # rank 16 holds the ranks 2 and 3 whole, so the cut loses nothing; fp32 rounds at 1e-7
     parts = [read_factors(f"adapters/{name}") for name in ("law", "code")]
-    assert relative_error(read_factors("adapters/both"), concatenate(parts, [0.5, 0.5])) < 1e-5
+    for weight in (0.25, 0.5, 1.0):
+        expected = concatenate(parts, [weight, weight])
+        assert relative_error(read_factors(f"adapters/both-{weight}"), expected) < 1e-5
     # the run goes on from the adapter in service, and its memory starts with the old rows
     start = load_file("runs/law-then-new/stage-0/adapter.safetensors")
     served = read_factors("adapters/in-service")

@@ -16,10 +16,12 @@ def test_4_1_closes_the_gates_that_start_small_and_exports_plain_lora_of_one_ran
 ) -> None:
     monkeypatch.chdir(tmp_path)
     code = recipe("4_1_sparse")
-    assert LARGE in code and code.count("2000") == 1  # the steps of run and penalty
+    knobs = "rate, steps, penalty = 1e-3, 2000, 0.5"
+    assert LARGE in code and knobs in code
     for large, small_one in (
         (LARGE, repr(str(lab.base_path("nano")))),
-        ("2000", "20"),
+        # a hundredth of the steps takes as much with a hundred times the penalty
+        (knobs, "rate, steps, penalty = 1e-3, 20, 50"),
         ("512", "64"),
     ):
         code = code.replace(large, small_one)

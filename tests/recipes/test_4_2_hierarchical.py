@@ -12,15 +12,20 @@ from tests.recipes import recipe, small
 
 @pytest.mark.slow
 def test_4_2_cuts_a_folder_of_peft_by_svd_and_a_nested_training_at_four_ranks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     base = lab.load_base("nano")[0]
     export_peft(randomize(inject(base, config(r=48)), 1), "adapters/mine")
     unload(base)
-    exec(
-        small(recipe("4_2_hierarchical"), steps=3), {"texts": lab.load_text("bible", "train")[:40]}
-    )
+    texts = lab.load_text("bible", "train")
+    given = {"texts": texts[:40], "held_out": texts[40:42]}
+    exec(small(recipe("4_2_hierarchical"), steps=3), given)
+    said = [line.split() for line in capsys.readouterr().out.splitlines()]
+    scores = {(way, int(b)): float(score) for way, b, score in said if way in ("SVD", "nested")}
+    # each cut is scored by itself; in three steps rank 32 is not drawn, so its last rows add zero to rank 16
+    assert len(scores) == 8 and len(set(scores.values())) == 7
+    assert scores["nested", 16] == scores["nested", 32]
 
     def factors(name: str) -> dict:
         return load_file(tmp_path / "adapters" / name / "adapter_model.safetensors")

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_course import lab
-from lora_course.export import export_peft, load_peft
-from lora_course.injection import disabled, inject, merge, unload
+from lora_course.export import export_peft
+from lora_course.injection import disabled, inject, unload
 from lora_course.serving import row_adapters
 from tests.models import config, randomize, relative
 from tests.recipes import recipe, small
@@ -50,11 +50,15 @@ def test_4_4_merges_one_adapter_into_a_plain_model(
     adapted = randomize(inject(model, config(r=2)), 1).eval()
     export_peft(adapted, "adapters/law")
     expected = adapted(ids).logits
-    given = {"base": unload(adapted), "merge": merge, "unload": unload, "load_peft": load_peft}
-    lines = re.findall(r"`((?:load_peft|merge|unload)\(.+?\))`", use_it("4_4_fused"))
-    assert len(lines) == 3
-    for line in lines:
-        exec(line, given)
+    code = re.findall(r"^```python\n(.*?)^```", use_it("4_4_fused"), re.MULTILINE | re.DOTALL)[1]
+    name = str(lab.base_path("nano"))
+    given = {
+        "AutoModelForCausalLM": AutoModelForCausalLM,
+        "name": name,
+        "tokenizer": AutoTokenizer.from_pretrained(name),
+        "unload": unload,
+    }
+    exec(code.replace('dtype="auto"', "dtype=torch.float32"), given | {"torch": torch})
     served = AutoModelForCausalLM.from_pretrained("served")
     assert not any("lora" in name for name, _ in served.named_parameters())
     # the merged weights are rounded once more, 6e-8 of each; logits are of the order of ten

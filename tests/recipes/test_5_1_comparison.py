@@ -1,10 +1,9 @@
 """The recipe of chapter 5.1, its lines for PEFT's other methods, and the broken comparison that it prints."""
 
-import copy
 import re
 from pathlib import Path
+from typing import Any
 
-import jupytext
 import peft
 import pytest
 import torch
@@ -12,7 +11,8 @@ from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from lora_course import lab
-from lora_course.experiments import comparison, comparison_arms
+from lora_course.experiments import comparison
+from lora_course.experiments.neighbours import LINES
 from lora_course.lab import study
 from lora_course.lab.evidence import differences, interval, verdict
 from tests.recipes import recipe, small
@@ -46,60 +46,67 @@ def test_5_1_compares_two_methods_by_pairs_each_at_its_own_rate(
     assert alone["gaps"] == [0, 0] and len(set(alone["found"]["lora"])) == 2
 
 
-def neighbours() -> str:
-    """The lines of code that switch PEFT's other methods on."""
-    cells = jupytext.read(CHAPTER).cells
-    heading = next(i for i, c in enumerate(cells) if "## The neighbours" in c.source)
-    seen = [c for c in cells[heading:] if c.cell_type == "code" and not c.metadata.get("tags")]
-    return "\n".join(c.source for c in seen[:5])
+PLAIN = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
+IDS = torch.arange(5, 69).reshape(2, 32)
 
 
-@pytest.fixture(scope="module")
-def lines() -> dict:
-    given = {
-        "comparison": comparison, "comparison_arms": comparison_arms, "copy": copy, "torch": torch,
-        "create_loraplus_optimizer": create_loraplus_optimizer, "create_lorafa_optimizer": create_lorafa_optimizer,
-    } | {n: getattr(peft, n) for n in ("EvaConfig", "LoraConfig", "OFTConfig", "VeraConfig", "get_peft_model")}  # fmt: skip
-    exec(neighbours(), given)
-    return given
+def evaluated(name: str, model: Any = None) -> Any:
+    """A line of the chapter's table, as a reader types it after these imports."""
+    names = ("BeftConfig", "EvaConfig", "LoHaConfig", "LoraConfig", "OFTConfig", "VeraConfig")
+    optimizers = (create_loraplus_optimizer, create_lorafa_optimizer)
+    given = {n: getattr(peft, n) for n in names} | {f.__name__: f for f in optimizers}
+    return eval(LINES[name], given | {"AdamW": torch.optim.AdamW, "plain": PLAIN, "model": model})
 
 
-METHODS = ("pissa", "olora", "eva", "rslora", "dora", "oft", "vera", "plus", "lora_fa")
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_a_line_for_peft_gives_a_model_that_starts_as_the_base_and_learns(name: str, lines: dict) -> None:  # fmt: skip
+@pytest.mark.parametrize("name", [n for n in LINES if n not in ("plus", "lora_fa")])
+def test_a_line_for_peft_gives_a_model_that_starts_as_the_base_and_learns(name: str) -> None:
     base = lab.load_base("nano")[0]
-    ids = comparison.ordered_rows("python", 0)[:2]["input_ids"][:, :32]
-    config, keywords = lines[name], {"low_cpu_mem_usage": True} if name == "eva" else {}
-    optimizer = None
-    if isinstance(config, torch.optim.Optimizer):  # the line made the optimiser of its own model
-        optimizer, config = config, None
-        learnt = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        count = sum(1 for group in optimizer.param_groups for p in group["params"] if p.requires_grad)  # fmt: skip
-        assert learnt and count == 28 * (2 if name == "plus" else 1)  # A and B; LoRA-FA B alone
-        if name == "plus":
-            rates = {group["lr"] for group in optimizer.param_groups if group["params"]}
-            assert rates == {1e-4, 16e-4}
-        return
     with torch.no_grad():
-        before = base(input_ids=ids).logits
-    model = peft.get_peft_model(copy.deepcopy(base), config, **keywords)
+        before = base(input_ids=IDS).logits
+    config, keywords = evaluated(name), {"low_cpu_mem_usage": True} if name == "eva" else {}
+    model = peft.get_peft_model(base, config, **keywords)
     if name == "eva":
-        peft.initialize_lora_eva_weights(model, [{"input_ids": ids}] * 8, show_progress_bar=False)
+        peft.initialize_lora_eva_weights(model, [{"input_ids": IDS}] * 8, show_progress_bar=False)
     with torch.no_grad():
         # decompositions in fp32 and their sum again: 1e-5 of logits of the order of ten
-        torch.testing.assert_close(model(input_ids=ids).logits, before, atol=1e-3, rtol=0)
+        torch.testing.assert_close(model(input_ids=IDS).logits, before, atol=1e-3, rtol=0)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-2)
     losses = []
     for _ in range(4):
-        loss = model(input_ids=ids, labels=ids).loss
+        loss = model(input_ids=IDS, labels=IDS).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.01
+
+
+@pytest.mark.parametrize(("name", "factors"), [("plus", 2), ("lora_fa", 1)])
+def test_a_line_for_an_optimizer_steps_what_it_says(name: str, factors: int) -> None:
+    model = peft.get_peft_model(lab.load_base("nano")[0], peft.LoraConfig(**PLAIN))
+    groups = evaluated(name, model).param_groups
+    stepped = [p for group in groups for p in group["params"] if p.requires_grad]
+    assert len(stepped) == 28 * factors  # A and B of each linear layer; LoRA-FA B alone
+    if name == "plus":
+        assert {group["lr"] for group in groups if group["params"]} == {1e-3, 16e-3}
+
+
+def test_lily_looks_ahead_as_the_chapter_says() -> None:
+    """Its router averages over all tokens of a batch, so the first position's output depends on the last token."""
+    torch.manual_seed(0)
+    config = peft.LilyConfig(r=8, stride_A=2, num_B=2, target_modules="all-linear")
+    model = peft.get_peft_model(lab.load_base("nano")[0], config)
+    for name, parameter in model.named_parameters():
+        if "lily_" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    other = IDS.clone()
+    other[:, -1] = 900
+    with torch.no_grad():
+        one, two = (model(input_ids=ids).logits[:, 0] for ids in (IDS, other))
+        with model.disable_adapter():
+            base_one, base_two = (model(input_ids=ids).logits[:, 0] for ids in (IDS, other))
+    assert torch.equal(base_one, base_two) and (one - two).abs().max() > 1e-4
 
 
 def test_the_line_for_experts_in_one_tensor_reaches_each_of_them() -> None:
