@@ -202,7 +202,6 @@ WITNESS = Witness(
 )
 STUDY = Study(
     "3_1_adaptive",
-    "Ranks that grow, against uniform, final and pruned ones",
     SETTINGS,
     body,
     WITNESS,

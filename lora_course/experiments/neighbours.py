@@ -171,7 +171,6 @@ WITNESS = Witness(
 )
 STUDY = Study(
     "5_1_neighbours",
-    "PEFT's neighbours of LoRA under the comparison's rule, and LoRA turned down",
     SETTINGS,
     body,
     WITNESS,
