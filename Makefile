@@ -4,7 +4,7 @@
 # make lint       ruff and mypy
 # make test-gpu   what is marked `gpu`, and the chapters' `gpu` cells (needs an NVIDIA GPU)
 # make bench      time and memory against PEFT, into benchmarks/results.json (about 20 minutes on two idle cores)
-# make pretended  chapters on a pretended GPU, on the CPU (hours; `make pretended-quick`: two of them)
+# make pretended  chapters on a pretended GPU, on the CPU (an hour; `make pretended-quick`: three of them)
 # make image      chapters with Colab's package versions (IMAGE=kaggle: Kaggle's), from one file each
 # make wheel-alone  chapters from the wheel, without repository and network
 # make sphinx9    the staged book with plain Sphinx 9
@@ -47,9 +47,9 @@ bench: $(VENV)/.installed
 
 pretended: $(VENV)/.installed
 	@$(PY) -m tools.pretended.chapters --profile tiny --gpus 2
-	@$(PY) -m tools.pretended.chapters --profile t4
-	@$(PY) -m tools.pretended.chapters --profile t4 --gpus 2 --bf16
-	@$(PY) -m tools.pretended.chapters --profile large --bf16
+	@$(PY) -m tools.pretended.chapters --live --profile t4
+	@$(PY) -m tools.pretended.chapters --live --profile t4 --gpus 2 --bf16
+	@$(PY) -m tools.pretended.chapters --live --profile large --bf16
 
 pretended-quick: $(VENV)/.installed
 	@$(PY) -m pytest -m "lane or not lane" tests/test_pretended.py

@@ -118,7 +118,7 @@ def run_study_list(arguments: argparse.Namespace) -> None:
     from lora_course import experiments
 
     for name in experiments.NAMES:
-        print(experiments.get(name).summary())
+        print(experiments.summary(name))
 
 
 def run_study(arguments: argparse.Namespace) -> None:
@@ -131,7 +131,7 @@ def run_study(arguments: argparse.Namespace) -> None:
             arguments.out, arms=arguments.arms, seeds=arguments.seeds, overwrite=arguments.overwrite,
             progress=lambda line: print(line, flush=True),
         )  # fmt: skip
-    print(study.summary(arguments.out))
+    print(experiments.summary(study.name, arguments.out))
 
 
 def run_study_verify(arguments: argparse.Namespace) -> None:

@@ -107,24 +107,29 @@ def folder_to_resume(
 
     asked: the run's description. With `overwrite` the checkpoints of another run in `output_dir` are deleted.
     """
-    if not resume:
-        return None
-    folder = last_checkpoint(output_dir) if resume is True else Path(resume)
-    if folder is None:
-        return None
-    if not (folder / COMPLETE).is_file():
+    folder = last_checkpoint(output_dir) if resume is True else Path(resume) if resume else None
+    if folder is not None and not (folder / COMPLETE).is_file():
         raise FileNotFoundError(
             f"{folder} holds no complete checkpoint of AdapterTrainer ({COMPLETE} is missing)"
         )
+    if overwrite:
+        if folder is not None and not is_same_run(folder, asked):
+            folder = None
+        for mark in Path(output_dir).glob(f"checkpoint-*/{COMPLETE}"):
+            if not is_same_run(mark.parent, asked):
+                delete_checkpoint(mark)
+    if folder is not None:
+        check_same_run(folder, read_mark(folder).get("run", asked), asked)
+    return folder
+
+
+def is_same_run(folder: Path, asked: dict[str, Any]) -> bool:
+    """Whether a checkpoint was made by the run that is asked for; one from before descriptions is taken for it."""
     try:
         check_same_run(folder, read_mark(folder).get("run", asked), asked)
     except ValueError:
-        if not overwrite:
-            raise
-        for mark in Path(output_dir).glob(f"checkpoint-*/{COMPLETE}"):
-            delete_checkpoint(mark)
-        return None
-    return folder
+        return False
+    return True
 
 
 def name_of(function: Callable[..., Any] | None) -> str | None:

@@ -32,7 +32,7 @@ from transformers import (
     set_seed,
     trainer,
 )
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from lora_course import processes
 from lora_course.arguments import one_device
@@ -158,7 +158,7 @@ class AdapterTrainer(Trainer):
         )
         if folder is not None and (finished := self._take_over(folder)):
             return finished
-        before = {name: vars(self.model)[name] for name in PREPARED if name in vars(self.model)}
+        before = self._prepared()
         use_cache = self._use_cache(self.model)
         self._set_use_cache(self.args.use_cache)
         try:
@@ -169,9 +169,7 @@ class AdapterTrainer(Trainer):
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, ModelCallback):
                     callback.stopped()
-            for name in PREPARED:
-                vars(self.model).pop(name, None)
-            vars(self.model).update(before)
+            self._give_back(before)
             self._set_use_cache(use_cache)
         last = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save and (last / COMPLETE).is_file():
@@ -219,6 +217,22 @@ class AdapterTrainer(Trainer):
             share = self.current_gradient_accumulation_steps if summed else 1
             loss = loss + self._auxiliary(self.auxiliary_loss).to(loss.device) / share
         return (loss, outputs) if return_outputs else loss
+
+    def evaluation_loop(self, *arguments: Any, **named: Any) -> EvalLoopOutput:
+        """Trainer's, after which the model has the `forward` that it had before: without `train` this would prepare it for good."""
+        before = self._prepared()
+        try:
+            return super().evaluation_loop(*arguments, **named)
+        finally:
+            self._give_back(before)
+
+    def _prepared(self) -> dict[str, Any]:
+        return {name: vars(self.model)[name] for name in PREPARED if name in vars(self.model)}
+
+    def _give_back(self, before: dict[str, Any]) -> None:
+        for name in PREPARED:
+            vars(self.model).pop(name, None)
+        vars(self.model).update(before)
 
     def compute_loss_context_manager(self) -> ExitStack:
         """Evaluation computes in training's precision, after `train` too, where the model has its own `forward` back."""

@@ -19,7 +19,7 @@ from tools.run_chapters import ROOT
 pytest.importorskip("trl", reason="TRL is not installed: pip install --no-deps trl")
 PAGE = (ROOT / "book" / "at-work.md").read_text()
 BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
-TRAIN, CHATS, SAVE, PEFT, SERVE, MERGE = BLOCKS
+TRAIN, RATES, CHATS, SAVE, PEFT, SERVE, MERGE = BLOCKS
 
 
 def small(code: str, name: str) -> str:
@@ -39,6 +39,7 @@ def test_the_page_runs_from_training_to_a_merged_model(
     ]
     given: dict[str, Any] = {
         "texts": lab.load_text("bible", "train")[:40],
+        "unseen_texts": lab.load_text("bible", "test")[:20],
         "chats": datasets.Dataset.from_dict({"messages": talks}),
     }
 
@@ -49,8 +50,14 @@ def test_the_page_runs_from_training_to_a_merged_model(
     base = logits(lab.load_base("nano")[0])
     start = logits(run(TRAIN))
     assert not torch.equal(start, base)
+    assert given["how"].train_batch_size * 500 == 4000  # as the page counts the rows
+
+    found = logits(run(RATES))
+    assert len(set(given["losses"].values())) == 3 and not torch.equal(found, base)
+    assert len(list((tmp_path / "runs").glob("support-*/checkpoint-3"))) == 3
+
     talked = logits(run(CHATS))
-    assert not torch.equal(talked, start)
+    assert not torch.equal(talked, found)
 
     assert torch.equal(logits(run(SAVE)), talked)
     model = run(PEFT)

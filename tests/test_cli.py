@@ -43,6 +43,16 @@ def test_the_command_is_installed_under_its_name_and_help_needs_no_torch() -> No
     assert all(f"\n    {name} " in run.stdout for name in ("study", "info", "convert"))
 
 
+def test_the_studies_are_listed_without_what_they_are_made_with() -> None:
+    code = "import sys; from lora_course.cli import main; main(['study', 'list']); sys.exit(', '.join({'torch', 'transformers', 'datasets', 'pandas'} & set(sys.modules)) or 0)"
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert [line.split()[0] for line in run.stdout.splitlines()] == list(experiments.NAMES)
+    assert all(run.stdout.count(title) == 1 for title in experiments.TITLES.values())
+
+
 def test_version_is_pyprojects(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main(["--version"])
@@ -137,10 +147,11 @@ def test_a_study_is_run_listed_and_verified(
                 runs(f"{arm}/0.004/{seed}/test", lambda: {"bits_per_byte": value[0]})
 
     witness = experiments.Witness(("dora/0.004/0/test",), {"bits_per_byte": 0.01}, "a reason")
-    tiny = experiments.Study("tiny", "a small one", {"seeds": [0]}, body, witness)
+    tiny = experiments.Study("tiny", {"seeds": [0]}, body, witness)
     monkeypatch.setattr(experiments, "NAMES", {"tiny": "tiny"})
+    monkeypatch.setattr(experiments, "TITLES", {"tiny": "a small one"})
     monkeypatch.setattr(experiments, "get", lambda name: tiny)
-    monkeypatch.setattr(experiments.study, "STUDIES", tmp_path)
+    monkeypatch.setattr(experiments.listing, "STUDIES", tmp_path)
     out = str(tmp_path / "mine.json")
     assert cli.main(["study", "run", "tiny", "--arms", "lora", "--out", out]) == 0
     assert cli.main(["study", "run", "tiny", "--seeds", "1"]) == 0
@@ -151,6 +162,7 @@ def test_a_study_is_run_listed_and_verified(
     assert capsys.readouterr().out.startswith("tiny               holds: dora/0.004/0/test: bits")
     assert cli.main(["study", "list"]) == 0
     assert "4 runs" in (listed := capsys.readouterr().out) and "not verified" in listed
+    assert listed.endswith("a small one\n")
     value[0] = 2.1
     assert cli.main(["study", "verify", "tiny"]) == 2
     found = capsys.readouterr()

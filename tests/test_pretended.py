@@ -6,6 +6,7 @@ import textwrap
 
 import pytest
 
+from tools.pretended.live import live
 from tools.run_chapters import ROOT
 
 
@@ -32,10 +33,53 @@ def test_devices_are_told_apart_and_refuse_to_be_mixed() -> None:
                 mixed()
             except (RuntimeError, TypeError) as error:
                 print("refused:", str(error)[:40])
-        print(x + 1, x * torch.tensor(2.0))
+        print(x + 1, x * torch.tensor(2.0), f"{x.norm():.1e}")
+        print("numbers", x.shape.numel(), torch.zeros(3, 5, device="cuda").shape.numel())
         """
     )
     assert printed.count("refused:") == 3 and printed.startswith("cuda:0 cuda:0 cpu")
+    assert "numbers 8 15" in printed
+
+
+def test_a_backward_pass_makes_tensors_on_the_device() -> None:
+    printed = on_a_gpu(
+        """
+        class Doubled(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x):
+                ctx.save_for_backward(x)
+                return 2 * x
+
+            @staticmethod
+            def backward(ctx, gradient):
+                (x,) = ctx.saved_tensors
+                return gradient @ (2 * torch.eye(3, device=x.device))
+
+        x = torch.ones(2, 3, device="cuda").requires_grad_()
+        Doubled.apply(x).sum().backward()
+        print(x.grad.device, x.grad.sum().item())
+        """
+    )
+    assert printed == "cuda:0 12.0\n"
+
+
+def test_a_model_with_parts_on_two_devices_and_in_four_bits_is_copied_as_on_a_gpu() -> None:
+    printed = on_a_gpu(
+        """
+        import copy
+        from lora_course import lab, qlora
+        four = qlora.load_4bit(lab.base_path("nano"), compute_dtype=torch.float32, gradient_checkpointing=False)
+        both = torch.nn.ModuleDict({"there": four, "here": torch.nn.BatchNorm1d(4)})
+        copied = copy.deepcopy(both)
+        ids = torch.tensor([[5, 6, 7]], device="cuda")
+        with torch.no_grad():
+            apart = (copied["there"](ids).logits - four(ids).logits).abs().max()
+        layer = copied["there"].model.layers[0].mlp.up_proj
+        print(layer.weight.device, copied["here"].running_mean.device, copied["here"].weight.device, apart.item())
+        print(layer.weight.data_ptr() != four.model.layers[0].mlp.up_proj.weight.data_ptr())
+        """
+    )
+    assert printed.splitlines()[-2:] == ["cuda:0 cpu cpu 0.0", "True"]
 
 
 @pytest.mark.parametrize(("bf16", "expected"), [(False, "torch.float16"), (True, "torch.bfloat16")])
@@ -68,11 +112,85 @@ def test_a_training_stays_where_its_model_is() -> None:
     assert [line for line in lines if line.startswith(("cpu", "cuda"))] == ["cpu cpu 2", "cuda:0 cuda:0 2"]  # fmt: skip
 
 
+def test_what_trains_on_the_device_takes_corners_and_what_trains_on_the_cpu_whole_batches() -> None:
+    code = """
+    from peft import LoraConfig
+    from lora_course import inject, lab
+    from lora_course.lab import study
+    from tools.pretended.chapters import train_on_corners
+    train_on_corners()
+    for device in ("cpu", "cuda"):
+        model, tokenizer = lab.load_base("nano", device=device)
+        inject(model, LoraConfig(r=2, target_modules=["q_proj"]))
+        seen = []
+        model.model.embed_tokens.register_forward_hook(lambda module, inputs, output: seen.append(tuple(inputs[0].shape)))
+        rows = lab.blocks(tokenizer, lab.load_text("shakespeare", "validation"), 32)
+        losses = study.fit(model, rows, 1e-3, seed=0, steps=2, batch=4, disable_tqdm=True)
+        print(device, seen, len(losses))
+    """
+    lines = on_a_gpu(code).splitlines()
+    assert [line for line in lines if line.startswith(("cpu", "cuda"))] == [
+        "cpu [(4, 32), (4, 32)] 2", "cuda [(2, 24), (2, 24)] 2"
+    ]  # fmt: skip
+
+
+def test_a_chapter_that_ends_its_process_is_told_from_one_that_fails_and_one_that_passes() -> None:
+    code = """
+    import os
+    from tools.pretended import chapters
+    for ends in (lambda *_: [], lambda *_: ["cell 3"], lambda *_: (print("out of memory", flush=True), os._exit(9))):
+        chapters.run_here = ends
+        print(chapters.run_apart("0_1_lora", 1, False, True))
+    """
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert run.stdout.splitlines() == [
+        "[]", "['cell 3']", "['0_1_lora: the process ended early: out of memory\\n']"
+    ], run.stderr  # fmt: skip
+
+
+CELLS = {
+    "set-up": "import lab",
+    "pick": "profile = lab.pick_profile()",
+    "heavy": "base = lab.load_base('nano')\nscore = lab.evaluate(base)",
+    "figure": "lab.show(score)",
+    "helper": "def size_of(model):\n    return sum(p.numel() for p in model.parameters()) / unit",
+    "unit": "unit = 1e6",
+    "table": "table = {}",
+    "fill": "table['first'] = 1",
+    "loop": "for model in [base]:\n    print(model)",
+    "live": "model = lab.load_base(profile)\ntable['live'] = size_of(model)",
+    "after": "print(table, model)",
+    "other": "model = lab.load_base('nano')",
+    "clean": "print(model, claims)",
+}
+
+
+def chosen(cells: dict[str, str]) -> list[str]:
+    return [list(cells)[i] for i in live(list(cells.values()))]
+
+
+def test_live_cells_are_those_that_the_profile_changes_and_what_they_need() -> None:
+    expected = ["set-up", "pick", "helper", "unit", "table", "fill", "live", "after"]
+    assert chosen(CELLS) == expected
+    needs_base = {"live": CELLS["live"].replace("profile)", "profile, base)")}
+    assert chosen(CELLS | needs_base) == [*expected[:2], "heavy", *expected[2:]]
+    changed_in_place = {"other": "inject(model, 4)", "clean": "print(model)"}
+    assert chosen(CELLS | changed_in_place) == [*expected, "other", "clean"]
+    assert chosen({"set-up": "import lab", "heavy": "lab.train()"}) == []
+
+
 @pytest.mark.lane
 @pytest.mark.parametrize(
-    ("stem", "profile"), [("4_2_hierarchical", "tiny"), ("4_3_quantized", "t4")]
+    ("stem", "how"),
+    [
+        ("4_2_hierarchical", ("--profile", "tiny")),
+        ("4_3_quantized", ("--live", "--profile", "t4")),
+        ("3_3_continual", ("--live", "--profile", "large", "--bf16")),
+    ],
 )
-def test_a_chapter_runs_on_a_pretended_gpu(stem: str, profile: str) -> None:
-    command = [sys.executable, "-m", "tools.pretended.chapters", stem, "--profile", profile]
+def test_a_chapter_runs_on_a_pretended_gpu(stem: str, how: tuple[str, ...]) -> None:
+    command = [sys.executable, "-m", "tools.pretended.chapters", stem, *how]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout

@@ -93,7 +93,9 @@ def test_what_the_answers_say_of_the_records_holds() -> None:
     assert of["1.2"]["drawn"] < of["1.2"]["least"] and of["1.2"]["parameters"] < of["1.2"]["least"]
     assert of["2.1"]["others"].verdict == of["2.1"]["mixed"].verdict == "higher"
     assert of["2.1"]["gate_shakespeare"] > of["2.1"]["gate_milton"]
-    assert of["2.2"]["stack"].verdict == "higher" and of["2.2"]["restarts"].verdict == "within noise"
+    assert (
+        of["2.2"]["stack"].verdict == "higher" and of["2.2"]["restarts"].verdict == "within noise"
+    )
     assert of["3.1"]["random"].verdict == "lower"
     assert of["3.2"]["taught"].verdict == "within noise"
     assert of["3.3"]["ties"].verdict == of["3.3"]["summed"].verdict == "higher"

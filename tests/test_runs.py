@@ -89,6 +89,34 @@ def test_another_run_in_the_folder_is_refused_by_name_and_can_be_overwritten(
     assert all(torch.equal(anew[name], fresh[name]) for name in fresh)
 
 
+def test_overwriting_deletes_another_runs_checkpoints_without_resuming_too(tmp_path: Path) -> None:
+    run(tmp_path, max_steps=6)
+    made, _ = run(tmp_path / "else")
+    made.args.output_dir = str(tmp_path)
+    made.train(overwrite=True)
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [
+        "checkpoint-2",
+        "checkpoint-4",
+    ]
+    kept = (tmp_path / "checkpoint-2" / "adapter.safetensors").stat().st_mtime_ns
+    made.train(overwrite=True)  # of the same run nothing is deleted, it is written anew
+    assert (tmp_path / "checkpoint-2" / "adapter.safetensors").stat().st_mtime_ns > kept
+
+
+def test_evaluating_a_finished_run_gives_the_model_back_as_it_was(tmp_path: Path) -> None:
+    run(tmp_path, bf16=True)
+    made, _ = run(tmp_path, bf16=True, trainer={"eval_dataset": rows()})
+    ids = {"input_ids": torch.tensor(rows()[:2]["input_ids"])}
+    with torch.no_grad():
+        before = made.model(**ids).logits
+        made.evaluate()
+        after = made.model(**ids).logits
+    assert "forward" not in vars(made.model)
+    assert (
+        torch.equal(after, before) and after.dtype == torch.float32
+    )  # fp32, where bf16 was left on
+
+
 def test_the_same_command_with_other_logging_or_saving_goes_on(tmp_path: Path) -> None:
     _, first = run(tmp_path)
     made, again = run(tmp_path, logging_steps=2, save_total_limit=5, save_steps=3)

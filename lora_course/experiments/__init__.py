@@ -4,7 +4,7 @@
     lora-course study run 1_2_adalora         computes what the record lacks; stopped, the same command goes on
     lora-course study verify 1_2_adalora      runs its witness again, compares, and notes it in the record
 
-A study is written like this, in `lora_course/experiments/ranks.py`, with its name in `NAMES` below:
+A study is written like this, in `lora_course/experiments/ranks.py`, with its name in `NAMES` and `TITLES` below:
 
     SETTINGS = {
         "model": "nano", "domain": "shakespeare", "steps": 60, "batch": 8, "length": 128, "train_bytes": 1_000_000,
@@ -30,7 +30,7 @@ A study is written like this, in `lora_course/experiments/ranks.py`, with its na
             compete(runs, arm, Kept(trained, arm), score, SETTINGS["first"], SETTINGS["search_seeds"], agree=2)
 
     WITNESS = Witness(("r8/0.008/0/test",), {"bits_per_byte": 5e-3, "parameters": 0}, ROUNDING)
-    STUDY = Study("0_2_ranks", "LoRA of two ranks", SETTINGS, body, WITNESS)
+    STUDY = Study("0_2_ranks", SETTINGS, body, WITNESS)
 
 A task that is scored otherwise differs in `rows` (any dataset of `input_ids` and `labels`) and in `score`, whose dictionary
 may hold anything that JSON can; `compete(…, value=lambda run: -run["accuracy"])` chooses the rate by a number that is to be
@@ -41,26 +41,36 @@ high. Whatever is no training is a run too: `runs("cost/nano", measure)`. `adapt
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from lora_course.experiments.arms import (
-    Arm,
-    Kept,
-    Trained,
-    adapted,
-    base_of,
-    base_score,
-    bits_of,
-    compete,
-    config_of,
-    rows_of,
-    run_key,
-    search,
-    tokenizer_of,
-    train,
-)
-from lora_course.experiments.record import Record
-from lora_course.experiments.study import ROUNDING, Runs, Study, Witness
+from lora_course.experiments import listing
 
+if TYPE_CHECKING:
+    from lora_course.experiments.arms import (
+        Arm,
+        Kept,
+        Trained,
+        adapted,
+        base_of,
+        base_score,
+        bits_of,
+        compete,
+        config_of,
+        rows_of,
+        run_key,
+        search,
+        tokenizer_of,
+        train,
+    )
+    from lora_course.experiments.record import Record
+    from lora_course.experiments.study import ROUNDING, Runs, Study, Witness
+
+# Imported when they are first used, as torch takes seconds: to list the studies needs their records alone.
+_HOME_OF = {
+    **dict.fromkeys(("Record",), "record"),
+    **dict.fromkeys(("ROUNDING", "Runs", "Study", "Witness"), "study"),
+}
 NAMES = {
     "0_1_lora": "lora",
     "1_1_formats": "formats",
@@ -86,6 +96,31 @@ NAMES = {
 }
 """The file in this folder that holds a study, by the name of its record."""
 
+TITLES = {
+    "0_1_lora": "LoRA by target, rank and scale, and full fine-tuning",
+    "1_1_formats": "Which weights' rounding costs SmolLM2 its perplexity",
+    "1_1_qlora": "QLoRA against LoRA, and the ways to merge it",
+    "1_2_adalora": "AdaLoRA against LoRA of the same budget; what chooses the triplets",
+    "2_1_experts": "Experts of four domains and their mixture against one LoRA",
+    "2_2_progressive": "Four short stages against one LoRA, and restarts alone",
+    "3_1_adaptive": "Ranks that grow, against uniform, final and pruned ones",
+    "3_1_controls": "A rank that stays small, and growth at random places",
+    "3_2_distillation": "Four teachers into one student, and other ways to make one of four",
+    "3_2_merge": "Merged teachers at smaller weights, and a short distillation",
+    "3_3_continual": "Four domains one after another, and their adapters merged",
+    "4_1_sparse": "Gates, masked factors and a mask on ΔW against LoRA",
+    "4_2_hierarchical": "One adapter at four ranks against one for each",
+    "4_3_quantized": "Factors in few bits, trained so or quantised afterwards",
+    "4_4_fused": "What fusing, merging and batching save in memory and time",
+    "5_1_comparison": "Eleven methods side by side on two domains",
+    "5_1_longer": "Methods that take time, after 100 and 320 steps",
+    "5_1_neighbours": "PEFT's neighbours of LoRA under the comparison's rule, and LoRA turned down",
+    "smol_past": "SmolLM2-135M learns the past of English verbs: each chapter's method against LoRA",
+    "smol_several": "SmolLM2-135M on three tasks: experts, merging, distillation, continual learning",
+    "tasks_nano": "nano learns to pronounce, and to form plurals and pasts: LoRA beside rules and tables",
+}
+"""What a study is about, in one line, by the name of its record."""
+
 UNDER_WAY = ("5_1_longer", "5_1_neighbours", "smol_past", "smol_several", "tasks_nano")
 """Studies whose records are still to be completed: what is there is whole, and a chapter that reads one says what is missing."""
 
@@ -99,9 +134,21 @@ def get(name: str) -> Study:
     return importlib.import_module(f"{__name__}.{NAMES[full]}").STUDY
 
 
+def summary(name: str, path: Path | None = None) -> str:
+    """One line: a study, the runs of its record (by default the course's own), and when they were made and verified."""
+    return listing.summary(name, TITLES[name], path)
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        return getattr(importlib.import_module(f"{__name__}.{_HOME_OF.get(name, 'arms')}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 __all__ = [
     "NAMES",
     "ROUNDING",
+    "TITLES",
     "UNDER_WAY",
     "Arm",
     "Kept",
@@ -120,6 +167,7 @@ __all__ = [
     "rows_of",
     "run_key",
     "search",
+    "summary",
     "tokenizer_of",
     "train",
 ]

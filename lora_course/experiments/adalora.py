@@ -147,7 +147,6 @@ WITNESS = Witness(
 )
 STUDY = Study(
     "1_2_adalora",
-    "AdaLoRA against LoRA of the same budget; what chooses the triplets",
     SETTINGS,
     body,
     WITNESS,

@@ -39,7 +39,7 @@ from lora_course.lora import LoRALinear
 
 SETTINGS: dict[str, Any] = {
     "model": "nano", "domain": "shakespeare", "domains": ["shakespeare", "bible", "milton", "python"], "steps": 60, "batch": 8,
-    "length": 128, "train_bytes": 1_000_000, "score_bytes": {"validation": 20_000, "test": 40_000}, "seeds": [0, 1, 2],
+    "length": 128, "train_bytes": 1_000_000, "score_bytes": {"validation": 20_000, "test": 40_000}, "seeds": [0, 1, 2, 3, 4],
     "search_seeds": [0, 1, 2], "learning_rates": [4e-3, 8e-3, 1.6e-2, 3.2e-2], "scaling": 2.0, "r": 2, "high_r": 16,
     "growth": {"budget": 224, "start": 12, "every": 3, "top": 7, "add": 2, "max_r": 16},  # on average 8 a layer, after step 45
     "moment": {"learning_rate": 8e-3, "before": 15, "after": 12, "add": 6},
@@ -202,7 +202,6 @@ WITNESS = Witness(
 )
 STUDY = Study(
     "3_1_adaptive",
-    "Ranks that grow, against uniform, final and pruned ones",
     SETTINGS,
     body,
     WITNESS,

@@ -65,7 +65,6 @@ WITNESS = Witness(
 )
 STUDY = Study(
     "3_1_controls",
-    "A rank that stays small, and growth at random places",
     SETTINGS,
     body,
     WITNESS,

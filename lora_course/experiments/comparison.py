@@ -221,7 +221,6 @@ WITNESS = Witness(
 )
 STUDY = Study(
     "5_1_comparison",
-    "Eleven methods side by side on two domains",
     SETTINGS,
     body,
     WITNESS,

@@ -209,7 +209,6 @@ WITNESS = Witness(
 )
 STUDY = Study(
     "3_3_continual",
-    "Four domains one after another, and their adapters merged",
     SETTINGS,
     body,
     WITNESS,

@@ -139,7 +139,6 @@ WITNESS = Witness(
 )
 STUDY = Study(
     "3_2_distillation",
-    "Four teachers into one student, and other ways to make one of four",
     SETTINGS,
     body,
     WITNESS,

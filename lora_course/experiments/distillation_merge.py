@@ -53,7 +53,6 @@ WITNESS = Witness(
 )
 STUDY = Study(
     "3_2_merge",
-    "Merged teachers at smaller weights, and a short distillation",
     SETTINGS,
     body,
     WITNESS,

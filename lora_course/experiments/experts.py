@@ -210,7 +210,6 @@ WITNESS = Witness(
 )
 STUDY = Study(
     "2_1_experts",
-    "Experts of four domains and their mixture against one LoRA",
     SETTINGS,
     body,
     WITNESS,

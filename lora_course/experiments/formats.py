@@ -114,7 +114,6 @@ WITNESS = Witness(
 )
 STUDY = Study(
     "1_1_formats",
-    "Which weights' rounding costs SmolLM2 its perplexity",
     SETTINGS,
     body,
     WITNESS,

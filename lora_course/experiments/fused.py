@@ -102,7 +102,6 @@ WITNESS = Witness(
 )
 STUDY = Study(
     "4_4_fused",
-    "What fusing, merging and batching save in memory and time",
     SETTINGS,
     body,
     WITNESS,

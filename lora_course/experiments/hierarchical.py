@@ -130,7 +130,6 @@ WITNESS = Witness(
 )
 STUDY = Study(
     "4_2_hierarchical",
-    "One adapter at four ranks against one for each",
     SETTINGS,
     body,
     WITNESS,

@@ -57,7 +57,6 @@ WITNESS = Witness(
 )
 STUDY = Study(
     "5_1_longer",
-    "Methods that take time, after 100 and 320 steps",
     SETTINGS,
     body,
     WITNESS,

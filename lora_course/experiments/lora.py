@@ -109,7 +109,6 @@ WITNESS = Witness(
 )
 STUDY = Study(
     "0_1_lora",
-    "LoRA by target, rank and scale, and full fine-tuning",
     SETTINGS,
     body,
     WITNESS,

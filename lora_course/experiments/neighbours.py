@@ -171,7 +171,6 @@ WITNESS = Witness(
 )
 STUDY = Study(
     "5_1_neighbours",
-    "PEFT's neighbours of LoRA under the comparison's rule, and LoRA turned down",
     SETTINGS,
     body,
     WITNESS,
@@ -219,7 +218,7 @@ def ahead_of_curve(record: Mapping[str, Any], method: str) -> list[float]:
     Raises ValueError where the method forgets more or less than every strength.
     """
     lora = load_study("5_1_comparison")
-    gaps = []
+    gaps: list[list[float]] = []
     for domain in rule.DOMAINS:
         quality, kept = (rule.series(lora, method, domain, q) for q in ("bits_per_byte", "own_domain"))  # fmt: skip
         gaps.append([])

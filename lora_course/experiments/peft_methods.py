@@ -32,7 +32,7 @@ from lora_course.experiments.methods import Settings, lora, recipe
 from lora_course.injection import adapter_layers
 
 OptimizerOf = Callable[[Any, float], Optimizer]
-ALL = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+ALL: dict[str, Any] = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
 
 def in_trainer(
@@ -129,8 +129,7 @@ def oft(settings: Settings, seed: int) -> Arm:
 
 def vera(settings: Settings, seed: int) -> Arm:
     """Far below LoRA's size: with as many numbers the shared frozen matrices would be many times the base."""
-    key = {"projection_prng_key": seed}
-    return drawn(settings, seed, VeraConfig(r=settings["vera_r"], **key, **ALL))
+    return drawn(settings, seed, VeraConfig(r=settings["vera_r"], projection_prng_key=seed, **ALL))
 
 
 def loha(settings: Settings, seed: int) -> Arm:

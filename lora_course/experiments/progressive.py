@@ -146,7 +146,6 @@ WITNESS = Witness(
 )
 STUDY = Study(
     "2_2_progressive",
-    "Four short stages against one LoRA, and restarts alone",
     SETTINGS,
     body,
     WITNESS,

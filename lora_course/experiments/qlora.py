@@ -100,7 +100,6 @@ WITNESS = Witness(
 )
 STUDY = Study(
     "1_1_qlora",
-    "QLoRA against LoRA, and the ways to merge it",
     SETTINGS,
     body,
     WITNESS,

@@ -124,7 +124,6 @@ WITNESS = Witness(
 )
 STUDY = Study(
     "4_3_quantized",
-    "Factors in few bits, trained so or quantised afterwards",
     SETTINGS,
     body,
     WITNESS,

@@ -118,7 +118,6 @@ WITNESS = Witness(
 )
 STUDY = Study(
     "smol_past",
-    "SmolLM2-135M learns the past of English verbs: each chapter's method against LoRA",
     SETTINGS,
     body,
     WITNESS,

@@ -229,7 +229,6 @@ WITNESS = Witness(
 )
 STUDY = Study(
     "smol_several",
-    "SmolLM2-135M on three tasks: experts, merging, distillation, continual learning",
     SETTINGS,
     body,
     WITNESS,

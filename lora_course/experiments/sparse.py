@@ -152,7 +152,6 @@ WITNESS = Witness(
 )
 STUDY = Study(
     "4_1_sparse",
-    "Gates, masked factors and a mask on ΔW against LoRA",
     SETTINGS,
     body,
     WITNESS,

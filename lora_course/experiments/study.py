@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_course.arguments import computing_in
+from lora_course.experiments.listing import record_path
 from lora_course.experiments.record import Record, as_json, beginning, commit, largest_difference
-from lora_course.lab.study import STUDIES
 
 Compute = Callable[..., Mapping[str, Any]]
 ROUNDING = (
@@ -49,36 +49,19 @@ class Witness:
 class Study:
     """A study that can be run, resumed and verified.
 
-    name: of its record, `lora_course/data/studies/<name>.json`.    title: one line.
+    name: of its record, `lora_course/data/studies/<name>.json`.
     settings: all that decides its numbers, and the seeds.
     body: given a `Runs`, calls it for each run, in the order in which they are to be computed.
     """
 
     name: str
-    title: str
     settings: Mapping[str, Any]
     body: Callable[[Runs], object]
     witness: Witness
 
     @property
     def path(self) -> Path:
-        return STUDIES / f"{self.name}.json"
-
-    def summary(self, path: str | Path | None = None) -> str:
-        """One line: the study, its record's runs, and when they were made and verified."""
-        record = Record(path or self.path, self.name, self.settings).read()
-        dates = sorted({made["date"] for made in record["made"]}) or ["never"]
-        verified = record["verified"]
-        state = (
-            "not verified"
-            if not verified
-            else f"verified {verified['date']}"
-            if verified["holds"]
-            else f"DID NOT HOLD on {verified['date']}"
-        )
-        return (
-            f"{self.name:18} {len(record['runs']):4} runs, {dates[-1]:10}  {state:22}  {self.title}"
-        )
+        return record_path(self.name)
 
     def run(
         self,

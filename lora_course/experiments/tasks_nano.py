@@ -78,7 +78,6 @@ WITNESS = Witness(
 )
 STUDY = Study(
     "tasks_nano",
-    "nano learns to pronounce, and to form plurals and pasts: LoRA beside rules and tables",
     SETTINGS,
     body,
     WITNESS,

@@ -171,9 +171,9 @@ def preflight(
     size = (profile.shape.linear + profile.shape.embedding) / 1e6
     held = f", {profile.copies} at once" if profile.copies > 1 else ""
     takes = (
-        f"{run['minutes']:.2g} min, as measured on {run['device']} ({run['date']})"
+        f"{run['minutes']:.2g} min, as measured on {run['device']}, {run['date']}"
         if run
-        else f"{minutes[profile.name]:g} min: a guess, never measured"
+        else f"{minutes[profile.name]:g} min (a guess)"
     )
     origin = "estimated" if peak is None else "measured"
     rows = {

@@ -148,7 +148,7 @@ def _points(ax: Axes, panel: Panel, spans: dict) -> None:
         chosen = name in panel["chosen"]
         ax.scatter(x, y, s=50, facecolors=PALETTE[1] if chosen else "none", edgecolors=PALETTE[0])
     _axes(ax, panel, spans, margin=0.12)
-    taken = []
+    taken: list[Any] = []
     for name in panel["chosen"]:
         place, late = panel["places"][name], panel["places"][name][0] > sum(spans["x"]) / 2
         for before, below in ((late, False), (not late, False), (late, True), (not late, True)):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lora_course.experiments import Runs, Study, Witness
+from lora_course.experiments import Runs, Study, Witness, listing
 from lora_course.experiments.record import Record
 from lora_course.lab import study as reading
 
@@ -32,7 +32,7 @@ def make(calls: list[str], value: Callable[[str], float] = lambda key: float(len
                 runs(key, compute, key)
 
     witness = Witness(("lora/0.004/1/test",), {"bits_per_byte": 0.01, "parameters": 0}, "a reason")
-    return Study("s", "a title", SETTINGS, body, witness)
+    return Study("s", SETTINGS, body, witness)
 
 
 def test_what_was_stopped_goes_on_and_nothing_is_computed_twice(tmp_path: Path) -> None:
@@ -114,7 +114,9 @@ def test_verify_catches_a_changed_number_and_a_lost_field(tmp_path: Path) -> Non
     assert make([], lambda key: len(key) + 0.005).verify(out)["holds"]
     moved.verify(out)
     record = json.loads(out.read_text())
-    assert "DID NOT HOLD" in reading.provenance(record) and "DID NOT HOLD" in moved.summary(out)
+    assert "DID NOT HOLD" in reading.provenance(record) and "DID NOT HOLD" in listing.summary(
+        "s", "a title", out
+    )
     del record["runs"]["lora/0.004/1/test"]["parameters"]
     out.write_text(json.dumps(record))
     assert make([]).verify(out)["largest"]["parameters"] == float("inf")
@@ -139,7 +141,7 @@ def test_a_part_of_a_long_run_can_be_the_witness(tmp_path: Path) -> None:
 
     def study(part: dict[str, Any]) -> Study:
         witness = Witness(("long",), {"error": 0.01, "loss": 0.01}, "a reason", part=lambda: part)
-        return Study("s", "", SETTINGS, lambda runs: runs("long", lambda: whole), witness)
+        return Study("s", SETTINGS, lambda runs: runs("long", lambda: whole), witness)
 
     study({}).run(out, progress=str)
     assert study({"error": 0.5, "loss": {"a": [1.0, 2.0]}}).verify(out)["holds"]

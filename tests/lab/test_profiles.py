@@ -165,7 +165,7 @@ def test_preflight_prints_what_it_will_take(monkeypatch, capsys, tmp_path) -> No
         "nano, 4.0M parameters, fp32",
         "cpu",
         "60 steps of 8 × 128 tokens",
-        "1.5 min: a guess, never measured",
+        "takes about   1.5 min (a guess)\n",
         "estimated",
         "free: 8.0 GiB",
     ):
@@ -177,7 +177,7 @@ def test_preflight_prints_what_it_will_take(monkeypatch, capsys, tmp_path) -> No
     preflight(profiles()["tiny"], {"tiny": 1.5}, chapter="0_1_lora")
     shown = capsys.readouterr().out
     assert "0.7 GiB (measured)" in shown
-    assert "2 min, as measured on a laptop (2026-01-02)" in shown
+    assert "2 min, as measured on a laptop, 2026-01-02\n" in shown
     preflight(profiles()["tiny"], {"tiny": 1.5}, chapter="1_1_qlora")
     assert "a guess" in capsys.readouterr().out
 

@@ -2,26 +2,28 @@
 
     python -m tools.pretended.chapters 3_2_distillation --profile tiny --gpus 1
     python -m tools.pretended.chapters --profile t4 --bf16 --gpus 2        every chapter
+    python -m tools.pretended.chapters --profile t4 --live                 only what the profile changes: half the time
 
-Models of the hub stand in as random ones of the same configuration, narrower, with nano's tokenizer: what is tested is on
-which device and in which precision things are, and not what comes out. Cells that check numbers of a trained model under
-`tiny` run as they are.
+Models of the hub stand in as random ones of the same configuration, narrower, with nano's tokenizer, and what lies on the
+device trains on a corner of each batch: what is tested is on which device and in which precision things are, and not what
+comes out. What lies on the CPU runs as it is, as its numbers are compared with records.
 """
 
 import argparse
+import multiprocessing
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Any
 
 import jupytext
 
-from tools.run_chapters import ROOT, chapters
+from tools.pretended.live import live
+from tools.run_chapters import chapters
 
 NARROW = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
+CORNER = (slice(2), slice(24))  # rows and tokens
 ON_HUB = {"Qwen/Qwen2.5-0.5B": {"tie_word_embeddings": True}, "Qwen/Qwen2.5-7B": {"tie_word_embeddings": False}}  # fmt: skip
 
 
@@ -60,64 +62,84 @@ def redirect(folder: Path) -> None:
         auto.from_pretrained = classmethod(from_pretrained)
 
 
-def run(chapter: Path) -> list[str]:
-    """Runs the cells of a chapter in this process, past those that fail; what failed, the cause before what it causes."""
+def train_on_corners() -> None:
+    """A `Trainer` whose model is on the device takes two short rows a step: every step is made, and costs next to nothing."""
+    from torch import Tensor
+    from transformers import Trainer
+
+    prepare = Trainer._prepare_inputs
+
+    def _prepare_inputs(self: Any, inputs: Any) -> Any:
+        if self.args.device.type == "cuda":
+            inputs = {
+                key: value[CORNER[: value.dim()]] if isinstance(value, Tensor) else value
+                for key, value in inputs.items()
+            }
+        return prepare(self, inputs)
+
+    Trainer._prepare_inputs = _prepare_inputs
+
+
+def run(chapter: Path, live_only: bool = False) -> list[str]:
+    """Runs the cells of a chapter in this process, past those that fail; what failed, the cause before what it causes.
+
+    live_only: only the cells that the profile changes, and what they need (`live`).
+    """
     from IPython.core.interactiveshell import InteractiveShell
 
     shell, text, failures = InteractiveShell.instance(), chapter.read_text(), []
     code = [cell for cell in jupytext.read(chapter).cells if cell.cell_type == "code"]
-    for number, cell in enumerate(code, start=1):
-        result = shell.run_cell(cell.source, silent=True)
+    sources = [cell.source for cell in code]
+    for number in live(sources) if live_only else range(len(sources)):
+        source = sources[number]
+        result = shell.run_cell(source, silent=True)
         error = result.error_before_exec or result.error_in_exec
         if error is not None:
-            line = text[: text.find(cell.source)].count("\n") + 1
+            line = text[: text.find(source)].count("\n") + 1
             message = " ".join(str(error).split())[:300]
             failures.append(
-                f"notebooks/{chapter.name}:{line}: code cell {number}: {type(error).__name__}: {message}"
+                f"notebooks/{chapter.name}:{line}: code cell {number + 1}: {type(error).__name__}: {message}"
             )
     return failures
 
 
-def run_here(stem: str, gpus: int, bf16: bool) -> list[str]:
+def run_here(stem: str, gpus: int, bf16: bool, live_only: bool) -> list[str]:
     """Makes this process one on such a machine, for good, and runs a chapter; what failed."""
-    import transformers  # noqa: F401  (imports settle before the device changes torch)
-
-    from lora_course import lab, qlora  # noqa: F401
+    from lora_course import qlora
     from tools.pretended.machine import GIB, pretend
 
     qlora.optimizer_name = lambda device, bits=32: "adamw_torch"  # paged memory is CUDA's own
     with TemporaryDirectory() as folder:
+        os.environ["LORA_COURSE_CLAIMS"] = f"{folder}/claims"
         redirect(Path(folder))
+        train_on_corners()
         pretend(gpus, bf16, 80 * GIB if bf16 else 15 * GIB)
         os.chdir(folder)
         (chapter,) = [path for path in chapters() if path.stem == stem]
-        return run(chapter)
+        return run(chapter, live_only)
 
 
-def run_apart(stem: str, given: argparse.Namespace) -> list[str]:
-    """Runs a chapter in a process of its own; what failed."""
-    with TemporaryDirectory() as folder:
-        report = Path(folder) / "report"
-        settings = {
-            "LORA_COURSE_PROFILE": given.profile,
-            "LORA_COURSE_CLAIMS": folder,
-            "HF_HUB_OFFLINE": "1",
-        }
-        command = [
-            sys.executable,
-            "-m",
-            "tools.pretended.chapters",
-            stem,
-            "--gpus",
-            str(given.gpus),
-        ]
-        command += ["--report", str(report), *["--bf16"] * given.bf16]
-        done = subprocess.run(
-            command, cwd=ROOT, env=os.environ | settings, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )  # fmt: skip
-        if not report.exists():
-            return [f"{stem}: the process ended early: {done.stderr[-300:]}"]
-        return report.read_text().splitlines()
+def run_apart(stem: str, gpus: int, bf16: bool, live_only: bool) -> list[str]:
+    """Runs a chapter in a copy of this process, which what it imported costs nothing; what failed."""
+    processes = multiprocessing.get_context("fork")
+    receiver, sender = processes.Pipe(duplex=False)
+    with TemporaryFile("w+") as printed:
+
+        def child() -> None:
+            os.dup2(printed.fileno(), 1)
+            os.dup2(printed.fileno(), 2)
+            sender.send(run_here(stem, gpus, bf16, live_only))
+
+        process = processes.Process(target=child)
+        process.start()
+        sender.close()
+        try:
+            return receiver.recv()
+        except EOFError:
+            printed.seek(0)
+            return [f"{stem}: the process ended early: {printed.read()[-300:]}"]
+        finally:
+            process.join()
 
 
 def main() -> None:
@@ -128,15 +150,19 @@ def main() -> None:
     parser.add_argument(
         "--bf16", action="store_true", help="a GPU with bf16; else one without, as a T4"
     )
-    parser.add_argument("--report", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--live", action="store_true", help="only the cells that the profile changes, and what they need"
+    )  # fmt: skip
     given = parser.parse_args()
-    if given.report:
-        given.report.write_text("\n".join(run_here(given.stems[0], given.gpus, given.bf16)))
-        return
+    os.environ |= {"LORA_COURSE_PROFILE": given.profile, "HF_HUB_OFFLINE": "1"}
+    # what chapters import is imported once, and settles before the device changes torch
+    import tools.pretended.machine  # noqa: F401
+    from lora_course import lab, qlora  # noqa: F401
+
     failed = []
     for stem in given.stems or [path.stem for path in chapters()]:
         start = time.perf_counter()
-        failures = run_apart(stem, given)
+        failures = run_apart(stem, given.gpus, given.bf16, given.live)
         verdict = f"{len(failures)} cells failed" if failures else "passed"
         print(
             f"{stem}: {verdict} ({time.perf_counter() - start:.0f} s)",

@@ -39,6 +39,9 @@ class CudaTensor(torch.Tensor):
     def __array__(self, *_: Any, **__: Any) -> None:
         self.numpy()
 
+    def __format__(self, spec: str) -> str:
+        return format(self.item(), spec) if self.dim() == 0 else object.__format__(self, spec)
+
     @property
     def grad(self) -> torch.Tensor | None:
         with plain():
@@ -90,8 +93,20 @@ class Pretended(TorchFunctionMode):
             kwargs["device"] = "cpu"
             with plain():
                 made = function(*args, **kwargs)
-            return tree_map(lambda t: on_cuda(t) if type(t) is torch.Tensor else t, made)
+            return all_on_cuda(made)
         return call(function, args, kwargs)
+
+
+def backward_under(mode: TorchFunctionMode) -> None:
+    """Keeps the mode on in backward passes, which are called through it, so that it is off there: what they make on "cuda"
+    would be asked of a real device."""
+    run = torch.autograd._engine_run_backward
+
+    def run_backward(*args: Any, **kwargs: Any) -> Any:
+        with mode:
+            return run(*args, **kwargs)
+
+    torch.autograd._engine_run_backward = run_backward
 
 
 def is_cuda(device: Any) -> bool:
@@ -112,6 +127,13 @@ def on_cuda(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.as_subclass(CudaTensor)
 
 
+def all_on_cuda(result: Any) -> Any:
+    """The plain tensors of a result; a shape stays what it is, of which `tree_map` would make a tuple."""
+    if isinstance(result, torch.Size):
+        return result
+    return tree_map(lambda t: on_cuda(t) if type(t) is torch.Tensor else t, result)
+
+
 def anywhere(tensor: torch.Tensor) -> bool:
     """Numbers and tensors without memory may meet any device; 4-bit weights don't say where they are."""
     return (
@@ -126,6 +148,9 @@ def call(function: Any, args: tuple, kwargs: dict) -> Any:
     """Calls a function of torch, after checking that its tensors lie on one device."""
     tensors = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, torch.Tensor)]
     name = getattr(function, "__name__", str(function))
+    if name == "__deepcopy__":  # what was copied before, on any device, is handed on with it
+        with plain():
+            return function(*args, **kwargs)
     cuda = any(isinstance(t, CudaTensor) for t in tensors)
     in_backward = torch._C._current_graph_task_id() != -1  # the engine's own tensors carry no class
     if cuda and not in_backward and name not in MIXING:
@@ -137,7 +162,7 @@ def call(function: Any, args: tuple, kwargs: dict) -> Any:
     with plain():
         result = function(*args, **kwargs)
     if cuda and name != "cpu" and (name != "copy_" or isinstance(args[0], CudaTensor)):
-        result = tree_map(lambda t: on_cuda(t) if type(t) is torch.Tensor else t, result)
+        return all_on_cuda(result)
     return result
 
 

@@ -62,7 +62,15 @@ def pretend_four_bits() -> None:
                 part.pretended = cuda
         return moved
 
+    duplicate = weight.__deepcopy__
+
+    def copied(self: Any, memo: dict) -> Any:
+        new = duplicate(self, memo)
+        new.pretended = pretended(self)
+        return new
+
     weight.to = to
+    weight.__deepcopy__ = copied
     weight.cuda = lambda self, *_, **__: to(self, CUDA)
     weight.cpu = lambda self: to(self, "cpu")
     weight.device = property(lambda self: CUDA if pretended(self) else torch.device("cpu"))

@@ -16,7 +16,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 
-from tools.pretended.device import Pretended, apply_to_module
+from tools.pretended.device import Pretended, apply_to_module, backward_under
 from tools.pretended.four_bits import pretend_four_bits
 
 GIB = 2**30
@@ -56,6 +56,7 @@ def pretend(gpus: int = 1, bf16: bool = False, memory: int = 15 * GIB) -> TorchF
     kinds["default"] = lambda tensor: {"shape": tensor.shape, "dtype": tensor.dtype}
     pretend_four_bits()
     mode = Pretended()
+    backward_under(mode)
     mode.__enter__()
     return mode
 

@@ -104,12 +104,11 @@ function legend(means) {
 }
 
 class Card {
-  /** domains: on whose held-out text it is scored. */
-  constructor(engine, settings, domains) {
-    Object.assign(this, { engine, settings: { ...DEFAULTS, ...settings }, domains });
+  /** domains: on whose held-out text it is scored; title: the settings in words. */
+  constructor(engine, settings, domains, title = describe(settings)) {
+    Object.assign(this, { engine, settings: { ...DEFAULTS, ...settings }, domains, title });
     this.text = element("p", { className: "play-text", lang: "en" });
     this.score = element("div", { className: "play-score" }, "…");
-    this.title = describe(settings);
     this.node = element(
       "article",
       { className: "play-card" },

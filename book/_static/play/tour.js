@@ -16,8 +16,16 @@ const TOUR = {
     runs: [{ mode: "none" }, ...EXPERTS.map((adapter) => ({ adapter }))],
     domains: ({ mode, adapter }) => [mode === "none" ? "glosses" : adapter],
   },
-  scale: { prompt: "The king", runs: [0, 0.5, 1, 2].map((scale) => ({ scale })) },
-  rank: { prompt: "The king", runs: [16, 4, 1].map((rank) => ({ rank })) },
+  scale: {
+    prompt: "The king",
+    runs: [0, 0.5, 1, 2].map((scale) => ({ scale })),
+    title: ({ scale }) => `Shakespeare · scale ${scale}`,
+  },
+  rank: {
+    prompt: "The king",
+    runs: [16, 4, 1].map((rank) => ({ rank })),
+    title: ({ rank }) => `Shakespeare · rank ${rank}`,
+  },
   nested: {
     prompt: "The king",
     runs: ["trained", "nested", "svd"].map((rows) => ({ rows, rank: 1 })),
@@ -56,7 +64,7 @@ const TOUR = {
  */
 function prepareTour(engine, jobs, use) {
   for (const place of document.querySelectorAll("[data-try]")) {
-    const { prompt, runs, domains, count = 48 } = TOUR[place.dataset.try];
+    const { prompt, runs, domains, count = 48, title: named } = TOUR[place.dataset.try];
     const title =
       place
         .closest("section")
@@ -79,6 +87,7 @@ function prepareTour(engine, jobs, use) {
             engine,
             settings,
             domains?.(settings) ?? ["shakespeare"],
+            named?.(settings),
           );
           const more = element(
             "button",
