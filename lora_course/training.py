@@ -40,6 +40,7 @@ from lora_course.callbacks import ModelCallback
 from lora_course.checkpoint import restore_adapter, save_adapter
 from lora_course.files import replace_file
 from lora_course.injection import adapter_layers, trainable_parameters
+from lora_course.kept import kept_as_it_is, set_use_cache
 from lora_course.progress import Progress
 from lora_course.runs import (
     COMPLETE,
@@ -51,11 +52,6 @@ from lora_course.runs import (
 )
 
 TRAINER_STATE = "trainer_state.json"
-PREPARED = (
-    "forward",
-    "_original_forward",
-    "_is_accelerate_prepared",
-)  # what accelerate sets on a model it wraps
 
 
 class AdapterTrainer(Trainer):
@@ -100,14 +96,13 @@ class AdapterTrainer(Trainer):
             )
         if args.parallel_mode.value == "not_distributed":
             one_device(model, args)
-        use_cache = self._use_cache(model)
         # Trainer refuses a 4-bit base unless it takes its adapters for PEFT's; saving a model looks at the mark too.
         model._hf_peft_config_loaded = True  # type: ignore[assignment]  # no module, no tensor
-        try:
-            super().__init__(model, args, **arguments)
-        finally:
-            del model._hf_peft_config_loaded
-        self._set_use_cache(use_cache)
+        with kept_as_it_is(model):
+            try:
+                super().__init__(model, args, **arguments)
+            finally:
+                del model._hf_peft_config_loaded
         if self.is_fsdp_enabled:
             raise ValueError(
                 "AdapterTrainer does not train under FSDP, whose checkpoints hold the base: launch without it (each process holds the "
@@ -158,19 +153,16 @@ class AdapterTrainer(Trainer):
         )
         if folder is not None and (finished := self._take_over(folder)):
             return finished
-        before = self._prepared()
-        use_cache = self._use_cache(self.model)
-        self._set_use_cache(self.args.use_cache)
-        try:
-            output = super().train(
-                resume_from_checkpoint=str(folder) if folder else None, **arguments
-            )
-        finally:
-            for callback in self.callback_handler.callbacks:
-                if isinstance(callback, ModelCallback):
-                    callback.stopped()
-            self._give_back(before)
-            self._set_use_cache(use_cache)
+        with kept_as_it_is(self.model):
+            set_use_cache(self.model, self.args.use_cache)
+            try:
+                output = super().train(
+                    resume_from_checkpoint=str(folder) if folder else None, **arguments
+                )
+            finally:
+                for callback in self.callback_handler.callbacks:
+                    if isinstance(callback, ModelCallback):
+                        callback.stopped()
         last = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save and (last / COMPLETE).is_file():
             self._mark_complete(last, finished=is_finished(self))
@@ -189,14 +181,6 @@ class AdapterTrainer(Trainer):
             self._load_best_model()
         losses = [entry["loss"] for entry in self.history]
         return TrainOutput(state.global_step, sum(losses) / max(1, len(losses)), {})
-
-    @staticmethod
-    def _use_cache(model: nn.Module) -> bool | None:
-        return getattr(getattr(model, "config", None), "use_cache", None)
-
-    def _set_use_cache(self, use_cache: bool | None) -> None:
-        if self._use_cache(self.model) is not None:
-            self.model.config.use_cache = use_cache
 
     def compute_loss(
         self,
@@ -220,19 +204,8 @@ class AdapterTrainer(Trainer):
 
     def evaluation_loop(self, *arguments: Any, **named: Any) -> EvalLoopOutput:
         """Trainer's, after which the model has the `forward` that it had before: without `train` this would prepare it for good."""
-        before = self._prepared()
-        try:
+        with kept_as_it_is(self.model):
             return super().evaluation_loop(*arguments, **named)
-        finally:
-            self._give_back(before)
-
-    def _prepared(self) -> dict[str, Any]:
-        return {name: vars(self.model)[name] for name in PREPARED if name in vars(self.model)}
-
-    def _give_back(self, before: dict[str, Any]) -> None:
-        for name in PREPARED:
-            vars(self.model).pop(name, None)
-        vars(self.model).update(before)
 
     def compute_loss_context_manager(self) -> ExitStack:
         """Evaluation computes in training's precision, after `train` too, where the model has its own `forward` back."""

@@ -30,6 +30,7 @@ GROUND = (
     "linears",
     "lora",
     "processes",
+    "kept",
     "targets",
     "injection",
     "callbacks",

@@ -1,0 +1,36 @@
+"""What a training sets on the model object itself, and gives back."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from torch import nn
+
+PREPARED = ("forward", "_original_forward", "_is_accelerate_prepared")
+"""What accelerate sets on a model that it wraps."""
+
+
+@contextlib.contextmanager
+def kept_as_it_is(model: nn.Module) -> Iterator[None]:
+    """Within it a Trainer may wrap `model.forward` and switch its cache off; after it both are as they were before."""
+    before = {name: vars(model)[name] for name in PREPARED if name in vars(model)}
+    use_cache = uses_cache(model)
+    try:
+        yield
+    finally:
+        for name in PREPARED:
+            vars(model).pop(name, None)
+        vars(model).update(before)
+        set_use_cache(model, use_cache)
+
+
+def uses_cache(model: nn.Module) -> bool | None:
+    """`config.use_cache` of a model; None where it has no such field."""
+    return getattr(getattr(model, "config", None), "use_cache", None)
+
+
+def set_use_cache(model: nn.Module, use_cache: bool | None) -> None:
+    """Sets `config.use_cache` where a model has it."""
+    if uses_cache(model) is not None:
+        model.config.use_cache = use_cache  # type: ignore[union-attr]  # a configuration of transformers
