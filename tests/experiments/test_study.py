@@ -101,7 +101,7 @@ def test_verify_runs_the_witness_alone_and_notes_what_came_out(tmp_path: Path) -
     after = json.loads(out.read_text())
     assert after["verified"] == found and after["runs"] == before["runs"]
     assert "came out the same" in reading.provenance(after)
-    assert "not verified since" in reading.provenance(before)
+    assert "no run was repeated since" in reading.provenance(before)
 
 
 def test_verify_catches_a_changed_number_and_a_lost_field(tmp_path: Path) -> None:
