@@ -45,7 +45,7 @@ def test_1_1_trains_on_four_bits_and_exports_what_peft_loads_on_the_same_base(
         exec("import torch\n" + merging, given)
         plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
         merged = plain(input_ids=ids).logits.float()
-    # what the adapter does is three times what is allowed below, so a merge that drops it would fail
-    assert (wanted - before).norm() > 0.15 * wanted.norm()
+    # what the adapter does is four times what is allowed below, so a merge that drops it would fail
+    assert (wanted - before).norm() > 0.2 * wanted.norm()
     # bf16 has 8 bits for each weight of the sum
     assert (merged - wanted).norm() < 0.05 * wanted.norm()
