@@ -63,7 +63,7 @@ def fit(
 
 def load_study(name: str) -> dict[str, Any]:
     """A committed record: `study` (its name), `settings`, `runs` (values by key), `made` (date, commit, versions and machine of
-    which runs) and `verified` (when a run last ran again, and how far apart it came out; None before).
+    which runs) and `verified` (when its witness last ran again, and how far apart it came out; None before).
 
     Raises ValueError for an unknown name, listing what there is.
     """
@@ -97,7 +97,7 @@ def provenance(record: Mapping[str, Any]) -> str:
     if not largest[nearest]:
         return f"{again} came out the same."
     field = nearest.replace("_per_", " a ").replace("_", " ")
-    return f"{again} was off by {largest[nearest]:.2g} {field} ({within[nearest]:g} allowed)."
+    return f"{again} differs by {largest[nearest]:.2g} in {field} ({within[nearest]:g} allowed)."
 
 
 def tried_rates(record: Mapping[str, Any], arm: str) -> list[float]:

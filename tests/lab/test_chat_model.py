@@ -52,6 +52,7 @@ def test_a_row_says_whether_the_verdict_is_nanos(record: Path) -> None:
         (row,) = answer(claims, "5.1-s")
         assert row[2] == said
         assert "60% and 50% of unseen words" in row[1] and "-0.050 bits" in row[1]
+        assert ", 2 seeds (" in row[1]  # the table's head speaks of nano's
         assert claims.claims[-1].holds and claims.claims[-1].evidence == "smol"
     assert answer(with_nano(False, "1.2-s"), "1.2-s")[0][2] == LIKE  # lower with one seed of two
 
