@@ -88,8 +88,8 @@ def test_claims_on_the_chat_model_are_held_against_nanos(
     )]  # fmt: skip
     path.write_text(json.dumps(chapter))
     text = carried_over(results)
-    assert " 2 were tried" in text and ": 1 have the verdict" in text
-    assert "1 have not: [1.2-s](#claim-1-2-s) (on nano [1.2-a](#claim-1-2-a))" in text
+    assert " 2 were stated" in text and ": 1 hold on both models, 0 on neither" in text
+    assert "1 on one of the two: [1.2-s](#claim-1-2-s) (on nano [1.2-a](#claim-1-2-a))" in text
 
 
 def test_run_times_name_each_chapter_and_add_up(project: tuple[Path, list[Result]]) -> None:

@@ -25,7 +25,7 @@ def ledger(root: Path, results: list[Result]) -> str:
 
 
 def carried_over(results: list[Result]) -> str:
-    """How many of the claims that were tried on the chat model have nano's verdict there, and which have not."""
+    """How many of the claims that were tried on the chat model hold there and on nano, on neither, and which on one of them."""
     held = {
         claim.id: claim.holds
         for result in results
@@ -37,11 +37,12 @@ def carried_over(results: list[Result]) -> str:
         return f"None of {len(QUESTIONS)} central claims has been tried on SmolLM2-135M yet."
     other = [id for id, nano in tried.items() if held[id] != held[nano]]
     apart = ", ".join(f"{link(id)} (on nano {link(tried[id])})" for id in other)
+    both = sum(held[id] and held[nano] for id, nano in tried.items())
     return (
-        f"Of {len(QUESTIONS)} central claims {len(tried)} were tried on SmolLM2-135M, with three seeds each, and stated before: "
-        f"{len(tried) - len(other)} have the verdict that they have on nano"
-        + (f"; {len(other)} have not: {apart}." if other else ".")
-    )
+        f"Of {len(QUESTIONS)} central claims {len(tried)} were stated for SmolLM2-135M before they were tried there, with few seeds: "
+        f"{both} hold on both models, {len(tried) - len(other) - both} on neither (which says less, since a rule about every seed "
+        "fails easily)" + (f", and {len(other)} on one of the two: {apart}." if other else ", and none on one of the two.")
+    )  # fmt: skip
 
 
 def link(id: str) -> str:
