@@ -175,6 +175,9 @@ def answer(claims: Claims, *ids: str) -> list[tuple[str, str, str]]:
         )  # fmt: skip
         first, second = (right(record, paths[0]) for paths in question.arms.values())
         exact = f"{first} and {second} of unseen words exactly right, " if first and second else ""
-        same = LIKE if claims.claims[-1].holds == nano.holds else UNLIKE
+        holds = claims.claims[-1].holds
+        same = (
+            f"the claim {'holds' if holds else 'fails'}, {LIKE if holds == nano.holds else UNLIKE}"
+        )
         rows.append((asked, f"{exact}{effect}, {len(one)} seeds ({claims.link(id)})", same))
     return rows
