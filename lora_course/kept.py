@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from torch import nn
 
 PREPARED = ("forward", "_original_forward", "_is_accelerate_prepared")
-"""What accelerate sets on a model that it wraps."""
+"""What accelerate sets on a model that it wraps; TRL sets a `forward` too."""
 
 
 @contextlib.contextmanager
-def kept_as_it_is(model: nn.Module) -> Iterator[None]:
-    """Within it a Trainer may wrap `model.forward` and switch its cache off; after it both are as they were before."""
+def kept_as_it_is(model: nn.Module, forward: Callable[..., Any] | None = None) -> Iterator[None]:
+    """Within it a Trainer may wrap `model.forward` and switch its cache off; after it both are as they were before.
+
+    forward: what `model.forward` is within it, where it is not the model's own.
+    """
     before = {name: vars(model)[name] for name in PREPARED if name in vars(model)}
     use_cache = uses_cache(model)
+    if forward is not None:
+        model.forward = forward
     try:
         yield
     finally:
@@ -23,6 +29,11 @@ def kept_as_it_is(model: nn.Module) -> Iterator[None]:
             vars(model).pop(name, None)
         vars(model).update(before)
         set_use_cache(model, use_cache)
+
+
+def forward_set_on(model: nn.Module) -> Callable[..., Any] | None:
+    """The `forward` that was set on a model object, which a copy of the model would share; None where it has its class's."""
+    return vars(model).get("forward")
 
 
 def uses_cache(model: nn.Module) -> bool | None:

@@ -35,12 +35,12 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from lora_course import processes
-from lora_course.arguments import one_device
+from lora_course.arguments import one_device, refuse_a_loss_past_the_head
 from lora_course.callbacks import ModelCallback
 from lora_course.checkpoint import restore_adapter, save_adapter
 from lora_course.files import replace_file
 from lora_course.injection import adapter_layers, trainable_parameters
-from lora_course.kept import kept_as_it_is, set_use_cache
+from lora_course.kept import forward_set_on, kept_as_it_is, set_use_cache
 from lora_course.progress import Progress
 from lora_course.runs import (
     COMPLETE,
@@ -103,6 +103,8 @@ class AdapterTrainer(Trainer):
                 super().__init__(model, args, **arguments)
             finally:
                 del model._hf_peft_config_loaded
+            self._forward = forward_set_on(model)
+        refuse_a_loss_past_the_head(model, self._forward)
         if self.is_fsdp_enabled:
             raise ValueError(
                 "AdapterTrainer does not train under FSDP, whose checkpoints hold the base: launch without it (each process holds the "
@@ -153,7 +155,7 @@ class AdapterTrainer(Trainer):
         )
         if folder is not None and (finished := self._take_over(folder)):
             return finished
-        with kept_as_it_is(self.model):
+        with kept_as_it_is(self.model, self._forward):
             set_use_cache(self.model, self.args.use_cache)
             try:
                 output = super().train(
@@ -190,9 +192,10 @@ class AdapterTrainer(Trainer):
         num_items_in_batch: Any = None,
     ) -> Tensor | tuple[Tensor, Any]:
         """Trainer's loss of a micro-batch, with this micro-batch's share of the auxiliary loss in training."""
-        loss, outputs = super().compute_loss(
-            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+        found: Any = super().compute_loss(
+            model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
         )
+        loss: Tensor = found[0] if return_outputs else found
         if self.auxiliary_loss is not None and model.training:
             # A loss per token of the whole step is summed over the micro-batches; any other Trainer divides itself.
             summed = self.compute_loss_func is not None or (
@@ -200,11 +203,11 @@ class AdapterTrainer(Trainer):
             )
             share = self.current_gradient_accumulation_steps if summed else 1
             loss = loss + self._auxiliary(self.auxiliary_loss).to(loss.device) / share
-        return (loss, outputs) if return_outputs else loss
+        return (loss, found[1]) if return_outputs else loss
 
     def evaluation_loop(self, *arguments: Any, **named: Any) -> EvalLoopOutput:
         """Trainer's, after which the model has the `forward` that it had before: without `train` this would prepare it for good."""
-        with kept_as_it_is(self.model):
+        with kept_as_it_is(self.model, self._forward):
             return super().evaluation_loop(*arguments, **named)
 
     def compute_loss_context_manager(self) -> ExitStack:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from pathlib import Path
 from typing import Any
@@ -42,10 +43,9 @@ def rows() -> datasets.Dataset:
     return datasets.Dataset.from_dict({"messages": talks})
 
 
-def model() -> nn.Module:
-    base = qwen()
-    base.resize_token_embeddings(len(tokenizer()))
-    return randomize(inject(base, config(target_modules=["q_proj", "v_proj", "down_proj"])))
+def model(*targets: str) -> nn.Module:
+    targets = targets or ("q_proj", "v_proj", "down_proj")
+    return randomize(inject(fresh(), config(target_modules=list(targets))))
 
 
 def tokenizer() -> Any:
@@ -62,6 +62,33 @@ def sft(folder: Path, kind: type = AdapterSFTTrainer, **fields: Any) -> Any:
     }  # fmt: skip
     args = trl.SFTConfig(output_dir=str(folder), **settings)
     return kind(model(), args, train_dataset=rows(), processing_class=tokenizer())
+
+
+def test_the_model_has_its_own_forward_between_trainings(tmp_path: Path) -> None:
+    """TRL's calls the model that it was set on: a copy that took it along would compute with the other's weights."""
+    trainer = sft(tmp_path, max_steps=1)
+    assert "forward" not in vars(trainer.model)
+    trainer.train()
+    assert "forward" not in vars(trainer.model)
+    other = randomize(copy.deepcopy(trainer.model), seed=7)
+    ids = torch.tensor([[5, 6, 7]])
+    assert not torch.equal(other(ids).logits, trainer.model(ids).logits)
+
+
+def test_one_forward_pass_is_made_a_batch(tmp_path: Path) -> None:
+    trainer = sft(tmp_path, max_steps=2)
+    passes: list[int] = []
+    trainer.model.model.register_forward_hook(lambda *_: passes.append(1))
+    trainer.train()
+    assert len(passes) == 2
+
+
+def test_an_adapter_on_the_head_is_refused(tmp_path: Path) -> None:
+    args = trl.SFTConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+    with pytest.raises(ValueError, match="'lm_head' has an adapter.*leave it out"):
+        AdapterSFTTrainer(
+            model("q_proj", "lm_head"), args, train_dataset=rows(), processing_class=tokenizer()
+        )
 
 
 def test_the_loss_is_of_the_answers_alone_over_padded_rows(tmp_path: Path) -> None:
