@@ -176,6 +176,18 @@ def results(record: Mapping[str, Any], names: Mapping[str, str]) -> pd.DataFrame
     return pd.DataFrame(rows).T
 
 
+def one_sided(record: Mapping[str, Any], key: str, names: Mapping[str, str]) -> tuple[str, str]:
+    """The arms that are below, and those that are above LoRA with every seed in a level (`LEVELS`); "none" for none."""
+    sides: tuple[list[str], list[str]] = [], []
+    loras = _runs(record, "lora")
+    for arm in arms_run(record):
+        gaps = [run[key] - lora[key] for run, lora in zip(_runs(record, arm), loras, strict=True)]
+        for side, sign in zip(sides, (-1, 1), strict=True):
+            if all(sign * gap > 0 for gap in gaps):
+                side.append(names.get(arm, arm))
+    return ", ".join(sides[0]) or "none", ", ".join(sides[1]) or "none"
+
+
 def _runs(record: Mapping[str, Any], arm: str) -> list[dict[str, Any]]:
     rate = chosen_rate(record, arm)
     return [record["runs"][f"{arm}/{rate:g}/{seed}/test"] for seed in record["settings"]["seeds"]]
