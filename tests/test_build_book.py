@@ -73,6 +73,7 @@ def test_pages_that_failed_are_tried_again(
     assert done == ["staged", "pages", "staged", "staged", "pages"]
 
 
+@pytest.mark.slow
 def test_the_sources_are_all_that_a_page_comes_from(tmp_path: Path) -> None:
     """Whatever the stage opens lies in what the fingerprint reads."""
     code = """
