@@ -94,10 +94,8 @@ def trained(method: str, rate: float, seed: int, choice: str = "importance") -> 
 
 
 def score(found: Trained, split: str) -> dict[str, Any]:
-    seen = found.seen
-    if split == "validation" and seen:
-        seen = {"orthogonality": seen["orthogonality"]}
-    return values_of(SETTINGS, found, split) | seen
+    told = ("orthogonality",) if split == "validation" else found.seen
+    return values_of(SETTINGS, found, split) | {k: found.seen[k] for k in told if k in found.seen}
 
 
 def control(choice: str, rate: float, seed: int) -> dict[str, Any]:
