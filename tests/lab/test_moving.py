@@ -145,6 +145,9 @@ def opened(browser: chromium.Browser, folder: Path, body: str, width: int = 700)
     page.write_text(f'<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width"><body>{body}')  # fmt: skip
     browser.size(width, 900, mobile=width < 500)
     browser.open(page.as_uri())
+    browser.wait(
+        "!document.querySelector('script[data-lab]') || document.querySelector('.panels [data-value], .panels td, .panels span')"
+    )
 
 
 DRAWN = "[...document.querySelectorAll('.panels [data-value]')].map(e => e.dataset.value).join(' ')"
