@@ -254,16 +254,12 @@ class LoRALinear(nn.Module):
                 f"The adapter holds {sorted(tensors)} for {name!r}, a {type(self).__name__} keeps {sorted(expected)}: "
                 "it was made with another kind of layer. Inject that layer, or use factor_state() of its model."
             )
-        A, B = tensors["A"], tensors["B"]
+        A, B, r = tensors["A"], tensors["B"], tensors["A"].shape[:1]
         if tensors["scaling"].numel() != 1:
             raise ValueError(
                 f"The adapter's scaling for {name!r} is {list(tensors['scaling'].shape)}; one number is expected."
             )
-        if (
-            A.shape[1:] != (self.in_features,)
-            or B.shape[:1] != (self.out_features,)
-            or B.shape[1:] != A.shape[:1]
-        ):
+        if (A.shape, B.shape) != ((*r, self.in_features), (self.out_features, *r)):
             raise ValueError(
                 f"The adapter's factors for {name!r} are A {list(A.shape)} and B {list(B.shape)}; this layer needs "
                 f"A [r, {self.in_features}] and B [{self.out_features}, r]: it was made for another base model."
