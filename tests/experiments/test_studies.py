@@ -68,14 +68,12 @@ def test_a_tolerance_for_rounding_is_less_than_the_seeds_lie_apart(name: str) ->
     witness, record = experiments.get(name).witness, reading.load_study(name)
     if ROUNDING not in witness.reason:
         return
+    key = witness.keys[-1].replace("/validation", "/test")  # which every seed has
+    at = key.replace("/0/", "/{}/") if "/0/" in key else f"{key.rpartition('/')[0]}/{{}}"
+    keys = [at.format(seed) for seed in record["settings"]["seeds"]]
+    runs = [record["runs"][key] for key in keys if key in record["runs"]]
     apart = {}
     for field in ("bits_per_byte", "own_domain", "ACC"):
-        runs = [
-            record["runs"][witness.keys[-1].replace("/0/", f"/{seed}/")]
-            if "/0/" in witness.keys[-1]
-            else record["runs"][f"{witness.keys[-1].rpartition('/')[0]}/{seed}"]
-            for seed in record["settings"]["seeds"]
-        ]
         values = [run[field] for run in runs if field in run]
         values = [fmean(v.values()) if isinstance(v, dict) else v for v in values]
         if len(values) > 1 and field in witness.within:
