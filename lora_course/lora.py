@@ -87,15 +87,6 @@ class LoRALinear(nn.Module):
     })  # fmt: skip
     """Fields of the configuration that this layer obeys; any other that is set is refused."""
 
-    @classmethod
-    def initial_rank(cls, config: LoraConfig) -> int:
-        """The rank that `config` gives to modules that its `rank_pattern` does not name.
-
-        `inject` asks before it changes anything: a layer whose configuration has a field of its own for the rank, or
-        must fit together in some other way, overrides this, and raises.
-        """
-        return config.r
-
     def __init__(
         self,
         base_layer: nn.Linear,
@@ -107,21 +98,7 @@ class LoRALinear(nn.Module):
     ) -> None:
         super().__init__()
         check_linear(base_layer, "base_layer")
-        if not isinstance(r, int) or isinstance(r, bool) or r < 1:
-            raise ValueError(
-                f"r={r!r}: the rank must be a whole number of 1 or more; leave a layer out with exclude_modules."
-            )
-        if not isinstance(lora_alpha, int | float) or not 0 < lora_alpha < math.inf:
-            raise ValueError(
-                f"lora_alpha={lora_alpha!r}: a positive, finite scale is expected; lora_alpha = r gives scaling 1."
-            )
-        if not isinstance(lora_dropout, int | float) or not 0 <= lora_dropout < 1:
-            raise ValueError(f"lora_dropout={lora_dropout!r}: a probability in [0, 1) is expected.")
-        if init_lora_weights is not True and init_lora_weights != "gaussian":
-            raise ValueError(
-                f"init_lora_weights={init_lora_weights!r} is not supported by {type(self).__name__}: "
-                "use True (A Kaiming-uniform, B zero) or 'gaussian' (A normal, B zero)."
-            )
+        self._check_arguments(r, lora_alpha, lora_dropout, init_lora_weights)
         self.base_layer = base_layer.requires_grad_(False)
         if is_4bit(base_layer):
             keep_unpacked(base_layer)
@@ -166,6 +143,15 @@ class LoRALinear(nn.Module):
     def transform_hidden(self, h: Tensor) -> Tensor:
         """What happens to `h = A x` `[..., r]` on its way to `B`; nothing here."""
         return h
+
+    @classmethod
+    def initial_rank(cls, config: LoraConfig) -> int:
+        """The rank that `config` gives to modules that its `rank_pattern` does not name.
+
+        `inject` asks before it changes anything: a layer whose configuration has a field of its own for the rank, or
+        must fit together in some other way, overrides this, and raises.
+        """
+        return config.r
 
     @classmethod
     def after_inject(cls, model: nn.Module, layers: dict[str, LoRALinear]) -> None:
@@ -268,19 +254,33 @@ class LoRALinear(nn.Module):
                 f"The adapter holds {sorted(tensors)} for {name!r}, a {type(self).__name__} keeps {sorted(expected)}: "
                 "it was made with another kind of layer. Inject that layer, or use factor_state() of its model."
             )
-        A, B = tensors["A"], tensors["B"]
+        A, B, r = tensors["A"], tensors["B"], tensors["A"].shape[:1]
         if tensors["scaling"].numel() != 1:
             raise ValueError(
                 f"The adapter's scaling for {name!r} is {list(tensors['scaling'].shape)}; one number is expected."
             )
-        if (
-            A.shape[1:] != (self.in_features,)
-            or B.shape[:1] != (self.out_features,)
-            or B.shape[1:] != A.shape[:1]
-        ):
+        if (A.shape, B.shape) != ((*r, self.in_features), (self.out_features, *r)):
             raise ValueError(
                 f"The adapter's factors for {name!r} are A {list(A.shape)} and B {list(B.shape)}; this layer needs "
                 f"A [r, {self.in_features}] and B [{self.out_features}, r]: it was made for another base model."
+            )
+
+    @classmethod
+    def _check_arguments(cls, r: int, lora_alpha: float, dropout: float, init: bool | str) -> None:
+        if not isinstance(r, int) or isinstance(r, bool) or r < 1:
+            raise ValueError(
+                f"r={r!r}: the rank must be a whole number of 1 or more; leave a layer out with exclude_modules."
+            )
+        if not isinstance(lora_alpha, int | float) or not 0 < lora_alpha < math.inf:
+            raise ValueError(
+                f"lora_alpha={lora_alpha!r}: a positive, finite scale is expected; lora_alpha = r gives scaling 1."
+            )
+        if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+            raise ValueError(f"lora_dropout={dropout!r}: a probability in [0, 1) is expected.")
+        if init is not True and init != "gaussian":
+            raise ValueError(
+                f"init_lora_weights={init!r} is not supported by {cls.__name__}: "
+                "use True (A Kaiming-uniform, B zero) or 'gaussian' (A normal, B zero)."
             )
 
     def extra_repr(self) -> str:

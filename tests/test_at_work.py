@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from lora_course import cli, lab
 from lora_course.injection import adapter_layers
-from tests.test_trl import TALKS, TEMPLATE
+from tests.talks import TALKS, TEMPLATE
 from tools.run_chapters import ROOT
 
 pytest.importorskip("trl", reason="TRL is not installed: pip install --no-deps trl")

@@ -151,7 +151,7 @@ def test_a_ratio_is_of_the_same_round_and_aims_are_met_or_not() -> None:
     )
     better = copy.deepcopy(record())
     better["groups"]["lora nano fp32"]["seconds"]["LoRA"] = [0.9, 1.8, 0.9]
-    rows = {row[0]: row for row in report.rows(better)}
+    rows = {row[0]: row for row in report.table_rows(better)}
     assert rows["LoRA against PEFT's, nano, fp32"][1:] == [
         "0.90 (0.90–0.90)",
         "0.75",
@@ -159,7 +159,9 @@ def test_a_ratio_is_of_the_same_round_and_aims_are_met_or_not() -> None:
         "met",
     ]
     better["groups"]["lora nano fp32"]["peak_bytes"]["LoRA"] = 2_100_000
-    assert {row[0]: row for row in report.rows(better)}["LoRA against PEFT's, nano, fp32"][2:] == [
+    assert {row[0]: row for row in report.table_rows(better)}["LoRA against PEFT's, nano, fp32"][
+        2:
+    ] == [
         "1.05",
         "≤\N{NO-BREAK SPACE}1, both",
         "memory not met",

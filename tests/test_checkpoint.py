@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import nn
 
 from lora_course.checkpoint import HOMES, load_adapter, read_extra, restore_adapter, save_adapter
 from lora_course.export import export_peft, load_peft
@@ -21,17 +20,7 @@ from lora_course.injection import adapter_layers, inject, injection_of, merge
 from lora_course.lora import LAYERS
 from lora_course.sparse import SparseLoRALinear
 from lora_course.states import adapter_state, concatenate, use_adapter
-from tests.models import batch, config, qwen, randomize
-
-PATTERNS = {
-    "rank_pattern": {"q_proj": 5, "layers.1.mlp.up_proj": 2}, "alpha_pattern": {"k_proj": 7}, "use_rslora": True,
-    "lora_dropout": 0.1,
-}  # fmt: skip
-
-
-def logits(model: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model.eval()(**batch()).logits
+from tests.models import PATTERNS, config, logits, qwen, randomize
 
 
 @pytest.mark.parametrize("fields", [{}, PATTERNS], ids=["plain", "patterns"])

@@ -19,17 +19,9 @@ from lora_course.lab.models import NANO
 from lora_course.states import adapter_state
 from lora_course.training import AdapterTrainer
 from tests.models import SHAPE, config, qwen, randomize
+from tests.talks import TALKS, TEMPLATE
 
 trl = pytest.importorskip("trl", reason="TRL is not installed: pip install --no-deps trl")
-
-TEMPLATE = (
-    "{% for m in messages %}{% if m['role'] == 'assistant' %}Answer:\n{% generation %}{{ m['content'] }}"
-    "{{ eos_token }}{% endgeneration %}{% else %}Question: {{ m['content'] }}\n{% endif %}{% endfor %}"
-)
-TALKS = [
-    ("What is one and one?", "two"), ("Who wrote the play?", "Shakespeare wrote it, long ago"), ("Say no.", "no"),
-    ("Where is the sea?", "beyond the hills"), ("Count.", "one two three four"), ("Name a colour.", "blue"),
-]  # fmt: skip
 
 
 class AdapterSFTTrainer(AdapterTrainer, trl.SFTTrainer):

@@ -153,7 +153,7 @@ def api_modules(root: Path) -> list[str]:
     first = ["lora", "injection", "states", "checkpoint", "export", "training"]
     rest = [module for row in data(root, "coverage.yml") for module in answers(row)]
     lab = sorted(f"lab.{path.stem}" for path in (root / "lora_course" / "lab").glob("[a-z]*.py"))
-    core = [f"experiments.{name}" for name in ("study", "arms", "record", "comparison")]
+    core = [f"experiments.{name}" for name in ("study", "arms", "rates", "record", "comparison")]
     return [
         name
         for name in dict.fromkeys([*first, *rest, "merging", *core, *lab])

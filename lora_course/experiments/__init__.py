@@ -12,15 +12,12 @@ A study is written like this, in `lora_course/experiments/ranks.py`, with its na
         "first": [4e-3, 8e-3, 1.6e-2], "ranks": {"r8": 8, "r64": 64},
     }
 
-    def make(arm: str, seed: int) -> Arm:
-        return Arm(adapted(SETTINGS, seed, config_of(SETTINGS["ranks"][arm])))
-
     def trained(arm: str, rate: float, seed: int) -> Trained:
-        return train(make(arm, seed), rows_of(SETTINGS), rate, seed, SETTINGS["steps"], SETTINGS["batch"])
+        model = adapted(SETTINGS, seed, config_of(SETTINGS["ranks"][arm]))
+        return train_as(SETTINGS, Arm(model), rate, seed)
 
     def score(found: Trained, split: str) -> dict[str, Any]:
-        result = {"bits_per_byte": bits_of(SETTINGS, found.model, split), "parameters": found.arm.parameters(found.model)}
-        return result | {"losses": found.curve} if split == "test" else result
+        return values_of(SETTINGS, found, split)
 
     def body(runs: Runs) -> None:
         arms = runs.arms(list(SETTINGS["ranks"]))
@@ -32,8 +29,9 @@ A study is written like this, in `lora_course/experiments/ranks.py`, with its na
     WITNESS = Witness(("r8/0.008/0/test",), {"bits_per_byte": 5e-3, "parameters": 0}, ROUNDING)
     STUDY = Study("0_2_ranks", SETTINGS, body, WITNESS)
 
-A task that is scored otherwise differs in `rows` (any dataset of `input_ids` and `labels`) and in `score`, whose dictionary
-may hold anything that JSON can; `compete(…, value=lambda run: -run["accuracy"])` chooses the rate by a number that is to be
+`train_as` trains on the domain of the settings, for their steps and at their batch size. A task of other rows calls `train` with
+its own dataset of `input_ids` and `labels`; one that is scored otherwise differs in `score`, whose dictionary may hold anything
+that JSON can; `compete(…, value=lambda run: -run["accuracy"])` chooses the rate by a number that is to be
 high. Whatever is no training is a run too: `runs("cost/nano", measure)`. `adapted`, `rows_of` and `bits_of` take the base from
 `settings["model"]`: "nano" or "smol". More seeds are more runs and nothing else: `lora-course study run NAME --seeds 3 4`.
 """
@@ -49,25 +47,28 @@ from lora_course.experiments import listing
 if TYPE_CHECKING:
     from lora_course.experiments.arms import (
         Arm,
-        Kept,
         Trained,
         adapted,
         base_of,
+        base_runs,
         base_score,
+        bits_by_domain,
         bits_of,
-        compete,
         config_of,
+        file_bytes,
         rows_of,
-        run_key,
-        search,
         tokenizer_of,
         train,
+        train_as,
+        values_of,
     )
+    from lora_course.experiments.rates import Kept, choose, compete, run_key, search
     from lora_course.experiments.record import Record
     from lora_course.experiments.study import ROUNDING, Runs, Study, Witness
 
 # Imported when they are first used, as torch takes seconds: to list the studies needs their records alone.
 _HOME_OF = {
+    **dict.fromkeys(("Kept", "choose", "compete", "run_key", "search"), "rates"),
     **dict.fromkeys(("Record",), "record"),
     **dict.fromkeys(("ROUNDING", "Runs", "Study", "Witness"), "study"),
 }
@@ -159,10 +160,14 @@ __all__ = [
     "Witness",
     "adapted",
     "base_of",
+    "base_runs",
     "base_score",
+    "bits_by_domain",
     "bits_of",
+    "choose",
     "compete",
     "config_of",
+    "file_bytes",
     "get",
     "rows_of",
     "run_key",
@@ -170,4 +175,6 @@ __all__ = [
     "summary",
     "tokenizer_of",
     "train",
+    "train_as",
+    "values_of",
 ]

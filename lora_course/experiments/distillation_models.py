@@ -15,7 +15,7 @@ from torch import nn
 from lora_course import experts
 from lora_course.arguments import training_arguments
 from lora_course.distillation import DistillationConfig, DistillationTrainer, Teachers
-from lora_course.experiments import adapted, base_of, config_of, rows_of
+from lora_course.experiments.arms import Arm, adapted, base_of, config_of, rows_of, train
 from lora_course.lab import study
 from lora_course.lora import AdapterState
 from lora_course.states import adapter_state, concatenate, truncate
@@ -55,8 +55,7 @@ def teacher_states(seed: int) -> dict[str, AdapterState]:
     states, how = {}, SETTINGS["teacher"]
     for domain in DOMAINS:
         model = adapted(SETTINGS, seed, config_of(how["r"]))
-        plan = (how["learning_rate"], seed, how["steps"], SETTINGS["batch"])
-        study.fit(model, rows_of(SETTINGS, domain), *plan, disable_tqdm=True)
+        train(Arm(model), rows_of(SETTINGS, domain), how["learning_rate"], seed, how["steps"], SETTINGS["batch"])  # fmt: skip
         states[domain] = adapter_state(model)
     return states
 
@@ -85,8 +84,8 @@ def distil(
     model = adapted(SETTINGS, seed, config_of(R))
     with tempfile.TemporaryDirectory() as folder:
         args = training_arguments(
-            folder, learning_rate=rate, seed=seed, max_steps=steps, warmup_steps=0.1, lr_scheduler_type="linear",
-            per_device_train_batch_size=SETTINGS["batch"], save_strategy="no", disable_tqdm=True,
+            folder, learning_rate=rate, seed=seed, max_steps=steps, disable_tqdm=True,
+            per_device_train_batch_size=SETTINGS["batch"], **study.RECIPE,
         )  # fmt: skip
         more: dict[str, Any] = {"teachers": Teachers(model, states, weights), "config": config}
         trainer = DistillationTrainer(model, args, train_dataset=rows, **more)
@@ -111,5 +110,4 @@ def with_router(rate: float, seed: int) -> nn.Module:
     model = base_of(SETTINGS)
     torch.manual_seed(seed)
     experts.mix_experts(model, list(teacher_states(seed).values()))
-    study.fit(model, mixed_rows(), rate, seed, STEPS, SETTINGS["batch"], disable_tqdm=True)
-    return model
+    return train(Arm(model), mixed_rows(), rate, seed, STEPS, SETTINGS["batch"]).model

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_course.files import replace_file
 from lora_course.lab.plots import stylesheet
 from lora_course.lab.predicates import FUNCTIONS, Values, evaluate, flips
 
@@ -136,7 +137,6 @@ class Claims:
         folder = Path(os.environ.get("LORA_COURSE_CLAIMS", "claims"))
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{self.chapter}.json"
-        part = path.with_suffix(".json.part")
         record = {
             "chapter": self.chapter,
             "profile": self.profile,
@@ -146,8 +146,7 @@ class Claims:
             },
             "claims": [asdict(claim) for claim in self.claims],
         }
-        part.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-        part.replace(path)
+        replace_file(path, (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
         return path
 
     def table(self) -> "ClaimTable":

@@ -65,7 +65,7 @@ def estimate(profile: Profile, r: int = 8) -> MemoryEstimate:
 def profiles() -> dict[str, Profile]:
     """The four profiles by name, with the precision of this machine's devices."""
     gpu, full = compute_dtype("cuda"), torch.float32
-    nano = Shape.of(json.loads((DATA / "nano" / "config.json").read_text()))
+    nano = Shape.from_config(json.loads((DATA / "nano" / "config.json").read_text()))
     smol = Shape(30, 576, 1536, 192, 49152, True)
     half = Shape(24, 896, 4864, 128, 151936, True)  # Qwen2.5-0.5B
     seven = Shape(28, 3584, 18944, 512, 152064, False)  # Qwen2.5-7B

@@ -1,7 +1,9 @@
 """The studies on tasks, tried on nano with few steps: what arms have in common, what a score holds, what is taken up again."""
 
+from collections.abc import Iterator
 from typing import Any
 
+import datasets
 import pytest
 import torch
 
@@ -9,13 +11,23 @@ from lora_course.experiments import smol_past, smol_several, task_scores, tasks_
 from lora_course.experiments.arms import base_of, train
 from lora_course.experiments.smol_past import METHODS
 from lora_course.injection import trainable_parameters
+from lora_course.lab import tasks
 
 SMALL = {"model": "nano", "steps": 6, "batch": 3, "length": 48, "new_tokens": 4, "own_bytes": 400}
 WORDS = {"validation": 5, "test": 20}
 
 
 @pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[None]:
+    """Few steps, few words, and two hundred training words of each task: all of them take long to encode."""
+    whole = tasks.load_task
+
+    def load_task(name: str, split: str) -> datasets.Dataset:
+        found = whole(name, split)
+        return found.select(range(200)) if split == "train" else found
+
+    monkeypatch.setattr(tasks, "load_task", load_task)
+    task_scores._rows.cache_clear()
     for study in (smol_past, smol_several, tasks_nano):
         for key, value in {**SMALL, "words": WORDS, "router": {"steps": 2}}.items():
             if key in study.SETTINGS:
@@ -23,6 +35,8 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     monkeypatch.setattr(smol_several, "TRAINED", tmp_path)
     for cached in (smol_past.plain, smol_several.plain):
         cached.cache_clear()
+    yield
+    task_scores._rows.cache_clear()
 
 
 @pytest.mark.parametrize("arm", METHODS)

@@ -112,7 +112,7 @@ def test_shapes_of_the_profiles_count_the_parameters_of_their_models() -> None:
     assert trainable_parameters(
         inject(model, LoraConfig(r=3, lora_alpha=3, target_modules="all-linear"))
     ) == tiny.adapter(3)
-    assert Shape.of(model.config.to_dict()) == tiny
+    assert Shape.from_config(model.config.to_dict()) == tiny
     # published sizes: 134.5M, 494M and 7.62B, with norms and biases
     assert smol.linear + smol.embedding == pytest.approx(134.5e6, rel=0.001)
     assert t4.linear + t4.embedding == pytest.approx(494e6, rel=0.001)
