@@ -195,7 +195,7 @@ def test_a_mark_says_that_the_run_was_finished(tmp_path: Path) -> None:
 def test_a_checkpoint_without_its_optimiser_is_not_gone_on_from(tmp_path: Path) -> None:
     """Its moments would start at zero: other weights than an uninterrupted run's."""
     run(tmp_path, save_only_model=True)
-    trainer, found = run(tmp_path, save_only_model=True)  # finished: nothing is trained
+    trainer, _ = run(tmp_path, save_only_model=True)  # finished: nothing is trained
     assert trainer.state.global_step == 4
     shutil.rmtree(tmp_path / "checkpoint-4")
     with pytest.raises(FileNotFoundError, match="without its optimiser.*load_adapter"):
