@@ -113,20 +113,19 @@ class ShownWeight(Tensor):
     as Mamba does, would pass the adapter over without a word.
     """
 
-    ASKED = frozenset({
-        Tensor.dtype.__get__, Tensor.device.__get__, Tensor.shape.__get__, Tensor.ndim.__get__, Tensor.is_meta.__get__,
-        Tensor.requires_grad.__get__, Tensor.layout.__get__, Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point,
-        Tensor.__repr__,
-    })  # fmt: skip
+    ASKED = frozenset([
+        *(getattr(Tensor, name).__get__ for name in ("dtype", "device", "shape", "ndim", "is_meta", "requires_grad", "layout")),
+        Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.__repr__,
+    ])  # fmt: skip
 
     @classmethod
-    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # fmt: skip
-        if function not in cls.ASKED:
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in cls.ASKED:
             raise RuntimeError(
                 "The weight of a layer with an adapter is computed with, past the adapter: leave this layer out of "
                 "target_modules; base_layer.weight is the base's own weight, delta_weight() the update."
             )
-        return super().__torch_function__(function, types, args, kwargs)
+        return super().__torch_function__(func, types, args, kwargs)
 
 
 def shown(weight: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -103,8 +104,8 @@ def check_rows(
     if hasattr(rows, "__len__") and not len(rows):
         raise ValueError("train_dataset has no rows.")
     found = [row for row in sample_of(rows) if isinstance(row, Mapping) and "input_ids" in row]
-    ids = [torch.as_tensor(row["input_ids"]) for row in found]
-    if not found or any(row.ndim != 1 for row in ids):
+    ids = [row for row in (_vector(row["input_ids"]) for row in found) if row is not None]
+    if not found or len(ids) < len(found):
         return
     if any(not row.numel() for row in ids):
         raise ValueError("train_dataset has a row without tokens: leave such rows out.")
@@ -193,5 +194,12 @@ def warn_of_no_best(args: TrainingArguments, state: TrainerState) -> None:
 
 def _counts(row: Mapping[str, Any], first: int) -> bool:
     """Whether a label of the row counts, from the place `first` on; one label for the whole row does."""
-    labels: Tensor = torch.as_tensor(row["labels"])
-    return bool((labels[..., first:] != IGNORED).any()) if labels.ndim else True
+    labels = _vector(row["labels"])
+    return labels is None or bool((labels[first:] != IGNORED).any())
+
+
+def _vector(value: Any) -> Tensor | None:
+    """A row's numbers as a vector of whole ones; None where it holds something else."""
+    if isinstance(value, list | tuple) and all(isinstance(number, numbers.Integral) for number in value):  # fmt: skip
+        return torch.tensor(value, dtype=torch.long)
+    return torch.as_tensor(value) if getattr(value, "ndim", None) == 1 else None

@@ -227,6 +227,10 @@ class AdapterTrainer(Trainer):
             contexts.enter_context(self.accelerator.autocast())
         return contexts
 
+    def push_to_hub(self, *_: Any, **__: Any) -> None:  # type: ignore[override]
+        """Raises ValueError: the run's folder is in the course's own format."""
+        raise ValueError(f"push_to_hub: {refused.FIELDS['push_to_hub']}.")
+
     def _save(
         self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None
     ) -> None:

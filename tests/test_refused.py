@@ -15,6 +15,7 @@ from transformers import DataCollatorForSeq2Seq
 
 from lora_course.arguments import training_arguments
 from lora_course.injection import inject, merge, unload, unmerge
+from lora_course.refused import check_rows
 from lora_course.states import adapter_state, use_adapter
 from lora_course.training import AdapterTrainer
 from tests.models import SHAPE, config, qwen, randomize
@@ -63,6 +64,24 @@ def test_a_field_that_would_make_it_another_training(
 ) -> None:
     with pytest.raises(ValueError, match=said):
         made(tmp_path, **fields)
+    with pytest.raises(ValueError, match="push_to_hub: .*export_peft"):
+        made(tmp_path).push_to_hub("somebody/something")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"input_ids": [[1, 2], [3]], "labels": 0},
+        {"input_ids": [1, 2], "labels": "a text"},
+        {"input_ids": [1, 2], "labels": 1},
+        {"input_ids": [1, 2]},
+        {"pixels": [0.5]},
+        [1, 2],
+    ],
+    ids=str,
+)
+def test_rows_of_other_kinds_pass(row: Any) -> None:
+    check_rows([row] * 3, qwen(), 2, None)
 
 
 def test_an_adapter_that_can_not_learn(tmp_path: Path) -> None:
