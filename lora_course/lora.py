@@ -24,6 +24,8 @@ from lora_course.linears import (
     execution_device,
     is_4bit,
     keep_unpacked,
+    shown,
+    update_dtype,
     whole,
 )
 
@@ -42,16 +44,6 @@ def register(layer: type[LoRALinear]) -> type[LoRALinear]:
     """Make a layer class known to checkpoints under its class name."""
     LAYERS[layer.__name__] = layer
     return layer
-
-
-def update_dtype(y: Tensor) -> torch.dtype:
-    """The type in which the update of the base's output `y` is computed: autocast's where it is on, else y's."""
-    kind = y.device.type
-    return (
-        torch.get_autocast_dtype(kind)
-        if torch.is_autocast_enabled(kind) and y.dtype != torch.float64
-        else y.dtype
-    )
 
 
 @register
@@ -113,9 +105,18 @@ class LoRALinear(nn.Module):
             nn.init.normal_(self.A, std=1 / r)
         else:
             nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
-        self.merged = False
-        self.enabled = True
+        self.merged, self.enabled = False, True
         self.weight_shared_with: str | None = None  # set by `inject`
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's weight, to be asked for its type and shape: computing with it raises, as that would miss the update."""
+        return shown(self.base_layer.weight)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """As `weight`."""
+        return None if self.base_layer.bias is None else shown(self.base_layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` `[..., in]` → `[..., out]`, in the base's type; the update is computed in autocast's type, if it is on."""
@@ -212,6 +213,19 @@ class LoRALinear(nn.Module):
         weight = self.base_layer.weight
         weight.copy_(weight + delta if weight.dtype == torch.float64 else weight.float() + delta)
 
+    def get_extra_state(self) -> Tensor:
+        """What `state_dict` holds beside the tensors, since they say nothing without it: scaling and whether it is merged."""
+        return torch.tensor([self.scaling, self.merged], dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Takes over what `get_extra_state` gave; called by `load_state_dict`."""
+        self._set_scaling(float(state[0]))
+        self.merged = bool(state[1])
+
+    def _set_scaling(self, scaling: float) -> None:
+        self.scaling = scaling
+        self.lora_alpha = scaling * (math.sqrt(self.r) if self.use_rslora else self.r)
+
     def tensors(self) -> AdapterState:
         """This layer's own parameters and persistent buffers by name, with `scaling`; not the base's. No copies."""
         own = {
@@ -244,7 +258,7 @@ class LoRALinear(nn.Module):
             is_parameter = isinstance(old, nn.Parameter)
             setattr(owner, leaf, nn.Parameter(fresh, old.requires_grad) if is_parameter else fresh)
         self.r = self.A.shape[0]
-        self.lora_alpha = self.scaling * (math.sqrt(self.r) if self.use_rslora else self.r)
+        self._set_scaling(self.scaling)
 
     def check_tensors(self, name: str, tensors: AdapterState) -> None:
         """Raise ValueError unless `tensors` fit this layer, called `name`. Nothing is changed."""

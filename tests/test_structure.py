@@ -31,6 +31,8 @@ GROUND = (
     "lora",
     "processes",
     "kept",
+    "instead",
+    "refused",
     "targets",
     "injection",
     "callbacks",
