@@ -134,6 +134,54 @@ def test_what_trains_on_the_device_takes_corners_and_what_trains_on_the_cpu_whol
     ]  # fmt: skip
 
 
+def test_bases_that_lie_on_the_device_at_once_are_counted_in_weights_of_the_profiles() -> None:
+    """A copy counts while it is held, an fp32 one of a 16-bit base twice, a shared base once, what lies on the CPU never."""
+    code = """
+    import copy, gc, tempfile
+    from dataclasses import replace
+    from pathlib import Path
+    from peft import LoraConfig
+    from lora_course import inject, lab, qlora
+    from lora_course.lab.profiles import profiles
+    from tools.pretended import chapters, held
+    meter = held.Meter(chapters.redirect(Path(tempfile.mkdtemp())))
+    half, seven = (profiles()[name] for name in ("t4", "large"))
+    def count(what, profile):
+        print(what, round(meter.bases(profile), 1), held.unlike(replace(profile, copies=2), meter.bases(profile)))
+    def use(model):
+        with torch.no_grad():
+            model(torch.tensor([[5, 6]], device=model.device), use_cache=False)
+    here, _ = lab.load_base(half, device="cpu")
+    use(here)
+    count("on the CPU", half)
+    model, _ = lab.load_base(half)
+    config = LoraConfig(r=4, target_modules="all-linear")
+    use(inject(model, config))
+    count("one with an adapter", half)
+    use(copy.deepcopy(model))
+    count("and a copy", half)
+    gc.collect()
+    wide = copy.deepcopy(model).float()
+    use(wide)
+    count("and one in fp32", half)
+    del wide, model
+    gc.collect()
+    meter.seen = {(0, 0)}
+    four = qlora.load_4bit(seven.model)
+    use(inject(four, config))
+    count("four bits", seven)
+    """
+    lines = [line for line in on_a_gpu(code).splitlines() if line.startswith(("o", "a", "f"))]
+    half, seven = "Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-7B"
+    assert lines == [
+        f"on the CPU 0.0 announces 2 bases of {half} at once, and holds 0.0",
+        f"one with an adapter 1.0 announces 2 bases of {half} at once, and holds 1.0",
+        "and a copy 2.0 None",
+        f"and one in fp32 3.0 announces 2 bases of {half} at once, and holds 3.0",
+        f"four bits 1.0 announces 2 bases of {seven} at once, and holds 1.0",
+    ]
+
+
 def test_a_chapter_that_ends_its_process_is_told_from_one_that_fails_and_one_that_passes() -> None:
     code = """
     import os

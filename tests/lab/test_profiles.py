@@ -72,6 +72,8 @@ def test_bases_held_at_once_count(monkeypatch) -> None:
     one, three = (pick_profile("large", copies=n) for n in (1, 3))
     weights = estimate(one).weights + estimate(one).adapters
     assert needed_memory(three) - needed_memory(one) == 2 * weights
+    by_name = {name: pick_profile(name, copies={"t4": 3}).copies for name in profiles()}
+    assert by_name == {"tiny": 1, "smol": 1, "t4": 3, "large": 1}
 
 
 def test_a_chapters_amounts_are_announced_and_counted(capsys) -> None:
