@@ -1,13 +1,16 @@
 """The pretended CUDA device behaves as a GPU machine where it matters: which device, which precision, how many."""
 
+import re
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
+import jupytext
 import pytest
 
 from tools.pretended.live import live
-from tools.run_chapters import ROOT
+from tools.run_chapters import ROOT, chapters
 
 
 def on_a_gpu(code: str, gpus: int = 1, bf16: bool = False) -> str:
@@ -147,7 +150,7 @@ def test_bases_that_lie_on_the_device_at_once_are_counted_in_weights_of_the_prof
     meter = held.Meter(chapters.redirect(Path(tempfile.mkdtemp())))
     half, seven = (profiles()[name] for name in ("t4", "large"))
     def count(what, profile):
-        print(what, round(meter.bases(profile), 1), held.unlike(replace(profile, copies=2), meter.bases(profile)))
+        print(what, round(meter.bases(profile), 1), *meter.unlike(replace(profile, copies=2)))
     def use(model):
         with torch.no_grad():
             model(torch.tensor([[5, 6]], device=model.device), use_cache=False)
@@ -160,6 +163,11 @@ def test_bases_that_lie_on_the_device_at_once_are_counted_in_weights_of_the_prof
     count("one with an adapter", half)
     use(copy.deepcopy(model))
     count("and a copy", half)
+    meter.step(8 * 256)
+    count("as announced", half)
+    meter.step(8 * 256 + 1)
+    count("a longer step", half)
+    meter.tokens = 0
     gc.collect()
     wide = copy.deepcopy(model).float()
     use(wide)
@@ -176,7 +184,9 @@ def test_bases_that_lie_on_the_device_at_once_are_counted_in_weights_of_the_prof
     assert lines == [
         f"on the CPU 0.0 announces 2 bases of {half} at once, and holds 0.0",
         f"one with an adapter 1.0 announces 2 bases of {half} at once, and holds 1.0",
-        "and a copy 2.0 None",
+        "and a copy 2.0",
+        "as announced 2.0",
+        "a longer step 2.0 announces steps of 8 × 256 tokens, and trains on 2,049 a step",
         f"and one in fp32 3.0 announces 2 bases of {half} at once, and holds 3.0",
         f"four bits 1.0 announces 2 bases of {seven} at once, and holds 1.0",
     ]
@@ -227,6 +237,16 @@ def test_live_cells_are_those_that_the_profile_changes_and_what_they_need() -> N
     changed_in_place = {"other": "inject(model, 4)", "clean": "print(model)"}
     assert chosen(CELLS | changed_in_place) == [*expected, "other", "clean"]
     assert chosen({"set-up": "import lab", "heavy": "lab.train()"}) == []
+
+
+@pytest.mark.parametrize("path", chapters(), ids=lambda path: path.stem)
+def test_gpu_cells_take_steps_batch_and_length_from_the_profile(path: Path) -> None:
+    cells = [c for c in jupytext.read(path).cells if "gpu" in c.metadata.get("tags", [])]
+    assert len(cells) == (path.stem != "5_1_comparison")
+    typed = re.compile(
+        r"(?<!save_)(?:max_steps|total_step|steps|batch|batch_size)=\d|blocks\(.*, \d+\)"
+    )
+    assert not [line for cell in cells for line in cell.source.splitlines() if typed.search(line)]
 
 
 @pytest.mark.lane

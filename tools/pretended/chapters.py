@@ -13,6 +13,7 @@ import argparse
 import multiprocessing
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 import jupytext
 
 from lora_course.lab.estimate import Shape
-from tools.pretended.held import Meter, unlike
+from tools.pretended.held import Meter
 from tools.pretended.live import live
 from tools.run_chapters import chapters
 
@@ -65,8 +66,11 @@ def redirect(folder: Path) -> Shape:
     return shapes[0]
 
 
-def train_on_corners() -> None:
-    """A `Trainer` whose model is on the device takes two short rows a step: every step is made, and costs next to nothing."""
+def train_on_corners(step: Callable[[int], None] = lambda tokens: None) -> None:
+    """A `Trainer` whose model is on the device takes two short rows a step: every step is made, and costs next to nothing.
+
+    step: is told how many tokens each would have had.
+    """
     from torch import Tensor
     from transformers import Trainer
 
@@ -74,6 +78,7 @@ def train_on_corners() -> None:
 
     def _prepare_inputs(self: Any, inputs: Any) -> Any:
         if self.args.device.type == "cuda":
+            step(inputs["input_ids"].numel())
             inputs = {
                 key: value[CORNER[: value.dim()]] if isinstance(value, Tensor) else value
                 for key, value in inputs.items()
@@ -107,8 +112,7 @@ def run(chapter: Path, meter: Meter, live_only: bool = False) -> list[str]:
             )
     profile = shell.user_ns.get("profile")
     if profile is not None and profile.device == "cuda":
-        wrong = unlike(profile, meter.bases(profile))
-        failures += [f"notebooks/{chapter.name}: {wrong}"] if wrong else []
+        failures += [f"notebooks/{chapter.name}: {wrong}" for wrong in meter.unlike(profile)]
     return failures
 
 
@@ -121,7 +125,7 @@ def run_here(stem: str, gpus: int, bf16: bool, live_only: bool) -> list[str]:
     with TemporaryDirectory() as folder:
         os.environ["LORA_COURSE_CLAIMS"] = f"{folder}/claims"
         meter = Meter(redirect(Path(folder)))
-        train_on_corners()
+        train_on_corners(meter.step)
         pretend(gpus, bf16, 80 * GIB if bf16 else 15 * GIB)
         os.chdir(folder)
         (chapter,) = [path for path in chapters() if path.stem == stem]

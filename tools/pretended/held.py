@@ -1,7 +1,8 @@
-"""How many bases lie on the pretended device at once, counted while a chapter runs.
+"""How many bases lie on the pretended device at once, and how many tokens a step trains on, counted while a chapter runs.
 
 meter = Meter(narrow)            # before any model is made; for the rest of the process
 meter.bases(profile)             # 2.0 where two of the profile's bases lay there at once, by their weights in bytes
+meter.unlike(profile)            # what the profile announces otherwise
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class Meter:
         self.narrow = narrow
         self.layers: weakref.WeakSet[Any] = weakref.WeakSet()
         self.seen: set[tuple[int, int]] = {(0, 0)}  # bytes of linear layers, of embeddings
+        self.tokens = 0  # of the largest step of a training there
         nn.Linear.__new__ = self._following()
         nn.Embedding.__new__ = self._following()
         forward = nn.Embedding.forward
@@ -49,6 +51,9 @@ class Meter:
             return layer
 
         return new
+
+    def step(self, tokens: int) -> None:
+        self.tokens = max(self.tokens, tokens)
 
     def look(self) -> None:
         narrow = self.narrow
@@ -77,9 +82,11 @@ class Meter:
         )
         return most / estimate(profile).weights
 
-
-def unlike(profile: Profile, held: float) -> str | None:
-    """What is wrong with what a profile announces, where it isn't what was held: a whole base more, or less."""
-    if profile.copies - 1 + LITTLE < held <= profile.copies + LITTLE:
-        return None
-    return f"announces {profile.copies} bases of {profile.model} at once, and holds {held:.1f}"
+    def unlike(self, profile: Profile) -> list[str]:
+        """What is announced otherwise: more bases than were held or fewer, or shorter steps than were trained."""
+        held, wrong = self.bases(profile), []
+        if not profile.copies - 1 + LITTLE < held <= profile.copies + LITTLE:
+            wrong.append(f"announces {profile.copies} bases of {profile.model} at once, and holds {held:.1f}")  # fmt: skip
+        if self.tokens > profile.batch * profile.length:
+            wrong.append(f"announces steps of {profile.batch} × {profile.length} tokens, and trains on {self.tokens:,} a step")  # fmt: skip
+        return wrong
