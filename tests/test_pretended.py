@@ -97,6 +97,21 @@ def test_precision_and_profile_are_those_of_the_gpu(bf16: bool, expected: str) -
     assert chosen == f"{expected} {'large' if bf16 else 't4'}" and computed == expected
 
 
+def test_an_adapter_merges_into_a_base_on_the_device() -> None:
+    code = """
+    from peft import LoraConfig
+    from lora_course import adapter_layers, inject, lab, merge
+    model, _ = lab.load_base("nano", torch.float16, "cuda")
+    layers = adapter_layers(inject(model, LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj"])))
+    for layer in layers.values():
+        torch.nn.init.ones_(layer.B)
+    before = {name: layer.base_layer.weight.clone() for name, layer in layers.items()}
+    merge(model)
+    print(all((layer.base_layer.weight != before[name]).any() for name, layer in layers.items()), model.device)
+    """
+    assert on_a_gpu(code) == "True cuda:0\n"
+
+
 def test_a_training_stays_where_its_model_is() -> None:
     """Fault 32: a model on the CPU of a GPU machine was moved by its training, and CPU rows met it there."""
     code = """
