@@ -171,6 +171,8 @@ def test_bases_that_lie_on_the_device_at_once_are_counted_in_weights_of_the_prof
             model(torch.tensor([[5, 6]], device=model.device), use_cache=False)
     here, _ = lab.load_base(half, device="cpu")
     use(here)
+    nano = qlora.load_4bit(lab.base_path("nano"))
+    use(nano)
     count("on the CPU", half)
     model, _ = lab.load_base(half)
     config = LoraConfig(r=4, target_modules="all-linear")

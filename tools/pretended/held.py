@@ -57,18 +57,19 @@ class Meter:
 
     def look(self) -> None:
         narrow = self.narrow
-        inside = {narrow.width, narrow.kv_width, narrow.intermediate}
+        width, inside = narrow.width, {narrow.width, narrow.kv_width, narrow.intermediate}
         sizes: tuple[dict[int, int], dict[int, int]] = ({}, {})
         for layer in list(self.layers):
             weight = layer.__dict__.get("_parameters", {}).get("weight")
             if weight is None or not weight.is_cuda:
                 continue
             if isinstance(layer, nn.Embedding):
-                table = layer.num_embeddings == narrow.vocabulary
+                shape = {layer.num_embeddings, layer.embedding_dim}
             else:
-                table = layer.out_features == narrow.vocabulary
-                if not table and not {layer.in_features, layer.out_features} <= inside:
-                    continue  # a part of an adapter
+                shape = {layer.in_features, layer.out_features}
+            table = shape == {narrow.vocabulary, width}
+            if not table and not (width in shape and shape <= inside):
+                continue  # a part of an adapter, or nano's
             with plain():
                 sizes[table][weight.data_ptr()] = weight.numel() * weight.element_size()
         self.seen.add((sum(sizes[0].values()), sum(sizes[1].values())))
