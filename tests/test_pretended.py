@@ -251,6 +251,10 @@ def test_live_cells_are_those_that_the_profile_changes_and_what_they_need() -> N
     assert chosen(CELLS) == expected
     needs_base = {"live": CELLS["live"].replace("profile)", "profile, base)")}
     assert chosen(CELLS | needs_base) == [*expected[:2], "heavy", *expected[2:]]
+    within_an_if = {"live": CELLS["live"] + "\nif model:\n    score = 1\n    print(score)"}
+    assert chosen(CELLS | within_an_if) == expected, "score is bound there before it is used"
+    in_one_branch = {"live": CELLS["live"] + "\nif model:\n    score = 1\nelse:\n    print(score)"}
+    assert chosen(CELLS | in_one_branch) == [*expected[:2], "heavy", "figure", *expected[2:]]
     changed_in_place = {"other": "inject(model, 4)", "clean": "print(model)"}
     assert chosen(CELLS | changed_in_place) == [*expected, "other", "clean"]
     assert chosen({"set-up": "import lab", "heavy": "lab.train()"}) == []
