@@ -5,8 +5,8 @@
 
 The arms of a group stand on the same base weights, in one process, and take turns: a ratio is the median of the rounds'
 ratios. A base of SmolLM2-135M's shape has random weights, which take as long as trained ones. Each arm's peak of memory is that
-of a process of its own, less what the process had after its imports. Writes benchmarks/results.json, which the book's page
-shows. What was measured on another machine, or with other versions or code, is measured again.
+of a process of its own, less what the process had after its imports. Writes lora_course/data/benchmarks.json, which
+the book's page shows and chapter 4.4 reads. What was measured on another machine, or with other versions or code, is measured again.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ from lora_course.serving import load_adapters, row_adapters
 from lora_course.states import factor_state
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results.json"
+RESULTS = ROOT / "lora_course" / "data" / "benchmarks.json"
 QUICK = ROOT / "build" / "benchmarks-quick.json"
 SMOLLM2 = {
     "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
@@ -521,7 +521,9 @@ def main() -> None:
         action="store_true",
         help=f"a small model, two rounds, into {QUICK.relative_to(ROOT)}",
     )
-    parser.add_argument("--out", type=Path, help="the file; by default benchmarks/results.json")
+    parser.add_argument(
+        "--out", type=Path, help=f"the file; by default {RESULTS.relative_to(ROOT)}"
+    )
     parser.add_argument(
         "--only", nargs="+", metavar="GROUP", help="these groups; a wrong name lists them"
     )

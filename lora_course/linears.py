@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+PLAIN = {torch.Tensor}  # what holds a weight as it is computed with; subclasses may scale it
 MERGEABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Types in which a weight is what it says, so that an update can be added to it."""
 
@@ -98,7 +99,7 @@ def check_mergeable(linear: nn.Module, name: str) -> None:
             f"The weight of {name!r} is computed from other parameters (weight or spectral normalisation): a sum would "
             "be lost at the next forward pass. Remove the parametrisation first, or serve unmerged."
         )
-    plain = kind.forward is nn.Linear.forward and type(weight.data) is torch.Tensor
+    plain = kind.forward is nn.Linear.forward and type(weight.data) in PLAIN
     if not plain or weight.dtype not in MERGEABLE:
         raise TypeError(
             f"The base of {name!r} is a {kind.__name__} with a {type(weight.data).__name__} of {weight.dtype}, whose forward "

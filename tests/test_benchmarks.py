@@ -194,14 +194,15 @@ def test_the_page_shows_tables_and_figures_with_alt_text(tmp_path: Path) -> None
         pages.fill("<!-- generated: benchmarks -->", tmp_path, [])
         == "*Not measured yet: `make bench`.*"
     )
-    (tmp_path / "benchmarks").mkdir()
-    (tmp_path / "benchmarks" / "results.json").write_text(json.dumps(record()))
+    kept = tmp_path / "lora_course" / "data" / "benchmarks.json"
+    kept.parent.mkdir(parents=True)
+    kept.write_text(json.dumps(record()))
     page = pages.fill("<!-- generated: benchmarks -->", tmp_path, [])
     assert "Measured 2026-01-02 on M, P, 2 cores, 2 threads; torch 2." in page
     assert "This processor emulates" not in page
     other = record()
     other["provenance"]["native_bf16"] = False
-    (tmp_path / "benchmarks" / "results.json").write_text(json.dumps(other))
+    kept.write_text(json.dumps(other))
     assert "This processor emulates bf16" in pages.fill(
         "<!-- generated: benchmarks -->", tmp_path, []
     )

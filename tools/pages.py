@@ -181,7 +181,7 @@ def api_list(root: Path, results: list[Result]) -> str:
 
 def benchmarks(root: Path, results: list[Result]) -> str:
     """What `make bench` measured last."""
-    return report.page(root / "benchmarks" / "results.json")
+    return report.page(root / "lora_course" / "data" / "benchmarks.json")
 
 
 PARTS: dict[str, Callable[[Path, list[Result]], str]] = {
