@@ -385,3 +385,15 @@ def test_a_chapter_plays_a_step_where_it_links_to_one(
     browser.wait("document.querySelector('.play-here .play-card .play-score strong')")
     assert browser.evaluate("document.querySelectorAll('.play-here .play-gated').length") > 20
     assert not browser.errors
+
+
+@pytest.mark.browser
+def test_the_chapter_on_distillation_holds_the_teachers(
+    browser: chromium.Browser, book: Path
+) -> None:
+    browser.open((book / "notebooks" / "3_2_distillation.html").as_uri())
+    browser.evaluate("document.querySelector('.play-here > button').click()")
+    rows = "document.querySelectorAll('.play-here [data-try=teachers] tbody tr').length"
+    browser.wait(f"{rows} > 5")
+    assert browser.evaluate("document.activeElement.name") == "text"
+    assert not browser.errors
