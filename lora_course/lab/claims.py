@@ -129,7 +129,7 @@ class Claims:
         if id in ids:
             self.claims[ids.index(id)] = claim
         else:
-            self.claims.append(claim)
+            self.claims = sorted([*self.claims, claim], key=lambda kept: kept.id)
 
     def save(self) -> Path:
         """Writes `<chapter>.json` into the folder LORA_COURSE_CLAIMS, ./claims by default; whole or not at all."""
