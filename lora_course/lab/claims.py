@@ -183,9 +183,18 @@ class AnswerTable:
     def _repr_html_(self) -> str:
         return _html(
             self.head,
-            ["<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in self.rows],
+            [
+                "<tr>" + "".join(map(self._cell, range(len(row)), row)) + "</tr>"
+                for row in self.rows
+            ],
             "claims answers",
         )
+
+    def _cell(self, column: int, cell: str) -> str:
+        """On a phone a table has no head: from a third of four columns on each cell says what it is."""
+        named = len(self.head) > 3 and column > 1
+        head = html.escape(re.sub(r"<[^>]+>", "", self.head[column]), quote=True)
+        return f'<td data-head="{head}">{cell}</td>' if named else f"<td>{cell}</td>"
 
     def __repr__(self) -> str:
         plain = (html.unescape(re.sub(r"<[^>]+>", "", " | ".join(row))) for row in self.rows)

@@ -216,6 +216,8 @@ def stack(fig: Figure) -> bool:
     column = GridSpec(grid.ncols, 1, figure=fig)
     for row, ax in enumerate(fig.axes):
         ax.set_subplotspec(column[row])
+        if row and ax.get_shared_y_axes().joined(ax, fig.axes[0]):
+            ax.tick_params(labelleft=True)  # in a row its neighbour had them
     fig.set_size_inches(NARROW, max(height * NARROW / WIDTH, 2.6) * grid.ncols)
     return True
 

@@ -78,6 +78,14 @@ def test_a_row_of_panels_is_a_column_on_a_phone(shown, rows, columns, stacked) -
         assert 4 * 72 < sizes[1][0] < 5 * 72 and sizes[1][1] >= 2.2 * 72 * columns
 
 
+def test_panels_that_share_their_rows_name_them_one_by_one_on_a_phone(shown) -> None:
+    fig, axes = figure(1, 2, sharey=True)
+    axes[0].set_yticks([0, 1], ["first row", "second row"])
+    show(fig, "two panels, one set of rows")
+    page = shown[0]["text/html"]  # words are paths, each beside a comment that says them
+    assert page.count("<!-- first row -->") == 1 + 2
+
+
 def test_a_colour_bar_keeps_its_figure_in_one_piece(shown) -> None:
     fig, ax = figure()
     fig.colorbar(ax.imshow([[0, 1]]), ax=ax)
