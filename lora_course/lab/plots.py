@@ -107,6 +107,11 @@ def bars(
         ax.legend()
 
 
+def beside(ax: Axes, x: float, y: float, words: str) -> None:
+    """Words to the right of a point, as near on a phone as on a screen (a distance in data would shrink with the figure)."""
+    ax.annotate(words, (x, y), xytext=(8, 0), textcoords="offset points", va="center", fontsize=10)
+
+
 def band(ax: Axes, x: Sequence[float], per_seed: Sequence[Sequence[float]], label: str) -> None:
     """The mean over seeds as a line and their range, from least to greatest, as a band. per_seed: [seeds, points]."""
     values = np.asarray(per_seed, dtype=float)

@@ -86,6 +86,20 @@ def test_panels_that_share_their_rows_name_them_one_by_one_on_a_phone(shown) -> 
     assert page.count("<!-- first row -->") == 1 + 2
 
 
+def test_words_beside_a_point_keep_their_distance_on_a_phone() -> None:
+    fig, ax = figure()
+    ax.plot([1, 2], [1, 2])
+    plots.beside(ax, 1, 1, "one")
+
+    def distance() -> float:
+        fig.canvas.draw()
+        return ax.texts[0].get_window_extent().x0 - ax.transData.transform((1, 1))[0]
+
+    wide = distance()
+    assert wide > 5 and plots.stack(fig)
+    assert distance() == pytest.approx(wide, abs=1)  # pixels; in units of the data it doubles
+
+
 def test_a_colour_bar_keeps_its_figure_in_one_piece(shown) -> None:
     fig, ax = figure()
     fig.colorbar(ax.imshow([[0, 1]]), ax=ax)
