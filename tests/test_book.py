@@ -133,6 +133,24 @@ def test_no_page_scrolls_sideways_on_a_phone(
 WIDE = f"[...document.querySelectorAll('article *')].filter(e => e.getBoundingClientRect().right > {PHONE}).slice(0, 5).map(e => e.outerHTML.slice(0, 120))"
 
 
+@pytest.mark.slow
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [1024, 1280, 1366])
+def test_code_fits_a_laptop_without_scrolling(
+    browser: chromium.Browser, address: str, width: int
+) -> None:
+    browser.size(width, 900)
+    for name in [*(f"notebooks/{stem}" for stem in CHAPTERS), "book/at-work"]:
+        browser.open(f"{address}/{name}.html")
+        assert not browser.evaluate(SCROLLED), name
+
+
+# What no reader has to open, and is wider than its box: the widest line of each.
+SCROLLED = """[...document.querySelectorAll('.bd-article pre')]
+  .filter(code => !code.closest('details:not([open])') && code.scrollWidth > code.clientWidth + 1)
+  .map(code => code.innerText.split('\\n').sort((a, b) => b.length - a.length)[0])"""
+
+
 @pytest.mark.browser
 @pytest.mark.parametrize("stem", CHAPTERS)
 def test_equations_are_typeset(browser: chromium.Browser, address: str, stem: str) -> None:
