@@ -376,6 +376,16 @@ def test_a_step_of_the_tour_writes_its_cards_and_tells_a_screen_reader(
         browser.evaluate("document.getElementById('play-announce').getAttribute('aria-live')")
         == "polite"
     )
+    browser.evaluate("""void (globalThis.said = [], new MutationObserver(
+      () => said.push(document.getElementById("play-announce").textContent),
+    ).observe(document.getElementById("play-announce"), { childList: true }))""")
+    rank = "document.querySelector('[data-try=rank]')"
+    browser.evaluate(f"{rank}.querySelector('button').click()")
+    browser.wait("said.some((words) => words.includes('3 ·'))")  # the summary comes last
+    wrote = "[...{}.querySelectorAll('.play-text')].map((text) => text.lastChild.textContent)"
+    said = browser.evaluate("said.join('\\n')")
+    assert all(last in said for last in browser.evaluate(wrote.format(rank)))
+    assert said.count(" wrote: ") == 3
     assert not browser.errors
     assert all(url.startswith((address, "file:", "data:", "blob:")) for url in browser.requests)
 

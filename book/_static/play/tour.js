@@ -90,6 +90,7 @@ function prepareTour(engine, jobs, use) {
       cards.replaceChildren();
       jobs.start(async (signal) => {
         const results = [];
+        let wrote = "";
         for (const settings of runs) {
           const card = new Card(
             engine,
@@ -109,17 +110,18 @@ function prepareTour(engine, jobs, use) {
           more.addEventListener("click", () => use({ ...card.settings, seed }, prompt));
           card.node.append(more);
           cards.append(card.node);
-          const { scores } = await card.run(prompt, {
+          const { text, scores } = await card.run(prompt, {
             count,
             temperature: 0.8,
             seed,
             signal,
           });
+          announce((wrote = `${card.title} wrote: ${text}.`));
           results.push(
             `${card.title}: ${Object.values(scores)[0].toFixed(2)} bits a byte.`,
           );
         }
-        announce(`${title}. ${results.join(" ")}`);
+        announce(`${wrote} ${title}. ${results.join(" ")}`);
       }, cards);
     });
     place.replaceChildren(button, cards);
