@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-PLACES = ((0, -8), (0, 22), (2, -2))  # of a line's label: after which point, how far below it
+PLACES = ((0, -8), (0, 40), (2, -2))  # of a line's label: after which point, how far below it
 
 
 def tables(root: Path, results: list) -> str:
