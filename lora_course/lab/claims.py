@@ -130,7 +130,7 @@ class Claims:
         if id in ids:
             self.claims[ids.index(id)] = claim
         else:
-            self.claims.append(claim)
+            self.claims = sorted([*self.claims, claim], key=lambda kept: kept.id)
 
     def save(self) -> Path:
         """Writes `<chapter>.json` into the folder LORA_COURSE_CLAIMS, ./claims by default; whole or not at all."""
@@ -182,9 +182,18 @@ class AnswerTable:
     def _repr_html_(self) -> str:
         return _html(
             self.head,
-            ["<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in self.rows],
+            [
+                "<tr>" + "".join(map(self._cell, range(len(row)), row)) + "</tr>"
+                for row in self.rows
+            ],
             "claims answers",
         )
+
+    def _cell(self, column: int, cell: str) -> str:
+        """On a phone a table has no head: from a third of four columns on each cell says what it is."""
+        named = len(self.head) > 3 and column > 1
+        head = html.escape(re.sub(r"<[^>]+>", "", self.head[column]), quote=True)
+        return f'<td data-head="{head}">{cell}</td>' if named else f"<td>{cell}</td>"
 
     def __repr__(self) -> str:
         plain = (html.unescape(re.sub(r"<[^>]+>", "", " | ".join(row))) for row in self.rows)

@@ -208,6 +208,27 @@ def test_a_bar_is_as_tall_as_its_value(browser, shown, tmp_path) -> None:
 
 
 @pytest.mark.browser
+@pytest.mark.parametrize(
+    ("values", "ticks"),
+    [([2, 8, 64], ["2", "5", "10", "20", "50"]), ([1, 10, 1000], ["1", "10", "100", "1000"])],
+)
+def test_a_logarithmic_axis_has_round_ticks(browser, shown, tmp_path, values, ticks) -> None:
+    """Powers of ten, or 1, 2 and 5 where there are too few of them."""
+    moving.show(
+        {"k": [1, 2]},
+        lambda k: [moving.line(values, {"a": [k, 2, 3]}, "x", "above zero", log="x")],
+        "a line",
+        "c",
+        "1.1-1",
+    )
+    opened(browser, tmp_path, shown[0]["text/html"])
+    middle = (
+        "[...document.querySelectorAll('svg text[text-anchor=middle]')].map(t => t.textContent)"
+    )
+    assert browser.evaluate(middle)[:-1] == ticks  # the last one is the axis' name
+
+
+@pytest.mark.browser
 def test_two_controls_and_a_click_on_a_token(browser, shown, tmp_path) -> None:
     texts = ["one", " two", " three"]
 
