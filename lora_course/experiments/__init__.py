@@ -73,6 +73,7 @@ _HOME_OF = {
 }
 NAMES = {
     "0_1_lora": "lora",
+    "0_1_project": "projects.other_zero",
     "1_1_formats": "formats",
     "1_1_qlora": "qlora",
     "1_2_adalora": "adalora",
@@ -98,6 +99,7 @@ NAMES = {
 
 TITLES = {
     "0_1_lora": "LoRA by target, rank and scale, and full fine-tuning",
+    "0_1_project": "The project of 0.1: A = 0 and a random B, against the usual start",
     "1_1_formats": "Which weights' rounding costs SmolLM2 its perplexity",
     "1_1_qlora": "QLoRA against LoRA, and the ways to merge it",
     "1_2_adalora": "AdaLoRA against LoRA of the same budget; what chooses the triplets",
