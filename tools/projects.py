@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from lora_course import experiments
 from lora_course.lab import study
 from lora_course.lab.evidence import differences, interval, verdict
 from tools.run_chapters import Result, title
@@ -51,6 +52,16 @@ def pair(record: Record, first: str, second: str, rank: str = "") -> Pair:
     return Pair(*([of_seed[rank] for of_seed in series] if rank else series for series in values))
 
 
+def across(
+    run: Record, first: str, chapter: Record, second: str, field: str = "bits_per_byte"
+) -> Pair:
+    """A project's arm less an arm of another record, at each one's own rate, on the project's seeds."""
+    by_arm = ((run, first), (chapter, second))
+    rates = [study.chosen_rate(record, arm) for record, arm in by_arm]
+    return Pair(*([record["runs"][f"{arm}/{rate:g}/{seed}/test"][field] for seed in run["settings"]["seeds"]]
+                  for (record, arm), rate in zip(by_arm, rates, strict=True)))  # fmt: skip
+
+
 def seeds(record: Record, prefix: str, suffix: str = "/test") -> list[dict[str, Any]]:
     """The runs of an arm that has no learning rate in its keys, in the order of the seeds."""
     return [record["runs"][f"{prefix}/{seed}{suffix}"] for seed in record["settings"]["seeds"]]
@@ -60,9 +71,15 @@ def seeds(record: Record, prefix: str, suffix: str = "/test") -> list[dict[str, 
 
 
 def other_zero() -> dict[str, Any]:
-    record = study.load_study("0_1_lora")
-    near = pair(record, "mlp", "lora")
-    return {"near": near, "half": f"{near.half:.3f}", "targets": pair(record, "attention", "lora")}
+    record, run = (study.load_study(name) for name in ("0_1_lora", "0_1_project"))
+    rates = {
+        "rate": study.chosen_rate(run, "A = 0"),
+        "usual_rate": study.chosen_rate(record, "lora"),
+    }
+    return {
+        "half": f"{pair(record, 'mlp', 'lora').half:.3f}", "zero": across(run, "A = 0", record, "lora"),
+        **{name: f"{rate:g}" for name, rate in rates.items()},
+    }  # fmt: skip
 
 
 def codebook() -> dict[str, Any]:
@@ -210,6 +227,14 @@ def graded(points: Mapping[str, Sequence[Any]]) -> str:
     return f"*Graded {total} of {MOST * len(points)}*: {reasons}."
 
 
+def source(number: str) -> str:
+    """The sentences that name a project's record, and say when it was made and repeated; "" while there is none."""
+    name = f"{number.replace('.', '_')}_project"
+    if name not in experiments.NAMES or name in experiments.UNDER_WAY:
+        return ""
+    return f" Record `{name}`. {study.provenance(study.load_study(name))}"
+
+
 def page(root: Path, results: list[Result]) -> str:
     """Every project: question, deliverable, two graded answers, and what was measured."""
     parts = []
@@ -224,5 +249,5 @@ def page(root: Path, results: list[Result]) -> str:
         for place, sample in enumerate(SAMPLES, 1):
             answer = filled(project[sample]["answer"], numbers)
             parts += [f"> **Answer {place}.** {answer}", graded(project[sample]["points"])]
-        parts.append(f"**What came out.** {filled(project['measured'], numbers)}")
+        parts.append(f"**What came out.** {filled(project['measured'], numbers)}{source(number)}")
     return "\n\n".join(parts)

@@ -133,7 +133,18 @@ TITLES = {
 }
 """What a study is about, in one line, by the name of its record."""
 
-UNDER_WAY = ("5_1_longer", "5_1_neighbours", "smol_past", "smol_several", "tasks_nano")
+UNDER_WAY = (
+    "1_1_project",
+    "1_2_project",
+    "2_1_project",
+    "2_2_project",
+    "3_1_project",
+    "5_1_longer",
+    "5_1_neighbours",
+    "smol_past",
+    "smol_several",
+    "tasks_nano",
+)
 """Studies whose records are still to be completed: what is there is whole, and a chapter that reads one says what is missing."""
 
 

@@ -66,13 +66,14 @@ def test_a_tolerance_for_rounding_is_less_than_the_seeds_lie_apart(name: str) ->
     witness, record = experiments.get(name).witness, reading.load_study(name)
     if ROUNDING not in witness.reason:
         return
-    apart = {}
+    apart, seeds = {}, record["settings"]["seeds"]
+    own = f"/{seeds[0]}/"
     for field in ("bits_per_byte", "own_domain", "ACC"):
         runs = [
-            record["runs"][witness.keys[-1].replace("/0/", f"/{seed}/")]
-            if "/0/" in witness.keys[-1]
+            record["runs"][witness.keys[-1].replace(own, f"/{seed}/")]
+            if own in witness.keys[-1]
             else record["runs"][f"{witness.keys[-1].rpartition('/')[0]}/{seed}"]
-            for seed in record["settings"]["seeds"]
+            for seed in seeds
         ]
         values = [run[field] for run in runs if field in run]
         values = [fmean(v.values()) if isinstance(v, dict) else v for v in values]

@@ -53,7 +53,7 @@ def body(runs: Runs) -> None:
 
 
 WITNESS = Witness(
-    ("A = 0/0.002/0/test",),
+    ("A = 0/0.004/0/test",),
     {"bits_per_byte": 0.005, "own_domain": 0.02, "parameters": 0},
     ROUNDING,
 )
