@@ -93,6 +93,11 @@ def test_what_the_answers_say_of_the_records_holds() -> None:
         for name in ("error", "lost")
     )
     assert error["nf4"] < error["int4"] < error["fp4"] and lost["nf4"] < lost["fp4"] < lost["int4"]
+    assert (
+        of["1.1"]["mean"].verdict == "within noise"
+        and 0 < float(of["1.1"]["gone"].rstrip("%")) < 10
+    )
+    assert of["1.1"]["lower"] == 1 and of["1.1"]["higher"] == 0
     assert of["1.2"]["adalora"].verdict == "within noise"
     assert of["1.2"]["drawn"] < of["1.2"]["least"] and of["1.2"]["parameters"] < of["1.2"]["least"]
     assert of["2.1"]["others"].verdict == of["2.1"]["mixed"].verdict == "higher"

@@ -83,14 +83,25 @@ def other_zero() -> dict[str, Any]:
 
 
 def codebook() -> dict[str, Any]:
-    runs = study.load_study("1_1_formats")["runs"]
+    runs, run = (study.load_study(name)["runs"] for name in ("1_1_formats", "1_1_project"))
     error = {kind: runs[f"{kind}/all"]["error"] for kind in ("int4", "fp4", "nf4")}
     lost = {kind: {text: fmean(differences(windows, runs["base"]["loss"][text])) for text, windows in runs[f"{kind}/all"]["loss"].items()}
             for kind in error}  # fmt: skip
     said = {f"error_{kind}": f"{100 * value:.2f}%" for kind, value in error.items()}
     said |= {f"lost_{kind}": f"{fmean(by.values()):.3f}" for kind, by in lost.items()}
     ahead = [text for text in lost["fp4"] if lost["fp4"][text] < lost["int4"][text]]
-    return said | {"ahead": len(ahead), "texts": len(lost["fp4"])}
+    before, after = run["fit/nf4"]["others"]
+    windows = [Pair(losses, runs["nf4/all"]["loss"][text][: len(losses)], "nats a token")
+               for text, losses in run["fitted"]["loss"].items()]  # fmt: skip
+    mean = Pair(*([fmean(values) for values in side] for side in ([w.first for w in windows], [w.second for w in windows])),
+                "nats a token")  # fmt: skip
+    verdicts = [of_text.verdict for of_text in windows]
+    return {
+        **said, "ahead": len(ahead), "texts": len(windows), "mean": mean, "windows": len(windows[0].first),
+        "lower": verdicts.count("lower"), "higher": verdicts.count("higher"),
+        "before": f"{100 * before:.3f}%", "after": f"{100 * after:.3f}%", "gone": f"{100 * (1 - after / before):.1f}%",
+        "other_start": f"{100 * run['fit/int4']['others'][1]:.3f}%",
+    }  # fmt: skip
 
 
 def parameters_kept() -> dict[str, Any]:
