@@ -83,12 +83,21 @@ def test_numbers_come_from_records_and_each_is_used(stem: str) -> None:
 def test_what_the_answers_say_of_the_records_holds() -> None:
     """Sentences that lean on a sign or an order, which a new record could change."""
     of = {number: numbers() for number, numbers in projects.NUMBERS.items()}
-    assert of["0.1"]["near"].verdict == "within noise" and of["0.1"]["targets"].verdict == "higher"
+    zero = of["0.1"]
+    assert zero["zero"].verdict == "higher" and float(zero["half"]) < fmean(
+        zero["zero"].differences
+    )
+    assert float(zero["rate"]) < float(zero["usual_rate"])
     error, lost = (
         {kind: float(of["1.1"][f"{name}_{kind}"].rstrip("%")) for kind in ("nf4", "int4", "fp4")}
         for name in ("error", "lost")
     )
     assert error["nf4"] < error["int4"] < error["fp4"] and lost["nf4"] < lost["fp4"] < lost["int4"]
+    assert (
+        of["1.1"]["mean"].verdict == "within noise"
+        and 0 < float(of["1.1"]["gone"].rstrip("%")) < 10
+    )
+    assert of["1.1"]["lower"] == 1 and of["1.1"]["higher"] == 0
     assert of["1.2"]["adalora"].verdict == "within noise"
     assert of["1.2"]["drawn"] < of["1.2"]["least"] and of["1.2"]["parameters"] < of["1.2"]["least"]
     assert of["2.1"]["others"].verdict == of["2.1"]["mixed"].verdict == "higher"

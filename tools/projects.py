@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from lora_course import experiments
 from lora_course.lab import study
 from lora_course.lab.evidence import differences, interval, verdict
 from tools.run_chapters import Result, title
@@ -51,6 +52,16 @@ def pair(record: Record, first: str, second: str, rank: str = "") -> Pair:
     return Pair(*([of_seed[rank] for of_seed in series] if rank else series for series in values))
 
 
+def across(
+    run: Record, first: str, chapter: Record, second: str, field: str = "bits_per_byte"
+) -> Pair:
+    """A project's arm less an arm of another record, at each one's own rate, on the project's seeds."""
+    by_arm = ((run, first), (chapter, second))
+    rates = [study.chosen_rate(record, arm) for record, arm in by_arm]
+    return Pair(*([record["runs"][f"{arm}/{rate:g}/{seed}/test"][field] for seed in run["settings"]["seeds"]]
+                  for (record, arm), rate in zip(by_arm, rates, strict=True)))  # fmt: skip
+
+
 def seeds(record: Record, prefix: str, suffix: str = "/test") -> list[dict[str, Any]]:
     """The runs of an arm that has no learning rate in its keys, in the order of the seeds."""
     return [record["runs"][f"{prefix}/{seed}{suffix}"] for seed in record["settings"]["seeds"]]
@@ -60,20 +71,37 @@ def seeds(record: Record, prefix: str, suffix: str = "/test") -> list[dict[str, 
 
 
 def other_zero() -> dict[str, Any]:
-    record = study.load_study("0_1_lora")
-    near = pair(record, "mlp", "lora")
-    return {"near": near, "half": f"{near.half:.3f}", "targets": pair(record, "attention", "lora")}
+    record, run = (study.load_study(name) for name in ("0_1_lora", "0_1_project"))
+    rates = {
+        "rate": study.chosen_rate(run, "A = 0"),
+        "usual_rate": study.chosen_rate(record, "lora"),
+    }
+    return {
+        "half": f"{pair(record, 'mlp', 'lora').half:.3f}", "zero": across(run, "A = 0", record, "lora"),
+        **{name: f"{rate:g}" for name, rate in rates.items()},
+    }  # fmt: skip
 
 
 def codebook() -> dict[str, Any]:
-    runs = study.load_study("1_1_formats")["runs"]
+    runs, run = (study.load_study(name)["runs"] for name in ("1_1_formats", "1_1_project"))
     error = {kind: runs[f"{kind}/all"]["error"] for kind in ("int4", "fp4", "nf4")}
     lost = {kind: {text: fmean(differences(windows, runs["base"]["loss"][text])) for text, windows in runs[f"{kind}/all"]["loss"].items()}
             for kind in error}  # fmt: skip
     said = {f"error_{kind}": f"{100 * value:.2f}%" for kind, value in error.items()}
     said |= {f"lost_{kind}": f"{fmean(by.values()):.3f}" for kind, by in lost.items()}
     ahead = [text for text in lost["fp4"] if lost["fp4"][text] < lost["int4"][text]]
-    return said | {"ahead": len(ahead), "texts": len(lost["fp4"])}
+    before, after = run["fit/nf4"]["others"]
+    windows = [Pair(losses, runs["nf4/all"]["loss"][text][: len(losses)], "nats a token")
+               for text, losses in run["fitted"]["loss"].items()]  # fmt: skip
+    mean = Pair(*([fmean(values) for values in side] for side in ([w.first for w in windows], [w.second for w in windows])),
+                "nats a token")  # fmt: skip
+    verdicts = [of_text.verdict for of_text in windows]
+    return {
+        **said, "ahead": len(ahead), "texts": len(windows), "mean": mean, "windows": len(windows[0].first),
+        "lower": verdicts.count("lower"), "higher": verdicts.count("higher"),
+        "before": f"{100 * before:.3f}%", "after": f"{100 * after:.3f}%", "gone": f"{100 * (1 - after / before):.1f}%",
+        "other_start": f"{100 * run['fit/int4']['others'][1]:.3f}%",
+    }  # fmt: skip
 
 
 def parameters_kept() -> dict[str, Any]:
@@ -210,6 +238,14 @@ def graded(points: Mapping[str, Sequence[Any]]) -> str:
     return f"*Graded {total} of {MOST * len(points)}*: {reasons}."
 
 
+def source(number: str) -> str:
+    """The sentences that name a project's record, and say when it was made and repeated; "" while there is none."""
+    name = f"{number.replace('.', '_')}_project"
+    if name not in experiments.NAMES or name in experiments.UNDER_WAY:
+        return ""
+    return f" Record `{name}`. {study.provenance(study.load_study(name))}"
+
+
 def page(root: Path, results: list[Result]) -> str:
     """Every project: question, deliverable, two graded answers, and what was measured."""
     parts = []
@@ -224,5 +260,5 @@ def page(root: Path, results: list[Result]) -> str:
         for place, sample in enumerate(SAMPLES, 1):
             answer = filled(project[sample]["answer"], numbers)
             parts += [f"> **Answer {place}.** {answer}", graded(project[sample]["points"])]
-        parts.append(f"**What came out.** {filled(project['measured'], numbers)}")
+        parts.append(f"**What came out.** {filled(project['measured'], numbers)}{source(number)}")
     return "\n\n".join(parts)

@@ -74,13 +74,19 @@ _HOME_OF = {
 }
 NAMES = {
     "0_1_lora": "lora",
+    "0_1_project": "projects.other_zero",
     "1_1_formats": "formats",
     "1_1_qlora": "qlora",
+    "1_1_project": "projects.codebook",
     "1_2_adalora": "adalora",
+    "1_2_project": "projects.parameters_kept",
     "2_1_experts": "experts",
+    "2_1_project": "projects.fifth_domain",
     "2_2_progressive": "progressive",
+    "2_2_project": "projects.stages",
     "3_1_adaptive": "adaptive",
     "3_1_controls": "adaptive_controls",
+    "3_1_project": "projects.chance",
     "3_2_distillation": "distillation",
     "3_2_merge": "distillation_merge",
     "3_3_continual": "continual",
@@ -99,13 +105,19 @@ NAMES = {
 
 TITLES = {
     "0_1_lora": "LoRA by target, rank and scale, and full fine-tuning",
+    "0_1_project": "The project of 0.1: A = 0 and a random B, against the usual start",
     "1_1_formats": "Which weights' rounding costs SmolLM2 its perplexity",
     "1_1_qlora": "QLoRA against LoRA, and the ways to merge it",
+    "1_1_project": "The project of 1.1: a codebook fitted to SmolLM2's weights, against NF4",
     "1_2_adalora": "AdaLoRA against LoRA of the same budget; what chooses the triplets",
+    "1_2_project": "The project of 1.2: triplets charged what they cost, against AdaLoRA",
     "2_1_experts": "Experts of four domains and their mixture against one LoRA",
+    "2_1_project": "The project of 2.1: three experts mixed, on a text that is none of theirs",
     "2_2_progressive": "Four short stages against one LoRA, and restarts alone",
+    "2_2_project": "The project of 2.2: rates in full in each stage, and stages that are not alike",
     "3_1_adaptive": "Ranks that grow, against uniform, final and pruned ones",
     "3_1_controls": "A rank that stays small, and growth at random places",
+    "3_1_project": "The project of 3.1: growth by score and by lot under a cap on the ranks",
     "3_2_distillation": "Four teachers into one student, and other ways to make one of four",
     "3_2_merge": "Merged teachers at smaller weights, and a short distillation",
     "3_3_continual": "Four domains one after another, and their adapters merged",
@@ -122,7 +134,10 @@ TITLES = {
 }
 """What a study is about, in one line, by the name of its record."""
 
-UNDER_WAY = ("smol_past", "smol_several", "tasks_nano")
+UNDER_WAY = (
+    "1_2_project", "2_1_project", "2_2_project", "3_1_project", "3_3_project", "4_1_project", "4_2_project", "4_3_project",
+    "4_4_project", "smol_past", "smol_several", "tasks_nano",
+)  # fmt: skip
 """Studies whose records are still to be completed: what is there is whole, and a chapter that reads one says what is missing."""
 
 

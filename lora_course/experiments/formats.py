@@ -61,6 +61,16 @@ def loaded() -> tuple[nn.Module, dict[str, Tensor], dict[str, Tensor]]:
 
 
 @torch.no_grad()
+def losses(count: int) -> dict[str, list[float]]:
+    """Nats a token of the model as it is, on the first `count` windows of each text."""
+    model, _, texts = loaded()
+    return {
+        domain: [model(input_ids=ids[None], labels=ids[None]).loss.item() for ids in rows[:count]]
+        for domain, rows in texts.items()
+    }
+
+
+@torch.no_grad()
 def measure(
     kind: str | None,
     low: float = 0,
@@ -70,7 +80,7 @@ def measure(
 ) -> dict[str, Any]:
     """Error and losses with the weights between `low` and `high` of their block's largest rounded; draw: with new signs.
     count: of the windows of each text."""
-    model, originals, texts = loaded()
+    model, originals, _ = loaded()
     error, total = 0.0, sum(w.square().sum().item() for w in originals.values())
     if draw is not None:
         torch.manual_seed(draw)
@@ -85,11 +95,7 @@ def measure(
             rounded = weight + (rounded - weight).abs() * signs
         error += (rounded - weight).square().sum().item()
         model.get_submodule(name).weight.data = rounded
-    loss = {
-        domain: [model(input_ids=ids[None], labels=ids[None]).loss.item() for ids in rows[:count]]
-        for domain, rows in texts.items()
-    }
-    return {"error": error / total, "loss": loss}
+    return {"error": error / total, "loss": losses(count)}
 
 
 def body(runs: Runs) -> None:
