@@ -36,7 +36,7 @@ ARMS = {"last block": False, "last block, α/b": True}
 SETTINGS: dict[str, Any] = {
     key: hierarchical.SETTINGS[key]
     for key in ("model", "domain", "batch", "length", "train_bytes", "score_bytes", "search_seeds", "scaling", "ranks", "first")
-} | {"seeds": [0, 1, 2], "r": 8, "steps": hierarchical.STEPS, "arms": ARMS}  # fmt: skip
+} | {"seeds": [0, 1, 2], "r": 8, "steps": hierarchical.STEPS}  # fmt: skip
 
 
 class ScaledSampler(RankSampler):

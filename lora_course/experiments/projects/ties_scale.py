@@ -10,7 +10,7 @@ The scale s is searched over the same grid for all, on validation text, by the m
 the best is there. TIES has its density on top: an advantage, so the chapter's own density, 0.2, is tested too.
 
 Expected, before the first run. TIES wants a scale below 1, the mean one above 1. At the density of 0.2 TIES stays above the mean at
-its best scale, by less than half of what it is above it at 1. At the best density the two are within noise of each other.
+its best scale, by less than half of what it is above it at 1. At density 1 the two are within noise of each other.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SETTINGS: dict[str, Any] = {
     for key in ("model", "r", "steps", "batch", "length", "train_bytes", "score_bytes", "piece")
 } | {
     "domains": continual.DOMAINS, "learning_rate": 8e-3, "seeds": [0, 10, 20], "search_seeds": [0, 10, 20],
-    "scales": [0.25, 0.5, 1.0, 2.0], "densities": [0.2, 0.5, 1.0],
+    "scales": [0.25, 0.5, 1.0, 2.0], "densities": [0.2, 1.0],
 }  # fmt: skip
 
 

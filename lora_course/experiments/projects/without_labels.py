@@ -4,19 +4,18 @@ Teachers, students, rows a step, steps, scoring and seeds 0 to 2 are those of th
 student distilled by domain, which was searched at α = 0.5: an advantage of that arm. Text holds its own labels, the next
 tokens; at α = 1 they are not used. "fresh" rows come from the training text that the study's rows leave out.
 
-    alpha 0                 both parts of the loss as coded, with the teachers' share 0: seed 0 alone, a check of the code
-    alpha 1                 teachers alone, on the study's rows
-    fresh                   teachers alone, on as many fresh rows, each row's own teacher
-    fresh labels            the same fresh rows without teachers
-    fresh twice             as "fresh", with twice the rows and so twice the steps
-    fresh, equal weights    as "fresh", where nobody knows of which domain a row is: all four teachers, equally
+    fresh labels    as many fresh rows, without teachers
+    fresh           teachers alone on the same fresh rows, each row's own teacher
+    alpha 1         teachers alone, on the study's rows
+    alpha 0         both parts of the loss as coded, with the teachers' share 0: seed 0 alone, a check of the code
 
 Expected, before the first run. "alpha 0" comes out as the record's "data alone", to rounding. "alpha 1" is within noise of the
 record's 0.5. "fresh" is within noise of "alpha 1", since a teacher says what it learnt about any text of its domain, and it is
 lower than "fresh labels", since a distribution over all tokens says more than one token; it is lower than the record's merged
-teachers, too, or distillation without the teachers' text would not be worth its steps. "fresh twice" is lower than "fresh", and
-stays above the teachers themselves. Equal weights are higher than "fresh". The shares 0.25 and 0.75 are left out: at 0.5 teachers
-and text already differ by less than the seeds do.
+teachers, too, or distillation without the teachers' text would not be worth its steps.
+
+Left out: the shares 0.25 and 0.75, as teachers and text differ by less at 0.5 already than seeds do; more fresh rows; fresh rows of
+which nobody knows the domain.
 """
 
 from __future__ import annotations
@@ -32,16 +31,8 @@ from lora_course.experiments import ROUNDING, Runs, Study, Witness, rows_of, run
 from lora_course.experiments import distillation as chapter
 from lora_course.experiments import distillation_models as models
 
-ARMS: dict[str, dict[str, Any]] = {
-    "fresh labels": {"fresh": True, "teachers": False},
-    "fresh": {"fresh": True},
-    "alpha 1": {"fresh": False},
-    "fresh twice": {"fresh": True, "steps": 2 * models.STEPS},
-    "fresh, equal weights": {"fresh": True, "by_domain": False},
-}
-SETTINGS: dict[str, Any] = models.SETTINGS | {
-    "seeds": [0, 1, 2], "learning_rate": 1.6e-2, "arms": ARMS, "arm_steps": {"fresh twice": ARMS["fresh twice"]["steps"]},
-}  # fmt: skip
+ARMS = ["fresh labels", "fresh", "alpha 1"]
+SETTINGS: dict[str, Any] = models.SETTINGS | {"seeds": [0, 1, 2], "learning_rate": 1.6e-2}
 
 
 def fresh_rows(domain: str) -> datasets.Dataset:
@@ -69,16 +60,14 @@ def counted() -> dict[str, Any]:
 
 
 def student(arm: str, rate: float, seed: int) -> dict[str, Any]:
-    how, of = ARMS[arm], fresh_rows if ARMS[arm]["fresh"] else None
-    steps = how.get("steps", models.STEPS)
-    rows = models.mixed_rows(steps=steps, of=of)
-    if not how.get("teachers", True):
+    rows = models.mixed_rows(of=None if arm == "alpha 1" else fresh_rows)
+    if arm == "fresh labels":
         return chapter.trained_result(models.on_data(rate, seed, rows), "test")
-    states = models.teacher_states(seed)
-    weights = torch.eye(len(states)) if how.get("by_domain", True) else None
-    config = DistillationConfig(alpha=1.0)
-    found = models.distil(states, weights, config, rate, seed, steps, rows)
-    return chapter.trained_result(found, "test")
+    states, config = models.teacher_states(seed), DistillationConfig(alpha=1.0)
+    own = torch.eye(len(states))
+    return chapter.trained_result(
+        models.distil(states, own, config, rate, seed, models.STEPS, rows), "test"
+    )
 
 
 def without_share(rate: float, seed: int) -> dict[str, Any]:
@@ -87,11 +76,11 @@ def without_share(rate: float, seed: int) -> dict[str, Any]:
 
 
 def body(runs: Runs) -> None:
-    rate, arms = SETTINGS["learning_rate"], runs.arms(list(ARMS))
-    runs.expect(2 + len(arms) * len(runs.seeds))
+    rate = SETTINGS["learning_rate"]
+    runs.expect(2 + len(ARMS) * len(runs.seeds))
     runs("rows", counted)
-    for arm in arms:
-        for seed in runs.seeds:
+    for seed in runs.seeds:
+        for arm in ARMS:
             runs(run_key(arm, rate, seed, "test"), student, arm, rate, seed)
     runs(run_key("alpha 0", rate, 0, "test"), without_share, rate, 0)
 
