@@ -122,15 +122,15 @@ def chance() -> dict[str, Any]:
 
 def labels() -> dict[str, Any]:
     record, own = study.load_study("3_2_distillation"), study.load_study("3_2_project")
-    half_taught, found = pair(record, "by domain", "data alone"), own["runs"]
-    first = {arm: study.series(record, arm)[: len(own["settings"]["seeds"])]
-             for arm in ("by domain", "data alone", "merged")}  # fmt: skip
+    half_taught, merged = pair(record, "by domain", "data alone"), study.load_study("3_2_merge")
+    data, taught = (study.series(record, arm) for arm in ("data alone", "by domain"))
     fresh, alone = (study.series(own, arm) for arm in ("fresh", "alpha 1"))
-    check = found["alpha 0/0.016/0/test"]["bits_per_byte"] - first["data alone"][0]
+    check = own["runs"]["alpha 0/0.016/0/test"]["bits_per_byte"] - data[0]
     return {
-        "taught": half_taught, "half": f"{half_taught.half:.3f}", "data": f"{fmean(study.series(record, 'data alone')):.3f}",
-        "new": Pair(fresh, study.series(own, "fresh labels")), "text": Pair(fresh, alone),
-        "alone": Pair(alone, first["by domain"]), "merged": Pair(fresh, first["merged"]), "check": f"{abs(check):.4f}",
+        "taught": half_taught, "half": f"{half_taught.half:.3f}", "data": f"{fmean(data):.3f}",
+        "new": pair(own, "fresh", "fresh labels"), "text": Pair(fresh, alone),
+        "alone": Pair(alone, taught[: len(alone)]), "merged": Pair(fresh, study.series(merged, "cut")[: len(fresh)]),
+        "check": f"{abs(check):.4f}",
     }  # fmt: skip
 
 
