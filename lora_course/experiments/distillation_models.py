@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import datasets
@@ -40,11 +40,18 @@ R, STEPS = SETTINGS["student"]["r"], SETTINGS["student"]["steps"]
 Found = tuple[nn.Module, dict[str, Any]]
 
 
-def mixed_rows(domains: Sequence[str] = DOMAINS, steps: int = STEPS) -> datasets.Dataset:
-    """What the students read: equally many rows of each domain, which say of which they are."""
+def mixed_rows(
+    domains: Sequence[str] = DOMAINS,
+    steps: int = STEPS,
+    of: Callable[[str], datasets.Dataset] | None = None,
+) -> datasets.Dataset:
+    """What the students read: equally many rows of each domain, which say of which they are.
+
+    of: the rows of a domain; by default those that its teacher reads from.
+    """
     count, parts = steps * SETTINGS["batch"] // len(domains), []
     for i, domain in enumerate(domains):
-        rows = rows_of(SETTINGS, domain).select(range(count))
+        rows = (of(domain) if of else rows_of(SETTINGS, domain)).select(range(count))
         parts.append(rows.add_column("domain", [i] * count))
     return datasets.concatenate_datasets(parts).with_format("torch")
 
@@ -60,10 +67,11 @@ def teacher_states(seed: int) -> dict[str, AdapterState]:
     return states
 
 
-def on_data(rate: float, seed: int) -> Found:
-    """A student that sees the mixed text alone."""
+def on_data(rate: float, seed: int, rows: datasets.Dataset | None = None) -> Found:
+    """A student that sees text alone; by default the mixed text."""
     model, start = adapted(SETTINGS, seed, config_of(R)), time.perf_counter()
-    losses = study.fit(model, mixed_rows(), rate, seed, STEPS, SETTINGS["batch"], disable_tqdm=True)
+    rows = mixed_rows() if rows is None else rows
+    losses = study.fit(model, rows, rate, seed, STEPS, SETTINGS["batch"], disable_tqdm=True)
     return model, {"losses": losses, "seconds": time.perf_counter() - start}
 
 
