@@ -36,6 +36,7 @@ from lora_course.experiments import (
     sparse,
     train,
 )
+from lora_course.experiments.arms import bits_of, rows_of
 from lora_course.lora import LoRALinear
 from lora_course.sparse import GatedLoRALinear, open_gates, prune_gates
 
@@ -86,11 +87,11 @@ def plain(arm: str, ranks: Mapping[str, int], seed: int) -> Trained:
 
 
 def fitted(arm: Arm, rate: float, seed: int) -> Trained:
-    return train(arm, sparse.rows_of(SETTINGS), rate, seed, SETTINGS["steps"], SETTINGS["batch"])
+    return train(arm, rows_of(SETTINGS), rate, seed, SETTINGS["steps"], SETTINGS["batch"])
 
 
 def score(found: Trained) -> dict[str, Any]:
-    bits = sparse.bits_of(SETTINGS, found.model, "test")
+    bits = bits_of(SETTINGS, found.model, "test")
     counted = found.arm.parameters(found.model)
     return {"bits_per_byte": bits, "parameters": counted, "losses": found.curve} | found.seen
 

@@ -29,8 +29,8 @@ from lora_course.experiments import (
     hierarchical,
     train,
 )
+from lora_course.experiments.arms import bits_of, rows_of, serving
 from lora_course.hierarchical import NestedLoRALinear, RankSampler
-from lora_course.states import use_adapter
 
 ARMS = {"last block": False, "last block, α/b": True}
 SETTINGS: dict[str, Any] = {
@@ -58,7 +58,7 @@ def trained(arm: str, rate: float, seed: int) -> Trained:
     nested = {"layer": NestedLoRALinear, "ranks": SETTINGS["ranks"]}
     model = adapted(SETTINGS, seed, config_of(SETTINGS["r"], SETTINGS["scaling"]), **nested)
     sampler = (ScaledSampler if ARMS[arm] else RankSampler)(model, seed, only_last=True)
-    rows, plan = hierarchical.rows_of(SETTINGS), (SETTINGS["steps"], SETTINGS["batch"])
+    rows, plan = rows_of(SETTINGS), (SETTINGS["steps"], SETTINGS["batch"])
     return train(Arm(model, [sampler]), rows, rate, seed, *plan)
 
 
@@ -67,8 +67,8 @@ def score(found: Trained, split: str, by_rank: bool) -> dict[str, Any]:
     for b, state in hierarchical.adapters(found.model, "cut").items():
         factor = r / b if by_rank else 1.0
         cut = {k: factor * t if k.endswith(".scaling") else t for k, t in state.items()}
-        model = use_adapter(hierarchical.plain(), cut)
-        bits[str(b)] = hierarchical.bits_of(SETTINGS, model, split)
+        model = serving(SETTINGS, cut)
+        bits[str(b)] = bits_of(SETTINGS, model, split)
     return {"bits_per_byte": bits} | ({"losses": found.curve} if split == "test" else {})
 
 

@@ -12,7 +12,7 @@ three wide products.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -56,7 +56,7 @@ class FusedMLP(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, s: float, p: float, *tensors: Tensor) -> Tensor:
-        gate, up, down = tensors[:3], tensors[3:6], tensors[6:]
+        gate, up, down = _layers(tensors)
         (g, of_gate), (u, of_up) = (forward_of(x, layer, s, p) for layer in (gate, up))
         y, of_down = forward_of(silu(g) * u, down, s, p)
         ctx.save_for_backward(x, g, u, of_gate, of_up, of_down, *tensors)
@@ -66,7 +66,7 @@ class FusedMLP(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, g, u, of_gate, of_up, of_down, *tensors = ctx.saved_tensors
-        gate, up, down = tensors[:3], tensors[3:6], tensors[6:]
+        gate, up, down = _layers(tensors)
         a, sigma = silu(g), g.sigmoid()
         grad_h, *of_last = backward_of(grad, a * u, down, ctx.s, ctx.p, of_down)
         grad_g = grad_h * u * (sigma + a * (1 - sigma))
@@ -75,7 +75,12 @@ class FusedMLP(torch.autograd.Function):
         return grad_x + more, None, None, None, *of_first, None, *of_second, None, *of_last
 
 
-def tensors_of(mlp: nn.Module) -> list[Tensor]:
+def _layers(tensors: Sequence[Tensor]) -> tuple[Layer, Layer, Layer]:
+    one, two, three = (tuple(tensors[i : i + 3]) for i in (0, 3, 6))
+    return one, two, three  # type: ignore[return-value]  # three tensors each
+
+
+def tensors_of(mlp: Any) -> list[Tensor]:
     layers = [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
     return [t for layer in layers for t in (layer.base_layer.weight, layer.A, layer.B)]
 
