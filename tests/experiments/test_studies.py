@@ -69,8 +69,10 @@ def test_a_tolerance_for_rounding_is_less_than_the_seeds_lie_apart(name: str) ->
     if ROUNDING not in witness.reason:
         return
     key = witness.keys[-1].replace("/validation", "/test")  # which every seed has
-    at = key.replace("/0/", "/{}/") if "/0/" in key else f"{key.rpartition('/')[0]}/{{}}"
-    keys = [at.format(seed) for seed in record["settings"]["seeds"]]
+    seeds = record["settings"]["seeds"]
+    own = f"/{seeds[0]}/"
+    at = key.replace(own, "/{}/") if own in key else f"{key.rpartition('/')[0]}/{{}}"
+    keys = [at.format(seed) for seed in seeds]
     runs = [record["runs"][key] for key in keys if key in record["runs"]]
     apart = {}
     for field in ("bits_per_byte", "own_domain", "ACC"):
