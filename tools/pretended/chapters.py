@@ -43,7 +43,7 @@ def stand_in(folder: Path, **settings: Any) -> Shape:
     config = Qwen2Config(vocab_size=len(tokenizer), **NARROW, **settings)
     Qwen2ForCausalLM(config).bfloat16().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return Shape.of(config.to_dict())
+    return Shape.from_config(config.to_dict())
 
 
 def redirect(folder: Path) -> Shape:
