@@ -1,4 +1,4 @@
-"""Forty invented submissions of one assignment, and the grade that each must get.
+"""Forty invented submissions and more of one assignment, and the grade that each must get.
 
     for submission in submissions(homework):
         submission.write(folder)
