@@ -144,6 +144,19 @@ def _(logits, k):
     return torch.stack(rows).reshape(logits.shape)
 
 
+@gates.wrong("shifted by the largest of all tokens")
+def _(logits, k):
+    e = (logits - logits.max()).exp()
+    p = e / e.sum(-1, keepdim=True)
+    return top(p, k) * (p + (1 - (top(p, k) * p).sum(-1, keepdim=True)) / k)
+
+
+@gates.right("by log-sum-exp")
+def _(logits, k):
+    p = (logits - logits.logsumexp(-1, keepdim=True)).exp()
+    return top(p, k) * (p + (1 - (top(p, k) * p).sum(-1, keepdim=True)) / k)
+
+
 loss = Answers(check_balance_over)
 
 
@@ -288,6 +301,9 @@ loss.right(
     "nothing real: zero times p",
     lambda p, real, k: balanced(p, real, k) if real.any() else 0 * p.sum(),
 )
+
+
+loss.right("a tensor of one element", lambda p, real, k: balanced(p, real, k).reshape(1))
 
 
 sequence = Answers(check_sequence_gates)
