@@ -98,8 +98,11 @@ def test_what_the_answers_say_of_the_records_holds() -> None:
         and 0 < float(of["1.1"]["gone"].rstrip("%")) < 10
     )
     assert of["1.1"]["lower"] == 1 and of["1.1"]["higher"] == 0
-    assert of["1.2"]["adalora"].verdict == "within noise"
-    assert of["1.2"]["drawn"] < of["1.2"]["least"] and of["1.2"]["parameters"] < of["1.2"]["least"]
+    charged = of["1.2"]
+    assert charged["charged"].verdict == charged["charged_lora"].verdict == "within noise"
+    assert charged["lot"].verdict == "higher"
+    assert charged["used"] < charged["parameters"] < charged["least"] < charged["most"]
+    assert charged["narrow_adalora"] < charged["narrow"]
     assert of["2.1"]["others"].verdict == of["2.1"]["mixed"].verdict == "higher"
     assert of["2.1"]["gate_shakespeare"] > of["2.1"]["gate_milton"]
     assert (

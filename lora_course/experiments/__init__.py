@@ -134,7 +134,6 @@ TITLES = {
 """What a study is about, in one line, by the name of its record."""
 
 UNDER_WAY = (
-    "1_2_project",
     "2_1_project",
     "2_2_project",
     "3_1_project",
