@@ -85,10 +85,10 @@ def other_zero() -> dict[str, Any]:
 def codebook() -> dict[str, Any]:
     runs, run = (study.load_study(name)["runs"] for name in ("1_1_formats", "1_1_project"))
     error = {kind: runs[f"{kind}/all"]["error"] for kind in ("int4", "fp4", "nf4")}
-    lost = {kind: {text: fmean(differences(windows, runs["base"]["loss"][text])) for text, windows in runs[f"{kind}/all"]["loss"].items()}
+    lost = {kind: {text: fmean(differences(losses, runs["base"]["loss"][text])) for text, losses in runs[f"{kind}/all"]["loss"].items()}
             for kind in error}  # fmt: skip
     said = {f"error_{kind}": f"{100 * value:.2f}%" for kind, value in error.items()}
-    said |= {f"lost_{kind}": f"{fmean(by.values()):.3f}" for kind, by in lost.items()}
+    said["lost_nf4"] = f"{fmean(lost['nf4'].values()):.3f}"
     ahead = [text for text in lost["fp4"] if lost["fp4"][text] < lost["int4"][text]]
     before, after = run["fit/nf4"]["others"]
     windows = [Pair(losses, runs["nf4/all"]["loss"][text][: len(losses)], "nats a token")
