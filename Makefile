@@ -3,7 +3,7 @@
 # make unit       tests of the package alone, without chapters and book (three minutes)
 # make lint       ruff and mypy
 # make test-gpu   what is marked `gpu`, and the chapters' `gpu` cells (needs an NVIDIA GPU)
-# make bench      time and memory against PEFT, into benchmarks/results.json (about 20 minutes on two idle cores)
+# make bench      time and memory against PEFT, into lora_course/data/benchmarks.json (about 20 minutes on two idle cores)
 # make pretended  chapters on a pretended GPU, on the CPU (an hour; `make pretended-quick`: three of them)
 # make image      chapters with Colab's package versions (IMAGE=kaggle: Kaggle's), from one file each
 # make wheel-alone  chapters from the wheel, without repository and network

@@ -5,8 +5,8 @@
 
 The arms of a group stand on the same base weights, in one process, and take turns: a ratio is the median of the rounds'
 ratios. A base of SmolLM2-135M's shape has random weights, which take as long as trained ones. Each arm's peak of memory is that
-of a process of its own, less what the process had after its imports. Writes benchmarks/results.json, which the book's page
-shows. What was measured on another machine, or with other versions or code, is measured again.
+of a process of its own, less what the process had after its imports. Writes lora_course/data/benchmarks.json, which
+the book's page shows and chapter 4.4 reads. What was measured on another machine, or with other versions or code, is measured again.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ from lora_course.serving import load_adapters, row_adapters
 from lora_course.states import factor_state
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results.json"
+RESULTS = ROOT / "lora_course" / "data" / "benchmarks.json"
 QUICK = ROOT / "build" / "benchmarks-quick.json"
 SMOLLM2 = {
     "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
@@ -145,7 +145,7 @@ def batch_of(size: str, precision: str) -> tuple[int, int]:
     return BATCHES[size] if precision != "bf16" or NATIVE_BF16 else (1, 16)
 
 
-def twin(model: nn.Module) -> nn.Module:
+def sharing_weights(model: nn.Module) -> nn.Module:
     """Modules of its own, around the same tensors."""
     return copy.deepcopy(
         model, {id(t): t for t in itertools.chain(model.parameters(), model.buffers())}
@@ -182,7 +182,7 @@ LAYERS: dict[str, tuple[type[lora.LoRALinear], dict[str, Any]]] = {
 
 
 def make(name: str, size: str, precision: str = "fp32", r: int = 8, count: int = 8) -> Arm:
-    """An arm by its name, on a twin of the base. count: of experts, or of tasks in a batch."""
+    """An arm by its name, around the base. count: of experts, or of tasks in a batch."""
     rows, length = batch_of(size, precision)
     model = base(size, precision)
     ids = torch.randint(
@@ -191,9 +191,9 @@ def make(name: str, size: str, precision: str = "fp32", r: int = 8, count: int =
     common: dict[str, Any] = {"ids": ids, "autocast": precision != "fp32" and NATIVE_BF16}
     torch.manual_seed(2)
     if name == "base":
-        return Arm(twin(model), training=False, **common)
+        return Arm(sharing_weights(model), training=False, **common)
     if name == "frozen base":  # forward and backward: what every adapter's step contains
-        frozen = twin(model).requires_grad_(False)
+        frozen = sharing_weights(model).requires_grad_(False)
         first = frozen.model.layers[0].self_attn
         for linear in (
             first.q_proj,
@@ -203,7 +203,7 @@ def make(name: str, size: str, precision: str = "fp32", r: int = 8, count: int =
             linear.register_forward_hook(lambda module, inputs, y: y.requires_grad_())
         return Arm(frozen, **common)
     if name == "unmerged":
-        return Arm(randomized(inject(twin(model), config(r))), training=False, **common)
+        return Arm(randomized(inject(sharing_weights(model), config(r))), training=False, **common)
     if name == "merged":  # into weights of its own
         return Arm(
             merge(randomized(inject(copy.deepcopy(model), config(r)))),
@@ -213,20 +213,22 @@ def make(name: str, size: str, precision: str = "fp32", r: int = 8, count: int =
     if name == "merged and unloaded":
         return Arm(unload(make("merged", size, precision, r).model), training=False, **common)
     if name == "PEFT LoRA":
-        return Arm(get_peft_model(twin(model), config(r)), **common)
+        return Arm(get_peft_model(sharing_weights(model), config(r)), **common)
     if name == "PEFT DoRA":
-        return Arm(get_peft_model(twin(model), config(r, use_dora=True)), **common)
+        return Arm(get_peft_model(sharing_weights(model), config(r, use_dora=True)), **common)
     if name in ("AdaLoRA", "PEFT AdaLoRA"):
         schedule, steps = (
             AdaLoraConfig(**ADALORA, target_modules="all-linear", task_type="CAUSAL_LM"),
             itertools.count(2),
         )
         if name == "PEFT AdaLoRA":
-            theirs = get_peft_model(twin(model), schedule)  # its loss holds the regulariser
+            theirs = get_peft_model(
+                sharing_weights(model), schedule
+            )  # its loss holds the regulariser
             return Arm(
                 theirs, after=lambda: theirs.base_model.update_and_allocate(next(steps)), **common
             )
-        ours = inject(twin(model), schedule, layer=adalora.AdaLoRALinear)
+        ours = inject(sharing_weights(model), schedule, layer=adalora.AdaLoRALinear)
         allocator = adalora.RankAllocator(ours)
         return Arm(
             ours,
@@ -240,9 +242,9 @@ def make(name: str, size: str, precision: str = "fp32", r: int = 8, count: int =
         with tempfile.TemporaryDirectory() as folder:
             adapters = {}
             for i in range(count):
-                plain = randomized(inject(twin(model), config(r)))
+                plain = randomized(inject(sharing_weights(model), config(r)))
                 adapters[str(i)] = str(export_peft(plain, Path(folder) / str(i)))
-            bare = twin(model)
+            bare = sharing_weights(model)
             bare.config = copy.deepcopy(bare.config)
             bare.config.use_cache = False
             settings = XLoraConfig(
@@ -253,21 +255,23 @@ def make(name: str, size: str, precision: str = "fp32", r: int = 8, count: int =
             )
             return Arm(get_peft_model(bare, settings), **common)
     if name in ("experts", "frozen experts"):
-        mixture = inject(twin(model), config(r), layer=experts.ExpertsLinear, num_experts=count)
+        mixture = inject(
+            sharing_weights(model), config(r), layer=experts.ExpertsLinear, num_experts=count
+        )
         return Arm(
             experts.freeze_experts(mixture) if name == "frozen experts" else mixture, **common
         )
     if name in ("tasks", "PEFT tasks"):
         return serving(name, model, size, r, count)
     layer, arguments = LAYERS[name]
-    ours = inject(twin(model), config(r), layer=layer, **arguments)
+    ours = inject(sharing_weights(model), config(r), layer=layer, **arguments)
     if name == "progressive":  # in its second stage: half the rank is frozen
-        ours = inject(twin(model), config(max(1, r // 2)), layer=layer)
+        ours = inject(sharing_weights(model), config(max(1, r // 2)), layer=layer)
         for stacked in adapter_layers(ours).values():
             stacked.freeze()
             stacked.start(max(1, r // 2))
     if name == "adaptive":  # grown twice
-        ours = inject(twin(model), config(max(1, r // 2)), layer=layer)
+        ours = inject(sharing_weights(model), config(max(1, r // 2)), layer=layer)
         for growing in adapter_layers(ours).values():
             for step in (1, 2):
                 growing.grow(max(1, r // 4), step)
@@ -288,11 +292,11 @@ def serving(name: str, model: nn.Module, size: str, r: int, count: int) -> Arm:
     )
     names = [str(i % count) for i in range(16)]
     states = {
-        str(i): factor_state(randomized(inject(twin(model), config(r)), seed=i))
+        str(i): factor_state(randomized(inject(sharing_weights(model), config(r)), seed=i))
         for i in range(count)
     }
     if name == "tasks":
-        ours = load_adapters(twin(model), states)
+        ours = load_adapters(sharing_weights(model), states)
         arm = Arm(ours, ids, training=False)
         plain = arm.run
 
@@ -302,7 +306,7 @@ def serving(name: str, model: nn.Module, size: str, r: int, count: int) -> Arm:
 
         arm.run = run
         return arm
-    theirs = get_peft_model(twin(model), config(r), adapter_name="0")
+    theirs = get_peft_model(sharing_weights(model), config(r), adapter_name="0")
     for i in range(1, count):
         theirs.add_adapter(str(i), config(r))
     with torch.no_grad():
@@ -517,7 +521,9 @@ def main() -> None:
         action="store_true",
         help=f"a small model, two rounds, into {QUICK.relative_to(ROOT)}",
     )
-    parser.add_argument("--out", type=Path, help="the file; by default benchmarks/results.json")
+    parser.add_argument(
+        "--out", type=Path, help=f"the file; by default {RESULTS.relative_to(ROOT)}"
+    )
     parser.add_argument(
         "--only", nargs="+", metavar="GROUP", help="these groups; a wrong name lists them"
     )

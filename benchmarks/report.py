@@ -127,7 +127,7 @@ def headlines(record: Record) -> list[tuple[str, tuple[float, float, float], flo
     return found
 
 
-def rows(record: Record) -> list[list[str]]:
+def table_rows(record: Record) -> list[list[str]]:
     return [
         [text, f"{ratio:.2f} ({low:.2f}–{high:.2f})", f"{memory:.2f}" if memory else "", f"≤\N{NO-BREAK SPACE}{aim:g}" + (", both" if memory_aim(text) else ""), verdict(text, ratio, memory, aim)]
         for text, (ratio, low, high), memory, aim in headlines(record)
@@ -169,7 +169,7 @@ HEAD = ["what", "time, median (quartiles)", "peak memory", "aim", ""]
 
 def text(record: Record) -> str:
     """The headlines for a terminal."""
-    table = [HEAD, *rows(record)]
+    table = [HEAD, *table_rows(record)]
     widths = [max(len(row[i]) for row in table) for i in range(len(HEAD))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -271,7 +271,7 @@ def page(path: Path) -> str:
         f"Measured {' to '.join(dict.fromkeys((dates[0], dates[-1])))} on {source['machine']}, {source['processor']}, {source['cores']} cores, "
         f"{source['threads']} threads; " + ", ".join(f"{name} {version}" for name, version in source["versions"].items()) + "."
         + ("" if source["native_bf16"] else " This processor emulates bf16: a bf16 base gets one row of 16 tokens, and a 4-bit base computes in fp32."),
-        "## Against the aims", headline_figure(record), markdown(HEAD, rows(record)),
+        "## Against the aims", headline_figure(record), markdown(HEAD, table_rows(record)),
     ]  # fmt: skip
     if unmet := [
         text

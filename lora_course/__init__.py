@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
         use_adapter,
     )
     from lora_course.training import AdapterTrainer
+
+# On CPUs with AVX512-BF16 bitsandbytes asks, at its import, for a package whose kernels `qlora.protect` keeps out.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 _HOMES = {
     "checkpoint": ("load_adapter", "restore_adapter", "save_adapter"),

@@ -12,8 +12,6 @@ import torch
 from torch import nn
 from transformers import TrainingArguments
 
-from lora_course.injection import adapter_layers
-
 CPU_DTYPE = "LORA_COURSE_CPU_DTYPE"
 
 
@@ -102,17 +100,6 @@ def one_device(model: nn.Module, args: TrainingArguments) -> None:
             f"make them with training_arguments(..., device={there!r}), or move the model first"
         )
     args._n_gpu = 1
-
-
-def refuse_a_loss_past_the_head(model: nn.Module, forward: object) -> None:
-    """Raises ValueError where a Trainer set a `forward` (TRL's fused head) that would not see an adapter on the output embeddings."""
-    head = model.get_output_embeddings() if forward is not None else None  # type: ignore[operator]
-    for name, layer in adapter_layers(model).items():
-        if layer is head:
-            raise ValueError(
-                f"{name!r} has an adapter, and this Trainer computes its loss from the head's plain weight (TRL's fused head does): "
-                "leave it out of target_modules, or train with AdapterTrainer without TRL"
-            )
 
 
 def _device_type(device: str | torch.device | None) -> str:

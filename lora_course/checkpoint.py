@@ -23,13 +23,13 @@ from safetensors.torch import save
 from torch import nn
 
 from lora_course.descriptions import (
-    base_fingerprint,
     describe_adapter,
+    describe_base,
     differences,
     warn_of_another_base,
 )
 from lora_course.files import make_folder, read_json, read_tensor_file, replace_file, writing
-from lora_course.injection import adapter_layers, inject, unload
+from lora_course.injection import adapter_layers, inject, unload, warn_of_what_is_left
 from lora_course.linears import is_sharded
 from lora_course.lora import LAYERS, AdapterState, LoRALinear
 from lora_course.states import adapter_state, check_finite, use_adapter
@@ -76,20 +76,21 @@ def save_adapter(
     Raises:
         ValueError: NaN or infinite numbers, or an argument that JSON has no form for. Nothing has been written then.
 
+    Warns:
+        UserWarning: a parameter besides the adapter's requires a gradient: it is not written.
+
     Under FSDP2 every process calls this, since each holds a part of the tensors; the first one writes.
     """
     layers = adapter_layers(model)
     state = adapter_state(model)
     check_finite(state)
+    warn_of_what_is_left(model, folder)
     tensors = save({name: tensor.cpu().contiguous() for name, tensor in state.items()})
     description = {
         "format_version": FORMAT_VERSION,
         **describe_adapter(model),
         "shapes": {name: [layer.out_features, layer.in_features] for name, layer in layers.items()},
-        "base": {
-            "name": getattr(model, "name_or_path", ""),
-            "fingerprint": base_fingerprint(layers),
-        },
+        "base": describe_base(model),
         "extra": dict(extra or {}),
         "tensors_sha256": hashlib.sha256(tensors).hexdigest(),
     }
@@ -187,7 +188,7 @@ def restore_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
             f"It was made on {description['base']['name']!r}: load that base."
         )
     tensors = read_tensors(Path(folder))
-    warn_of_another_base(layers, description["base"], folder)
+    warn_of_another_base(model, description["base"], folder)
     return use_adapter(model, tensors)
 
 

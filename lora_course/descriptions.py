@@ -12,10 +12,12 @@ from typing import Any
 
 from peft import LoraConfig
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from lora_course.injection import injection_of
+from lora_course.injection import adapter_layers, injection_of, unwrapped
 from lora_course.linears import whole
 from lora_course.lora import LoRALinear
+from lora_course.targets import input_embedding
 
 DESCRIPTIVE = frozenset({
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "task_type",
@@ -66,11 +68,36 @@ def base_fingerprint(layers: Mapping[str, LoRALinear]) -> str | None:
     return digest.hexdigest()
 
 
-def warn_of_another_base(
-    layers: Mapping[str, LoRALinear], base: Mapping[str, Any], folder: str | Path
-) -> None:
-    """Warn where the weights under `layers` are not those that the adapter in `folder` was trained on."""
-    found, expected = base_fingerprint(layers), base["fingerprint"]
+def tokens_fingerprint(model: nn.Module) -> str | None:
+    """How many tokens the model has, and a hash of the last ones' embeddings: those that `resize_token_embeddings` adds."""
+    weight = getattr(input_embedding(model), "weight", None)
+    if weight is None or weight.is_meta or isinstance(weight, DTensor):
+        return None
+    last = weight.detach()[-8:].float().cpu().contiguous()
+    return f"{len(weight)} tokens, {hashlib.sha256(last.numpy().tobytes()).hexdigest()[:8]}"
+
+
+def describe_base(model: nn.Module) -> dict[str, Any]:
+    """`name`, `fingerprint` of the weights under the adapter and `tokens` of the base, as JSON holds them."""
+    model = unwrapped(model)
+    return {
+        "name": getattr(model, "name_or_path", ""),
+        "fingerprint": base_fingerprint(adapter_layers(model)),
+        "tokens": tokens_fingerprint(model),
+    }
+
+
+def warn_of_another_base(model: nn.Module, base: Mapping[str, Any], folder: str | Path) -> None:
+    """Warn where the injected `model` has other base weights than those that the adapter in `folder` was trained on."""
+    here = describe_base(model)
+    there, tokens = base.get("tokens"), here["tokens"]
+    if there and tokens and there != tokens:
+        warnings.warn(
+            f"The base's last tokens are not those that the adapter in {folder} was trained with ({there} there, {tokens} here): "
+            "tokens that resize_token_embeddings adds start at random, and no adapter holds them. Load a base that was saved with them.",
+            stacklevel=3,
+        )
+    found, expected = here["fingerprint"], base["fingerprint"]
     if found and expected and found != expected:
         warnings.warn(
             f"The base's weights are not those that the adapter in {folder} was trained on ({base['name']!r}). "

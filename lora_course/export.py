@@ -28,7 +28,14 @@ from torch import Tensor, nn
 
 from lora_course.files import make_folder, replace_file, writing
 from lora_course.folders import read_peft
-from lora_course.injection import adapter_layers, inject, injection_of, unload, unwrapped
+from lora_course.injection import (
+    adapter_layers,
+    inject,
+    injection_of,
+    unload,
+    unwrapped,
+    warn_of_what_is_left,
+)
 from lora_course.linears import is_4bit, is_sharded
 from lora_course.lora import AdapterState
 from lora_course.states import check_finite, factor_state, split_state, use_adapter
@@ -75,6 +82,7 @@ def export_peft(
     info = injection_of(model)
     state = factor_state(model)
     check_finite(state)
+    warn_of_what_is_left(model, folder)
     modules = {name: t for name, t in split_state(state).items() if t["A"].shape[0] > 0}
     if not modules:
         raise ValueError("Every module of this adapter has rank 0: there is nothing to export.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from peft.utils.other import get_pattern_key
 from lora_course.checkpoint import read_description, read_tensors
 from lora_course.files import read_tensor_file
 from lora_course.lora import AdapterState
-from lora_course.states import split_state
+from lora_course.states import check_finite, split_state
 from lora_course.targets import check_names
 
 
@@ -22,15 +23,22 @@ def read_factors(adapter: AdapterState | str | Path) -> AdapterState:
 
     Raises:
         FileNotFoundError: no adapter there.    ValueError: a layer whose tensors are no plain factors, or another method
-        than LoRA.
+        than LoRA; numbers that are NaN or infinite.    TypeError: neither a state nor the name of a folder.
     """
-    if isinstance(adapter, dict):
-        return adapter
+    if isinstance(adapter, Mapping):
+        split_state(adapter)
+        check_finite(adapter)
+        return dict(adapter)
+    if not isinstance(adapter, str | Path):
+        raise TypeError(
+            f"An adapter is given as a {type(adapter).__name__}: factor_state(model), or the folder of one, is expected."
+        )
     folder = Path(adapter)
     if (folder / "adapter_config.json").is_file():
         return read_peft(folder)[1]
     layer = read_description(folder)["layer"]
     state = read_tensors(folder)
+    check_finite(state)
     if any(set(tensors) != {"A", "B", "scaling"} for tensors in split_state(state).values()):
         raise ValueError(
             f"{folder} holds a {layer}, whose tensors are no plain factors: load_adapter it into a base, and give "
@@ -66,6 +74,7 @@ def read_peft(folder: Path) -> tuple[LoraConfig, AdapterState]:
                 f"{path} holds {key!r}, which is no factor of a linear layer: load this adapter with PEFT."
             )
         state[f"{module}.{factor.removeprefix('lora_')}"] = tensor
+    check_finite(state)
     alphas, ranks = config.alpha_pattern or {}, config.rank_pattern or {}
     for module in split_state(state):
         alpha = alphas.get(get_pattern_key(list(alphas), module), config.lora_alpha)

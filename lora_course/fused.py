@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lora_course.linears import dequantized, is_4bit
-from lora_course.lora import LARGEST_COPIED_RANK, LoRALinear, register, update_dtype
+from lora_course.linears import dequantized, is_4bit, update_dtype
+from lora_course.lora import LARGEST_COPIED_RANK, LoRALinear, register
 
 
 class FusedLoRA(torch.autograd.Function):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import nn
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
+from lora_course.instead import replace_methods, restore_methods
 from lora_course.linears import check_not_sharded
 from lora_course.lora import LoRALinear
 from lora_course.targets import (
@@ -72,7 +72,7 @@ def inject(
             "This model carries a PEFT adapter already. Merge or unload it there first: model = model.unload()."
         )
     check_not_sharded(model, "injecting (do it before fully_shard)")
-    config = check_fields(config, layer)
+    config = check_fields(model, config, layer)
     check_arguments(layer, arguments)
     r = layer.initial_rank(config)
     targets = find_targets(model, config)
@@ -106,56 +106,13 @@ def inject(
         ):
             parameter.requires_grad_(not config.inference_mode)
     model.lora_course = Injection(config, layer, arguments, trainable)  # type: ignore[assignment]  # no module, no tensor
-    if hasattr(model, "save_pretrained"):
-        model.save_pretrained = AdapterSaver(model)  # type: ignore[assignment]  # as above
+    replace_methods(model, wrapped)
     try:
         layer.after_inject(model, wrapped)
     except Exception:
         unload(model)
         raise
     return model
-
-
-class AdapterSaver:
-    """`save_pretrained` of an injected model: writes the adapter, where the model's own would write a base full of holes.
-
-    A weak reference to the model, so that a deleted model is freed at once; it goes along with copies and pickles.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.reference = weakref.ref(model)
-
-    @property
-    def model(self) -> nn.Module:
-        found = self.reference()
-        assert found is not None, "a model's own attribute goes with it"
-        return found
-
-    def __call__(self, save_directory: str | Path, *, push_to_hub: bool = False, **_: Any) -> None:
-        """As `save_adapter`. Raises ValueError for `push_to_hub`, RuntimeError where the adapter is merged."""
-        from lora_course.checkpoint import save_adapter  # which stands on this module
-
-        model = self.model
-        if push_to_hub:
-            raise ValueError(
-                "push_to_hub would upload the course's own format: call export_peft(model, folder) and upload that folder."
-            )
-        if any(layer.merged for layer in adapter_layers(model).values()):
-            raise RuntimeError(
-                "The adapter is merged: call unload(model), which keeps the merged weights, and save_pretrained then."
-            )
-        warnings.warn(
-            f"save_pretrained of an injected model writes its adapter alone, as save_adapter does: load_adapter(base, "
-            f"{str(save_directory)!r}) reads it. To resume a training use AdapterTrainer; for other tools, export_peft.",
-            stacklevel=2,
-        )
-        save_adapter(model, save_directory)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> AdapterSaver:
-        return AdapterSaver(memo.get(id(self.model), self.model))
-
-    def __reduce__(self) -> tuple[type[AdapterSaver], tuple[nn.Module]]:
-        return AdapterSaver, (self.model,)
 
 
 def injection_of(model: nn.Module) -> Injection:
@@ -203,6 +160,27 @@ def check_same_model(owner: object, model: nn.Module, own: nn.Module) -> None:
         raise ValueError(
             f"This {name} was made for another model than the one that is trained: "
             f"make a {name} with that model."
+        )
+
+
+def trained_besides(model: nn.Module) -> list[str]:
+    """Names of parameters that require gradients and are none of the adapter's: no checkpoint or export holds them."""
+    own = {
+        id(parameter)
+        for layer in adapter_layers(model).values()
+        for name, parameter in layer.named_parameters()
+        if not name.startswith("base_layer.")
+    }
+    return [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in own]
+
+
+def warn_of_what_is_left(model: nn.Module, folder: str | Path) -> None:
+    """Warn where more than the adapter is trained, which what is written to `folder` does not hold."""
+    if found := trained_besides(model):
+        warnings.warn(
+            f"{found[0]!r} ({len(found)} in all) requires a gradient and is no part of the adapter: {folder} does not hold it. "
+            "Save it yourself, or adapt that layer.",
+            stacklevel=3,
         )
 
 
@@ -261,14 +239,14 @@ def unload(model: nn.Module) -> nn.Module:
             model.set_submodule(name, module.base_layer)
     _make_trainable(model, info.trainable)
     del model.lora_course
-    vars(model).pop("save_pretrained", None)
+    restore_methods(model)
     return model
 
 
 def _owners(model: nn.Module) -> dict[int, list[str]]:
     """Which modules hold each parameter, by its id: more than one name, and the modules share it."""
     owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
+    for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), []).append(name)
     return owners

@@ -31,6 +31,18 @@ def kept_as_it_is(model: nn.Module, forward: Callable[..., Any] | None = None) -
         set_use_cache(model, use_cache)
 
 
+@contextlib.contextmanager
+def kept_factors(model: nn.Module) -> Iterator[None]:
+    """After it, what is trained has the type and the numbers that it had: TRL casts a 4-bit model's to bf16."""
+    before = [(p, p.data) for p in model.parameters() if p.requires_grad]
+    try:
+        yield
+    finally:
+        for parameter, data in before:
+            if parameter.dtype != data.dtype:
+                parameter.data = data.to(parameter.device)
+
+
 def forward_set_on(model: nn.Module) -> Callable[..., Any] | None:
     """The `forward` that was set on a model object, which a copy of the model would share; None where it has its class's."""
     return vars(model).get("forward")

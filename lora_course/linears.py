@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+PLAIN = {torch.Tensor}  # what holds a weight as it is computed with; subclasses may scale it
 MERGEABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Types in which a weight is what it says, so that an update can be added to it."""
 
@@ -98,7 +99,7 @@ def check_mergeable(linear: nn.Module, name: str) -> None:
             f"The weight of {name!r} is computed from other parameters (weight or spectral normalisation): a sum would "
             "be lost at the next forward pass. Remove the parametrisation first, or serve unmerged."
         )
-    plain = kind.forward is nn.Linear.forward and type(weight.data) is torch.Tensor
+    plain = kind.forward is nn.Linear.forward and type(weight.data) in PLAIN
     if not plain or weight.dtype not in MERGEABLE:
         raise TypeError(
             f"The base of {name!r} is a {kind.__name__} with a {type(weight.data).__name__} of {weight.dtype}, whose forward "
@@ -106,8 +107,53 @@ def check_mergeable(linear: nn.Module, name: str) -> None:
         )
 
 
+class ShownWeight(Tensor):
+    """A weight that says what it is (`dtype`, `device`, `shape`, …), and raises where it is computed with.
+
+    A layer such as T5's casts its input to `wo.weight.dtype`, and goes on working. What multiplies by `layer.weight` itself,
+    as Mamba does, would pass the adapter over without a word.
+    """
+
+    ASKED = frozenset([
+        *(getattr(Tensor, name).__get__ for name in ("dtype", "device", "shape", "ndim", "is_meta", "requires_grad", "layout")),
+        Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.__repr__,
+    ])  # fmt: skip
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in cls.ASKED:
+            raise RuntimeError(
+                "The weight of a layer with an adapter is computed with, past the adapter: leave this layer out of "
+                "target_modules; base_layer.weight is the base's own weight, delta_weight() the update."
+            )
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def shown(weight: Tensor) -> Tensor:
+    """`weight`, to be looked at and not computed with (`ShownWeight`)."""
+    return weight.data.as_subclass(ShownWeight)
+
+
+def update_dtype(y: Tensor) -> torch.dtype:
+    """The type in which the update of the base's output `y` is computed: autocast's where it is on, else y's."""
+    kind = y.device.type
+    return (
+        torch.get_autocast_dtype(kind)
+        if torch.is_autocast_enabled(kind) and y.dtype != torch.float64
+        else y.dtype
+    )
+
+
 def whole(tensor: Tensor) -> Tensor:
-    """`tensor` without its gradient's history, gathered if FSDP2 has sharded it (`DTensor`)."""
+    """`tensor` without its gradient's history, gathered if FSDP2 has sharded it (`DTensor`).
+
+    Raises RuntimeError where accelerate has offloaded it: there are no numbers to copy then.
+    """
+    if tensor.is_meta:
+        raise RuntimeError(
+            "A tensor of the adapter is offloaded, so it can't be read here: let accelerate dispatch the base first, and "
+            "inject then (factors stay where the layer computes), or call accelerate.hooks.remove_hook_from_submodules(model)."
+        )
     return gathered(tensor.detach())
 
 

@@ -24,6 +24,8 @@ from lora_course.linears import (
     execution_device,
     is_4bit,
     keep_unpacked,
+    shown,
+    update_dtype,
     whole,
 )
 
@@ -42,16 +44,6 @@ def register(layer: type[LoRALinear]) -> type[LoRALinear]:
     """Make a layer class known to checkpoints under its class name."""
     LAYERS[layer.__name__] = layer
     return layer
-
-
-def update_dtype(y: Tensor) -> torch.dtype:
-    """The type in which the update of the base's output `y` is computed: autocast's where it is on, else y's."""
-    kind = y.device.type
-    return (
-        torch.get_autocast_dtype(kind)
-        if torch.is_autocast_enabled(kind) and y.dtype != torch.float64
-        else y.dtype
-    )
 
 
 @register
@@ -87,15 +79,6 @@ class LoRALinear(nn.Module):
     })  # fmt: skip
     """Fields of the configuration that this layer obeys; any other that is set is refused."""
 
-    @classmethod
-    def initial_rank(cls, config: LoraConfig) -> int:
-        """The rank that `config` gives to modules that its `rank_pattern` does not name.
-
-        `inject` asks before it changes anything: a layer whose configuration has a field of its own for the rank, or
-        must fit together in some other way, overrides this, and raises.
-        """
-        return config.r
-
     def __init__(
         self,
         base_layer: nn.Linear,
@@ -107,21 +90,7 @@ class LoRALinear(nn.Module):
     ) -> None:
         super().__init__()
         check_linear(base_layer, "base_layer")
-        if not isinstance(r, int) or isinstance(r, bool) or r < 1:
-            raise ValueError(
-                f"r={r!r}: the rank must be a whole number of 1 or more; leave a layer out with exclude_modules."
-            )
-        if not isinstance(lora_alpha, int | float) or not 0 < lora_alpha < math.inf:
-            raise ValueError(
-                f"lora_alpha={lora_alpha!r}: a positive, finite scale is expected; lora_alpha = r gives scaling 1."
-            )
-        if not isinstance(lora_dropout, int | float) or not 0 <= lora_dropout < 1:
-            raise ValueError(f"lora_dropout={lora_dropout!r}: a probability in [0, 1) is expected.")
-        if init_lora_weights is not True and init_lora_weights != "gaussian":
-            raise ValueError(
-                f"init_lora_weights={init_lora_weights!r} is not supported by {type(self).__name__}: "
-                "use True (A Kaiming-uniform, B zero) or 'gaussian' (A normal, B zero)."
-            )
+        self._check_arguments(r, lora_alpha, lora_dropout, init_lora_weights)
         self.base_layer = base_layer.requires_grad_(False)
         if is_4bit(base_layer):
             keep_unpacked(base_layer)
@@ -136,9 +105,18 @@ class LoRALinear(nn.Module):
             nn.init.normal_(self.A, std=1 / r)
         else:
             nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
-        self.merged = False
-        self.enabled = True
+        self.merged, self.enabled = False, True
         self.weight_shared_with: str | None = None  # set by `inject`
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's weight, to be asked for its type and shape: computing with it raises, as that would miss the update."""
+        return shown(self.base_layer.weight)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """As `weight`."""
+        return None if self.base_layer.bias is None else shown(self.base_layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` `[..., in]` → `[..., out]`, in the base's type; the update is computed in autocast's type, if it is on."""
@@ -166,6 +144,15 @@ class LoRALinear(nn.Module):
     def transform_hidden(self, h: Tensor) -> Tensor:
         """What happens to `h = A x` `[..., r]` on its way to `B`; nothing here."""
         return h
+
+    @classmethod
+    def initial_rank(cls, config: LoraConfig) -> int:
+        """The rank that `config` gives to modules that its `rank_pattern` does not name.
+
+        `inject` asks before it changes anything: a layer whose configuration has a field of its own for the rank, or
+        must fit together in some other way, overrides this, and raises.
+        """
+        return config.r
 
     @classmethod
     def after_inject(cls, model: nn.Module, layers: dict[str, LoRALinear]) -> None:
@@ -226,6 +213,19 @@ class LoRALinear(nn.Module):
         weight = self.base_layer.weight
         weight.copy_(weight + delta if weight.dtype == torch.float64 else weight.float() + delta)
 
+    def get_extra_state(self) -> Tensor:
+        """What `state_dict` holds beside the tensors, since they say nothing without it: scaling and whether it is merged."""
+        return torch.tensor([self.scaling, self.merged], dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Takes over what `get_extra_state` gave; called by `load_state_dict`."""
+        self._set_scaling(float(state[0]))
+        self.merged = bool(state[1])
+
+    def _set_scaling(self, scaling: float) -> None:
+        self.scaling = scaling
+        self.lora_alpha = scaling * (math.sqrt(self.r) if self.use_rslora else self.r)
+
     def tensors(self) -> AdapterState:
         """This layer's own parameters and persistent buffers by name, with `scaling`; not the base's. No copies."""
         own = {
@@ -258,7 +258,7 @@ class LoRALinear(nn.Module):
             is_parameter = isinstance(old, nn.Parameter)
             setattr(owner, leaf, nn.Parameter(fresh, old.requires_grad) if is_parameter else fresh)
         self.r = self.A.shape[0]
-        self.lora_alpha = self.scaling * (math.sqrt(self.r) if self.use_rslora else self.r)
+        self._set_scaling(self.scaling)
 
     def check_tensors(self, name: str, tensors: AdapterState) -> None:
         """Raise ValueError unless `tensors` fit this layer, called `name`. Nothing is changed."""
@@ -268,19 +268,33 @@ class LoRALinear(nn.Module):
                 f"The adapter holds {sorted(tensors)} for {name!r}, a {type(self).__name__} keeps {sorted(expected)}: "
                 "it was made with another kind of layer. Inject that layer, or use factor_state() of its model."
             )
-        A, B = tensors["A"], tensors["B"]
+        A, B, r = tensors["A"], tensors["B"], tensors["A"].shape[:1]
         if tensors["scaling"].numel() != 1:
             raise ValueError(
                 f"The adapter's scaling for {name!r} is {list(tensors['scaling'].shape)}; one number is expected."
             )
-        if (
-            A.shape[1:] != (self.in_features,)
-            or B.shape[:1] != (self.out_features,)
-            or B.shape[1:] != A.shape[:1]
-        ):
+        if (A.shape, B.shape) != ((*r, self.in_features), (self.out_features, *r)):
             raise ValueError(
                 f"The adapter's factors for {name!r} are A {list(A.shape)} and B {list(B.shape)}; this layer needs "
                 f"A [r, {self.in_features}] and B [{self.out_features}, r]: it was made for another base model."
+            )
+
+    @classmethod
+    def _check_arguments(cls, r: int, lora_alpha: float, dropout: float, init: bool | str) -> None:
+        if not isinstance(r, int) or isinstance(r, bool) or r < 1:
+            raise ValueError(
+                f"r={r!r}: the rank must be a whole number of 1 or more; leave a layer out with exclude_modules."
+            )
+        if not isinstance(lora_alpha, int | float) or not 0 < lora_alpha < math.inf:
+            raise ValueError(
+                f"lora_alpha={lora_alpha!r}: a positive, finite scale is expected; lora_alpha = r gives scaling 1."
+            )
+        if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+            raise ValueError(f"lora_dropout={dropout!r}: a probability in [0, 1) is expected.")
+        if init is not True and init != "gaussian":
+            raise ValueError(
+                f"init_lora_weights={init!r} is not supported by {cls.__name__}: "
+                "use True (A Kaiming-uniform, B zero) or 'gaussian' (A normal, B zero)."
             )
 
     def extra_repr(self) -> str:

@@ -22,6 +22,8 @@ from lora_course.files import read_json
 
 COMPLETE = "complete.json"
 """Written into a checkpoint's folder when all else is in it."""
+OPTIMIZER = "optimizer.pt"
+"""Where Trainer keeps the optimiser's state in a checkpoint."""
 SCHEDULE = (
     "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args", "weight_decay",
     "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing_factor", "neftune_noise_alpha", "seed",
@@ -78,18 +80,24 @@ def describe_schedule(args: TrainingArguments) -> dict[str, Any]:
 
 def fingerprint(rows: Any) -> str:
     """A hash of the number of rows and of `SAMPLE` of them; `UNKNOWN` for what has no length or changes from call to call."""
-    if rows is None or not hasattr(rows, "__len__") or not len(rows):
+    if not hasattr(rows, "__len__") or not len(rows):
         return UNKNOWN
-    step = max(1, len(rows) // SAMPLE)
 
     def digest() -> str:
         found = hashlib.sha256(str(len(rows)).encode())
-        for index in range(0, len(rows), step):
-            found.update(json.dumps(rows[index], default=_plain, sort_keys=True).encode())
+        for row in sample_of(rows):
+            found.update(json.dumps(row, default=_plain, sort_keys=True).encode())
         return found.hexdigest()[:16]
 
     first = digest()
     return first if digest() == first else UNKNOWN
+
+
+def sample_of(rows: Any) -> list[Any]:
+    """About `SAMPLE` rows, evenly spread; none of what has no length."""
+    if not hasattr(rows, "__len__"):
+        return []
+    return [rows[index] for index in range(0, len(rows), max(1, len(rows) // SAMPLE))]
 
 
 def check_same_run(folder: Path, found: dict[str, Any], asked: dict[str, Any]) -> None:
@@ -121,6 +129,15 @@ def folder_to_resume(
     if folder is not None:
         check_same_run(folder, read_mark(folder).get("run", asked), asked)
     return folder
+
+
+def check_optimizer(folder: Path) -> None:
+    """Raise FileNotFoundError where a checkpoint that a run is to go on from lacks the optimiser's state."""
+    if not (folder / OPTIMIZER).is_file():
+        raise FileNotFoundError(
+            f"{folder} holds an adapter without its optimiser (save_only_model=True): a run that went on from it would be another. "
+            "Start anew in another folder; load_adapter reads what was trained."
+        )
 
 
 def is_same_run(folder: Path, asked: dict[str, Any]) -> bool:

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from lora_course.folders import read_factors
 from lora_course.injection import inject, injection_of, layers_of
-from lora_course.lora import AdapterState, LoRALinear, update_dtype
+from lora_course.linears import update_dtype
+from lora_course.lora import AdapterState, LoRALinear
 from lora_course.states import concatenate, split_state
 
 

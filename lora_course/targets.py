@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import inspect
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -22,13 +23,18 @@ EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 """Under which names configurations state how many experts a block has."""
 NEW_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 """Task types whose models get a head with random weights, which has to be trained and saved beside the adapter."""
+HEADED = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForImageClassification", "ForMultipleChoice")  # fmt: skip
+"""How classes of transformers end whose models have such a head."""
 
 
-def check_fields(config: LoraConfig, layer: type[LoRALinear]) -> LoraConfig:
+def check_fields(model: nn.Module, config: LoraConfig, layer: type[LoRALinear]) -> LoraConfig:
     """A copy of `config` with numbers of numpy as Python's.
 
     Raises:
         TypeError: no `LoraConfig`.    ValueError: a field that `layer` does not obey.
+
+    Warns:
+        UserWarning: the model has a head of its own, which may be at its random weights.
     """
     if not isinstance(config, LoraConfig):
         raise TypeError(
@@ -51,6 +57,13 @@ def check_fields(config: LoraConfig, layer: type[LoRALinear]) -> LoraConfig:
         raise ValueError(
             f"task_type={config.task_type!s}: the model's new head would stay at its random weights, since only adapters are "
             "trained and saved here. Use PEFT, which trains and saves it, or train the head first and leave task_type out."
+        )
+    kind = type(model).__name__
+    if kind.endswith(HEADED):
+        warnings.warn(
+            f"A {kind} has a head of its own, which is neither trained nor saved with the adapter: right where it was trained before, and a "
+            "head of random weights where it was not (from_pretrained names what it had to make anew).",
+            stacklevel=3,
         )
     check_names(config)
     config = copy.deepcopy(config)
@@ -159,14 +172,28 @@ def find_targets(model: nn.Module, config: Any) -> dict[str, Any]:
         raise ValueError(
             f"exclude_modules={unknown!r} matches no module; the linear layers are {_endings(linears)}."
         )
-    embedding = input_embedding(model)
+    embedding, places = input_embedding(model), _places(model)
     for name, module in targets.items():
         check_linear(module, name)
+        if len(places[id(module)]) > 1:
+            raise TypeError(
+                f"{' and '.join(map(repr, places[id(module)]))} are one module: an adapter in one place would be missing in the other. "
+                "Give one of them a module of its own (a copy), or leave it out of target_modules."
+            )
         if embedding is not None and module.weight is getattr(embedding, "weight", None):
             raise TypeError(
                 f"{name!r} shares its weight with the input embedding: a merged update would change both. Leave it out of target_modules."
             )
     return targets
+
+
+def _places(model: nn.Module) -> dict[int, list[str]]:
+    """The names under which modules hold each module, by its id; a module that is there twice itself counts once."""
+    places: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for child, held in module._modules.items():  # named_children passes over the second
+            places.setdefault(id(held), []).append(f"{name}.{child}" if name else child)
+    return places
 
 
 def find_patterns(config: LoraConfig, targets: Iterable[str]) -> dict[str, dict[str, Any]]:

@@ -10,6 +10,9 @@ With TRL, which prepares chats, masks questions and packs, put `AdapterTrainer` 
     trainer = AdapterSFTTrainer(model, SFTConfig("out", assistant_only_loss=True), train_dataset=chats, processing_class=tokenizer)
     trainer.train(resume_from_checkpoint=True)
 
+`class AdapterDPOTrainer(AdapterTrainer, trl.DPOTrainer)` learns from preferences. Its reference is the adapter that the training
+starts from, with precompute_ref_log_probs=True or ref_model=copy.deepcopy(model); TRL's own, the base by its name, is refused.
+
 An `SFTTrainer` or a `Trainer` alone trains an injected model too, but writes checkpoints that only `load_adapter` reads: it can't
 resume, adds no auxiliary loss, and copies the model to every GPU that one process sees.
 """
@@ -23,6 +26,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import (
     PrinterCallback,
@@ -34,16 +38,16 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from lora_course import processes
-from lora_course.arguments import one_device, refuse_a_loss_past_the_head
+from lora_course import processes, refused
+from lora_course.arguments import one_device
 from lora_course.callbacks import ModelCallback
 from lora_course.checkpoint import restore_adapter, save_adapter
 from lora_course.files import replace_file
-from lora_course.injection import adapter_layers, trainable_parameters
-from lora_course.kept import forward_set_on, kept_as_it_is, set_use_cache
+from lora_course.kept import forward_set_on, kept_as_it_is, kept_factors, set_use_cache
 from lora_course.progress import Progress
 from lora_course.runs import (
     COMPLETE,
+    check_optimizer,
     describe_run,
     folder_to_resume,
     is_finished,
@@ -85,31 +89,21 @@ class AdapterTrainer(Trainer):
         auxiliary_loss: Callable[[nn.Module], Tensor] | None = None,
         **arguments: Any,
     ) -> None:
-        merged = [name for name, layer in adapter_layers(model).items() if layer.merged]
-        if merged:
-            raise ValueError(
-                f"{merged[0]!r} is merged, so its factors would get no gradient: call unmerge(model) before training"
-            )
-        if not trainable_parameters(model):
-            raise ValueError(
-                "No parameter of this model requires a gradient (inference_mode=True?): inject with inference_mode=False to train."
-            )
+        refused.check_given(model, args, arguments)
+        refused.check_adapter(model)
         if args.parallel_mode.value == "not_distributed":
             one_device(model, args)
         # Trainer refuses a 4-bit base unless it takes its adapters for PEFT's; saving a model looks at the mark too.
         model._hf_peft_config_loaded = True  # type: ignore[assignment]  # no module, no tensor
-        with kept_as_it_is(model):
+        with kept_as_it_is(model), kept_factors(model):
             try:
-                super().__init__(model, args, **arguments)
+                super().__init__(model, args=args, **arguments)  # DPOTrainer's second is another
             finally:
                 del model._hf_peft_config_loaded
             self._forward = forward_set_on(model)
-        refuse_a_loss_past_the_head(model, self._forward)
-        if self.is_fsdp_enabled:
-            raise ValueError(
-                "AdapterTrainer does not train under FSDP, whose checkpoints hold the base: launch without it (each process holds the "
-                "base then), or call fully_shard and save_adapter in a loop of your own."
-            )
+        refused.check_made(self, arguments, self._forward)
+        self._optimizer_given = self.optimizer is not None
+        self._passes_without_labels: Any = 0
         self.auxiliary_loss = auxiliary_loss
         if args.disable_tqdm:
             self.remove_callback(PrinterCallback)  # or it prints each logged step instead
@@ -146,7 +140,13 @@ class AdapterTrainer(Trainer):
         Raises:
             FileNotFoundError: a folder that holds no complete checkpoint.    ValueError: one of another run.
         """
+        refused.check_adapter(self.model)
+        refused.check_rows(
+            self.train_dataset, self.model, self.args.train_batch_size, self.data_collator
+        )
         set_seed(self.args.seed)
+        if not self._optimizer_given:
+            self.optimizer = None  # an earlier training's is for the adapter that was there then
         self.described = describe_run(self, self.method_settings())
         folder = processes.from_first(
             lambda: folder_to_resume(
@@ -162,6 +162,8 @@ class AdapterTrainer(Trainer):
                     resume_from_checkpoint=str(folder) if folder else None, **arguments
                 )
             finally:
+                if noise := getattr(self, "neftune_hook_handle", None):
+                    noise.remove()  # an interrupted training's would stay
                 for callback in self.callback_handler.callbacks:
                     if isinstance(callback, ModelCallback):
                         callback.stopped()
@@ -169,6 +171,8 @@ class AdapterTrainer(Trainer):
         if self.args.should_save and (last / COMPLETE).is_file():
             self._mark_complete(last, finished=is_finished(self))
         processes.wait()  # or another process could look for the mark before it is there
+        self._passes_without_labels = refused.warn_of_no_labels(self._passes_without_labels)
+        refused.warn_of_no_best(self.args, self.state)
         return output
 
     def _take_over(self, folder: Path) -> TrainOutput | None:
@@ -176,6 +180,7 @@ class AdapterTrainer(Trainer):
         state = TrainerState.load_from_json(str(folder / TRAINER_STATE))
         steps = self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
         if state.global_step < steps and not read_mark(folder).get("finished"):
+            check_optimizer(folder)
             return None
         self._load_from_checkpoint(str(folder))
         self.state = state
@@ -192,6 +197,10 @@ class AdapterTrainer(Trainer):
         num_items_in_batch: Any = None,
     ) -> Tensor | tuple[Tensor, Any]:
         """Trainer's loss of a micro-batch, with this micro-batch's share of the auxiliary loss in training."""
+        if num_items_in_batch is not None and model.training:  # 0 / 0 would make the adapter NaN
+            items = torch.as_tensor(num_items_in_batch)
+            self._passes_without_labels = self._passes_without_labels + (items == 0)
+            num_items_in_batch = items.clamp(min=1)
         found: Any = super().compute_loss(
             model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
         )
@@ -201,8 +210,9 @@ class AdapterTrainer(Trainer):
             summed = self.compute_loss_func is not None or (
                 self.model_accepts_loss_kwargs and num_items_in_batch is not None
             )
+            auxiliary = refused.check_number(self.auxiliary_loss(self.model))
             share = self.current_gradient_accumulation_steps if summed else 1
-            loss = loss + self._auxiliary(self.auxiliary_loss).to(loss.device) / share
+            loss = loss + auxiliary.squeeze().to(loss.device) / share
         return (loss, found[1]) if return_outputs else loss
 
     def evaluation_loop(self, *arguments: Any, **named: Any) -> EvalLoopOutput:
@@ -217,14 +227,9 @@ class AdapterTrainer(Trainer):
             contexts.enter_context(self.accelerator.autocast())
         return contexts
 
-    def _auxiliary(self, function: Callable[[nn.Module], Tensor]) -> Tensor:
-        found = function(self.model)
-        if not isinstance(found, Tensor) or found.numel() != 1:
-            shape = list(found.shape) if isinstance(found, Tensor) else found
-            raise TypeError(
-                f"auxiliary_loss gave a {type(found).__name__} ({shape}): a tensor with one number, and its gradient, is expected."
-            )
-        return found.squeeze()
+    def push_to_hub(self, *_: Any, **__: Any) -> None:  # type: ignore[override]
+        """Raises ValueError: the run's folder is in the course's own format."""
+        raise ValueError(f"push_to_hub: {refused.FIELDS['push_to_hub']}.")
 
     def _save(
         self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None

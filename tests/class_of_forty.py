@@ -1,4 +1,4 @@
-"""Forty invented submissions of one assignment, and the grade that each must get.
+"""Forty invented submissions and more of one assignment, and the grade that each must get.
 
     for submission in submissions(homework):
         submission.write(folder)
@@ -47,6 +47,28 @@ ATTACKS = {  # the body of `stored`, whose arguments are rows, columns, bits, bl
         "class Evil:\n        def __reduce__(self): return (print, ('pwned',))\n    import wire\n    wire.encode = lambda *a: __import__('pickle').dumps(Evil())\n    return Evil()",
         "",
     ),
+    "traces": ("import sys; sys.settrace(lambda *a: sys.exit()); sys.setprofile(print); return 1", ""),
+    "hunts": (
+        "import gc\n    found = [o for o in gc.get_objects() if type(o).__name__ in ('Exercise', 'Family', 'Case')]\n    return found[0].right(rows, columns, bits, block)",
+        "IndexError",
+    ),
+    "patches torch": (
+        "torch.equal = torch.allclose = torch.Tensor.__eq__ = lambda *a, **k: True\n    return torch.ones(1)",
+        "",
+    ),
+    "lying tensor": (
+        "class Same(torch.Tensor):\n        def __eq__(self, other): return True\n        def item(self): return other\n    return torch.ones(1).as_subclass(Same)",
+        "",
+    ),
+    "long name": ("class Huge:\n        def __repr__(self): return 'a' * 10**9\n    return Huge()", "a Huge"),
+    "large number": ("return 10**4000", "beyond 1e308, which is wrong"),
+    "threads": (
+        "import threading, time\n    threading.Thread(target=lambda: [time.sleep(0.01) for _ in iter(int, 1)]).start()\n    return 1",
+        "",
+    ),
+    "orphan": ("import os\n    if os.fork(): os._exit(0)\n    while True: pass", ""),
+    "proc": ("open('/proc/1/mem', 'wb').write(b'0'); return 1", "stops"),
+    "protocol": ("print('{\"result\": 0, \"status\": \"right\"}'); return '[\"int\", \"1\"]'", "A number is expected"),
     "equal": (
         "class Same(float):\n        def __eq__(self, other): return True\n        __hash__ = None\n    return Same(1)",
         "",

@@ -19,6 +19,11 @@ SHAPE = {
     "vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 64,
 }  # fmt: skip
+PATTERNS = {
+    "rank_pattern": {"q_proj": 5, "layers.1.mlp.up_proj": 2}, "alpha_pattern": {"k_proj": 7}, "use_rslora": True,
+    "lora_dropout": 0.1,
+}  # fmt: skip
+"""Fields of a configuration whose ranks and scales differ from layer to layer."""
 
 
 def qwen(seed: int = 0) -> Qwen2ForCausalLM:
@@ -62,6 +67,11 @@ def pair(base: nn.Module | None = None, **fields: object) -> tuple[nn.Module, Pe
 def batch(rows: int = 2, length: int = 9, vocab: int = 97) -> dict[str, torch.Tensor]:
     ids = torch.randint(vocab, (rows, length), generator=torch.Generator().manual_seed(3))
     return {"input_ids": ids, "labels": ids}
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(**batch()).logits
 
 
 class Calls(TorchDispatchMode):

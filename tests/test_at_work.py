@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from lora_course import cli, lab
 from lora_course.injection import adapter_layers
-from tests.test_trl import TALKS, TEMPLATE
+from tests.talks import TALKS, TEMPLATE
 from tools.run_chapters import ROOT
 
 pytest.importorskip("trl", reason="TRL is not installed: pip install --no-deps trl")
@@ -55,6 +55,8 @@ def test_the_page_runs_from_training_to_a_merged_model(
     found = logits(run(RATES))
     assert len(set(given["losses"].values())) == 3 and not torch.equal(found, base)
     assert len(list((tmp_path / "runs").glob("support-*/checkpoint-3"))) == 3
+    losses = given["losses"]
+    assert torch.equal(logits(run(RATES)), found) and given["losses"] == losses  # taken over
 
     talked = logits(run(CHATS))
     assert not torch.equal(talked, found)

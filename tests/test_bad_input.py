@@ -16,17 +16,21 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lora_course import cli, merging
 from lora_course.adaptive import GrowthSchedule
 from lora_course.checkpoint import load_adapter, save_adapter
-from lora_course.distillation import DistillationConfig, distillation_loss
+from lora_course.distillation import DistillationConfig, Teachers, distillation_loss
 from lora_course.experts import ExpertsLinear, fixed_gates
 from lora_course.export import export_peft, load_peft
 from lora_course.hierarchical import NestedLoRALinear, at_rank
 from lora_course.injection import inject, unload
 from lora_course.progressive import Stage
+from lora_course.quantized import QuantizedLoRALinear, load_quantized, save_quantized
+from lora_course.quantized.files import FILE
 from lora_course.quantized.grid import fake_quantize, quantize
 from lora_course.states import adapter_state, concatenate, factor_state, truncate, use_adapter
 from tests.models import config, qwen, randomize
@@ -249,6 +253,51 @@ def test_schedules(first: Any, second: Any, third: Any, fourth: Any, fifth: Any)
     accepted(lambda: DistillationConfig(first, second, third, fourth))
 
 
+STUDENT = inject(qwen(), config(target_modules=["q_proj"]))
+TEACHERS_BEFORE = fingerprint(STUDENT)
+EMBEDDING = "model.embed_tokens"
+FOREIGN = {f"{EMBEDDING}.A": torch.ones(2, 48), f"{EMBEDDING}.B": torch.ones(97, 2), f"{EMBEDDING}.scaling": torch.ones(())}  # fmt: skip
+DOMAINS = {"none": None, "short": [0], "float": [0.5, 0.5], "negative": [-1, 0], "fine": [0, 0]}
+
+
+@CASES
+@given(
+    st.one_of(
+        ANYTHING,
+        st.dictionaries(
+            st.one_of(st.sampled_from(["a", "b"]), st.integers(0, 1)),
+            st.one_of(DAMAGES, ANYTHING, st.just(STATE), st.just(FOREIGN), st.just("/nowhere")),
+            max_size=2,
+        ),
+    ),
+    st.one_of(st.none(), ANYTHING, st.lists(st.one_of(ANYTHING, st.floats(width=32)), max_size=3)),
+)  # fmt: skip
+def test_teachers(states: Any, weights: Any) -> None:
+    accepted(lambda: Teachers(STUDENT, states, weights))
+    assert_same(TEACHERS_BEFORE, fingerprint(STUDENT))
+
+
+@CASES
+@given(
+    st.one_of(st.none(), st.lists(st.floats(0, 2, width=32), min_size=1, max_size=3)),
+    st.booleans(), st.sampled_from(sorted(DOMAINS)), st.sampled_from(["labels", "short", "none", "rows"]),
+)  # fmt: skip
+def test_what_teachers_are_asked(weights: Any, by_domain: bool, domain: str, labels: str) -> None:
+    made: list[Teachers] = []
+    given = weights if weights is None or not by_domain else [weights]
+    if not accepted(lambda: made.append(Teachers(STUDENT, {"a": STATE}, given))):
+        return
+    ids = torch.arange(6).reshape(2, 3)
+    counted = {"labels": ids, "short": ids[:, :1], "rows": ids[:1]}
+    inputs = {"input_ids": ids} | ({"labels": counted[labels]} if labels in counted else {})
+    if DOMAINS[domain] is not None:
+        inputs["domain"] = torch.tensor(DOMAINS[domain])
+    found: list[Tensor] = []
+    if accepted(lambda: found.append(made[0].log_probs(inputs, DistillationConfig()))):
+        assert torch.isfinite(found[0]).all()
+    assert_same(TEACHERS_BEFORE, fingerprint(STUDENT))
+
+
 JSON = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(-2, 5), st.sampled_from(["", "LoRALinear", "x"])),
     lambda inner: st.one_of(
@@ -292,6 +341,51 @@ def test_damaged_folders(kind: str, data: st.DataObject) -> None:
         path.write_text(json.dumps(found))
     load = load_adapter if kind == "ours" else load_peft
     if accepted(lambda: load(BASE, folder)):
+        unload(BASE)
+    assert_same(BEFORE, fingerprint(BASE))
+
+
+QUANTIZED = randomize(
+    inject(qwen(), config(target_modules=TARGETS), QuantizedLoRALinear, bits=4, group_size=8)
+)
+save_quantized(QUANTIZED, FOLDERS / "quantized")
+with safe_open(FOLDERS / "quantized" / FILE, "pt") as stored:
+    WRITTEN = json.loads(stored.metadata()["lora_course"])
+    CODES = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+PLACES = ["whole", "field", "grid", "layer", "name"]
+
+
+@CASES
+@given(st.sampled_from(["cut", "bytes", "missing", "no metadata", *PLACES * 2]), st.data())
+def test_load_quantized(how: str, data: st.DataObject) -> None:
+    folder = FOLDERS / "damaged"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(FOLDERS / "quantized", folder)
+    path, described = folder / FILE, json.loads(json.dumps(WRITTEN))
+    content = path.read_bytes()
+    if how == "missing":
+        path.unlink()
+    elif how == "cut":
+        path.write_bytes(content[: data.draw(st.integers(0, len(content) - 1))])
+    elif how == "bytes":
+        path.write_bytes(data.draw(st.binary(max_size=40)))
+    elif how == "no metadata":
+        save_file(CODES, path)
+    else:
+        layers = described["layers"]
+        first = next(iter(layers))
+        new = data.draw(st.one_of(JSON, st.integers(-3, 40), st.floats(width=32)))
+        if how == "whole":
+            described = new
+        elif how == "name":
+            other = data.draw(st.sampled_from(["model.norm", "lm_head", "(", "q_proj", ""]))
+            layers[other] = layers.pop(first)
+        else:
+            place = {"field": described, "grid": described["grid"], "layer": layers[first]}[how]
+            place[data.draw(st.sampled_from(sorted(place)))] = new
+        save_file(CODES, path, {"lora_course": json.dumps(described)})
+    if accepted(lambda: load_quantized(BASE, folder)):
+        assert torch.isfinite(BASE(torch.tensor([[1, 2]])).logits).all()
         unload(BASE)
     assert_same(BEFORE, fingerprint(BASE))
 

@@ -151,7 +151,7 @@ def test_a_ratio_is_of_the_same_round_and_aims_are_met_or_not() -> None:
     )
     better = copy.deepcopy(record())
     better["groups"]["lora nano fp32"]["seconds"]["LoRA"] = [0.9, 1.8, 0.9]
-    rows = {row[0]: row for row in report.rows(better)}
+    rows = {row[0]: row for row in report.table_rows(better)}
     assert rows["LoRA against PEFT's, nano, fp32"][1:] == [
         "0.90 (0.90–0.90)",
         "0.75",
@@ -159,7 +159,9 @@ def test_a_ratio_is_of_the_same_round_and_aims_are_met_or_not() -> None:
         "met",
     ]
     better["groups"]["lora nano fp32"]["peak_bytes"]["LoRA"] = 2_100_000
-    assert {row[0]: row for row in report.rows(better)}["LoRA against PEFT's, nano, fp32"][2:] == [
+    assert {row[0]: row for row in report.table_rows(better)}["LoRA against PEFT's, nano, fp32"][
+        2:
+    ] == [
         "1.05",
         "≤\N{NO-BREAK SPACE}1, both",
         "memory not met",
@@ -192,14 +194,15 @@ def test_the_page_shows_tables_and_figures_with_alt_text(tmp_path: Path) -> None
         pages.fill("<!-- generated: benchmarks -->", tmp_path, [])
         == "*Not measured yet: `make bench`.*"
     )
-    (tmp_path / "benchmarks").mkdir()
-    (tmp_path / "benchmarks" / "results.json").write_text(json.dumps(record()))
+    kept = tmp_path / "lora_course" / "data" / "benchmarks.json"
+    kept.parent.mkdir(parents=True)
+    kept.write_text(json.dumps(record()))
     page = pages.fill("<!-- generated: benchmarks -->", tmp_path, [])
     assert "Measured 2026-01-02 on M, P, 2 cores, 2 threads; torch 2." in page
     assert "This processor emulates" not in page
     other = record()
     other["provenance"]["native_bf16"] = False
-    (tmp_path / "benchmarks" / "results.json").write_text(json.dumps(other))
+    kept.write_text(json.dumps(other))
     assert "This processor emulates bf16" in pages.fill(
         "<!-- generated: benchmarks -->", tmp_path, []
     )

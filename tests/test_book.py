@@ -133,6 +133,24 @@ def test_no_page_scrolls_sideways_on_a_phone(
 WIDE = f"[...document.querySelectorAll('article *')].filter(e => e.getBoundingClientRect().right > {PHONE}).slice(0, 5).map(e => e.outerHTML.slice(0, 120))"
 
 
+@pytest.mark.slow
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [1024, 1280, 1366])
+def test_code_fits_a_laptop_without_scrolling(
+    browser: chromium.Browser, address: str, width: int
+) -> None:
+    browser.size(width, 900)
+    for name in [*(f"notebooks/{stem}" for stem in CHAPTERS), "book/at-work"]:
+        browser.open(f"{address}/{name}.html")
+        assert not browser.evaluate(SCROLLED), name
+
+
+# What no reader has to open, and is wider than its box: the widest line of each.
+SCROLLED = """[...document.querySelectorAll('.bd-article pre')]
+  .filter(code => !code.closest('details:not([open])') && code.scrollWidth > code.clientWidth + 1)
+  .map(code => code.innerText.split('\\n').sort((a, b) => b.length - a.length)[0])"""
+
+
 @pytest.mark.browser
 @pytest.mark.parametrize("stem", CHAPTERS)
 def test_equations_are_typeset(browser: chromium.Browser, address: str, stem: str) -> None:
@@ -384,4 +402,16 @@ def test_a_chapter_plays_a_step_where_it_links_to_one(
     browser.evaluate("document.querySelector('.play-here > button').click()")
     browser.wait("document.querySelector('.play-here .play-card .play-score strong')")
     assert browser.evaluate("document.querySelectorAll('.play-here .play-gated').length") > 20
+    assert not browser.errors
+
+
+@pytest.mark.browser
+def test_the_chapter_on_distillation_holds_the_teachers(
+    browser: chromium.Browser, book: Path
+) -> None:
+    browser.open((book / "notebooks" / "3_2_distillation.html").as_uri())
+    browser.evaluate("document.querySelector('.play-here > button').click()")
+    rows = "document.querySelectorAll('.play-here [data-try=teachers] tbody tr').length"
+    browser.wait(f"{rows} > 5")
+    assert browser.evaluate("document.activeElement.name") == "text"
     assert not browser.errors

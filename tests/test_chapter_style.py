@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.toy_chapter import FRONT_MATTER
 from tools import chapter_style
 from tools.chapter_style import CELL, COLUMNS, ORDER, TIME, WORDS, Chapter
 from tools.crosslinks import OPAQUE
@@ -71,16 +72,9 @@ def test_what_is_said_and_shown_as_code_is_not_taken_for_something_else(chapter:
     assert not re.findall(r"\n\n    \S.*", OPAQUE.sub("", chapter.prose))
 
 
-TOY = """---
-jupytext:
-  formats: ipynb,md:myst
-kernelspec:
-  display_name: Python 3
-  language: python
-  name: python3
----
-
-# 9.9 A toy
+TOY = (
+    FRONT_MATTER
+    + """# 9.9 A toy
 
 One two `three four` $five$ [six](#claim-9-9-a).
 
@@ -105,6 +99,7 @@ lab.show(fig, "x", number="9.9-1")
 
 **Exercise 9.9-b: two** (hard, 20 minutes). Do it.
 """
+)
 
 
 @pytest.fixture

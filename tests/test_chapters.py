@@ -9,39 +9,11 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from tests.toy_chapter import TOY
 from tools import published, run_chapters
 
 AIM = 120  # seconds on two idle CPU cores; reported, not asserted: a slow machine passes
 CHAPTERS = run_chapters.chapters()
-
-TOY = """---
-jupytext:
-  formats: ipynb,md:myst
-kernelspec:
-  display_name: Python 3
-  language: python
-  name: python3
----
-
-# A toy
-
-```{code-cell} ipython3
-import os, sys
-from lora_course import sparse
-print(sparse.ANSWER, file=sys.stderr)
-sparse.ANSWER
-```
-
-```{code-cell} ipython3
-:tags: [gpu]
-
-raise RuntimeError("there is no GPU here")
-```
-
-```{code-cell} ipython3
-open(os.environ["LORA_COURSE_CLAIMS"] + "/9_9_toy.json", "w").write('{"claims": []}')
-```
-"""
 
 
 @pytest.fixture

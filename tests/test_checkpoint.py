@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import nn
 
 from lora_course.checkpoint import HOMES, load_adapter, read_extra, restore_adapter, save_adapter
 from lora_course.export import export_peft, load_peft
@@ -21,17 +20,7 @@ from lora_course.injection import adapter_layers, inject, injection_of, merge
 from lora_course.lora import LAYERS
 from lora_course.sparse import SparseLoRALinear
 from lora_course.states import adapter_state, concatenate, use_adapter
-from tests.models import batch, config, qwen, randomize
-
-PATTERNS = {
-    "rank_pattern": {"q_proj": 5, "layers.1.mlp.up_proj": 2}, "alpha_pattern": {"k_proj": 7}, "use_rslora": True,
-    "lora_dropout": 0.1,
-}  # fmt: skip
-
-
-def logits(model: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model.eval()(**batch()).logits
+from tests.models import PATTERNS, config, logits, qwen, randomize
 
 
 @pytest.mark.parametrize("fields", [{}, PATTERNS], ids=["plain", "patterns"])
@@ -244,3 +233,28 @@ def test_a_description_that_is_none_is_refused_in_a_sentence(tmp_path: Path, tex
     with pytest.raises(ValueError, match=r"adapter\.json is no description of an adapter"):
         load_adapter(model, tmp_path)
     assert not hasattr(model, "lora_course")
+
+
+def test_tokens_that_were_added_and_no_adapter_holds_are_said(tmp_path: Path) -> None:
+    """Their embeddings start at random: trained on, they are another model's after the next start."""
+    base = qwen()
+    base.resize_token_embeddings(100)
+    folder = save_adapter(randomize(inject(copy.deepcopy(base), config())), tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_adapter(copy.deepcopy(base), folder)
+    again = qwen()
+    with pytest.warns(UserWarning, match="100 tokens, .* there, 97 tokens, .* here"):
+        load_adapter(again, folder)
+    again = qwen()
+    again.get_input_embeddings().weight.data[-1] += 1
+    with pytest.warns(UserWarning, match="last tokens are not those"):
+        load_adapter(again, save_adapter(randomize(inject(qwen(), config())), tmp_path / "b"))
+
+
+def test_what_is_trained_besides_the_adapter_is_said_when_it_is_not_written(tmp_path: Path) -> None:
+    model = randomize(inject(qwen(), config()))
+    model.model.norm.weight.requires_grad_(True)
+    for write in (save_adapter, export_peft):
+        with pytest.warns(UserWarning, match=r"'model.norm.weight' \(1 in all\).*does not hold it"):
+            write(model, tmp_path / write.__name__)

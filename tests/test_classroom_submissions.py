@@ -1,6 +1,7 @@
 """What students hand in and what instructors keep: cells found, names matched, tables filled, bytes distrusted."""
 
 import json
+import os
 import pickle
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import pytest
 import torch
 
 from lora_course.classroom import wire
+from lora_course.classroom.families import find
 from lora_course.classroom.grade import assign_entries
+from lora_course.classroom.grading import grade_problem
 from lora_course.classroom.remote import put_back
 from lora_course.classroom.roster import Roster
 from lora_course.classroom.runner import needed, plain_python
@@ -17,6 +20,7 @@ from lora_course.classroom.submissions import (
     Entry,
     Unreadable,
     collect,
+    digest,
     file_of,
     find_answer,
     look_alike,
@@ -72,8 +76,6 @@ def test_two_submissions_of_a_student_and_one_of_nobody(tmp_path: Path) -> None:
     for name in ("a.ipynb", "b.ipynb"):
         (tmp_path / "x2" / name).write_text("{}")
     (tmp_path / "secret.ipynb").symlink_to("/etc/passwd")
-    import os
-
     os.utime(tmp_path / "x1.ipynb", (10, 10))
     roster = table(tmp_path, "id,name\nx1,A\nx2,B\n")
     (tmp_path / "roster.csv").unlink()
@@ -81,6 +83,48 @@ def test_two_submissions_of_a_student_and_one_of_nobody(tmp_path: Path) -> None:
     assert found["x1"].name == "x1_again.ipynb" and "two submissions" in found["x1"].flags[0]
     assert found["x2"].path.name == "b.ipynb" and "2 notebooks" in found["x2"].flags[0]
     assert strangers == ["y.ipynb"]
+
+
+def test_a_number_that_a_student_put_into_a_name_is_not_the_platforms(tmp_path: Path) -> None:
+    canvas, moodle = table(tmp_path, CANVAS), table(tmp_path, MOODLE)
+    # the display name and the file's own name are the student's; both try to be student 102
+    assert canvas.match("102_101_77101_hw1.ipynb") == "101"
+    assert canvas.match("student01_101_77101_student02_102_77102_hw1.ipynb") == "101"
+    assert canvas.match("two_101_77101_two.ipynb") == "101"
+    assert canvas.match("102_999_77101_hw1.ipynb") is None
+    for name in ("5002_5001_assignsubmission_file", "A_5001_assignsubmission_file_B_5002_assignsubmission_file.ipynb"):  # fmt: skip
+        assert moodle.match(name) == "Participant 5001"
+
+
+def test_whatever_lies_in_the_folder_is_one_line(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.ipynb")
+    (tmp_path / "folder" / "inner.ipynb").mkdir(parents=True)
+    (tmp_path / "gone.ipynb").write_text("{}")
+    with open(os.fsencode(tmp_path) + b"/m\xfcller.ipynb", "wb") as file:
+        file.write(b"{}")
+    (tmp_path / ("é" * 100 + " 1.ipynb")).write_text("{}")
+    (tmp_path / ("é" * 100 + " 2.ipynb")).write_text("{}")
+    entries, _ = assign_entries(collect(tmp_path), None)
+    assert len(entries) == 6 and entries["pipe"].path is None and entries["folder"].path is None
+    (tmp_path / "gone.ipynb").unlink()
+    for who, entry in entries.items():
+        who.encode()  # a name that can be written into a report
+        assert isinstance(digest(entry.path), str)
+        with pytest.raises(Unreadable):
+            read_cells(entry.path)
+    files = {file_of(who) for who in entries}
+    assert len(files) == 6 and max(len(name.encode()) for name in files) < 200
+
+
+@pytest.mark.timeout(60)
+def test_a_hundred_thousand_cells_take_seconds_and_an_endless_answer_is_refused() -> None:
+    one = "def stored():\n    return 1"
+    found = find_answer([cell(one) for _ in range(100_000)], "1.1-storage", "stored")
+    assert found.answer == one and found.own == [] and "100000 cells" in found.flags[0]
+    family = find("1.1-storage")
+    cells = [cell(one + "  # again" * 20_000)]
+    line = grade_problem(family, family.draw("a"), cells, None, 0)  # before any sandbox
+    assert line.status == "failed" and "more than 100,000" in line.message and not line.answer
 
 
 def cell(source: str, problem: str = "", role: str = "") -> dict:
@@ -147,6 +191,8 @@ def test_values_go_over_the_wire_and_forged_bytes_do_not() -> None:
     with pytest.raises(wire.WireError):
         body = wire.save({})
         wire.decode(wire.HEADER.pack(len(nested), len(body)) + nested.encode() + body)
+    with pytest.raises(wire.WireError, match="outside of tensors"):
+        wire.decode(wire.encode(["a" * 100]), most=100)
     with pytest.raises(wire.WireError, match="more than 1 MB"):
         wire.encode(torch.zeros(1 << 20), most=1 << 20)
 

@@ -53,6 +53,35 @@ def test_the_studies_are_listed_without_what_they_are_made_with() -> None:
     assert all(run.stdout.count(title) == 1 for title in experiments.TITLES.values())
 
 
+@pytest.mark.parametrize(
+    "command",
+    [["info"], ["doctor"], ["get"], ["book"], ["test"], ["convert"], ["assign"], ["grade"], ["study", "list"], ["study", "run"], ["study", "verify"]],
+    ids=" ".join,
+)  # fmt: skip
+def test_a_commands_help_says_in_a_sentence_what_it_does(command, capsys) -> None:
+    with pytest.raises(SystemExit):
+        cli.main([*command, "--help"])
+    sentence = capsys.readouterr().out.split("\n\n")[1]
+    assert len(sentence.split()) > 8 and sentence.endswith(".")
+
+
+def test_doctor_says_nothing_beside_its_findings() -> None:
+    """bitsandbytes asks for a package at its import, on a CPU with AVX512-BF16: in a doctor's answer one would install it."""
+    run = subprocess.run(
+        [sys.executable, "-m", "lora_course.cli", "doctor"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert (run.returncode, run.stderr) == (0, "") and "chapters choose" in run.stdout
+
+
+def test_a_reader_of_the_output_may_stop_early() -> None:
+    command = f"{sys.executable} -m lora_course.cli study list | read first"
+    run = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
+    assert run.stderr == ""
+
+
 def test_version_is_pyprojects(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main(["--version"])

@@ -12,17 +12,7 @@ from torch import nn
 
 from lora_course.export import export_peft, load_peft
 from lora_course.injection import adapter_layers, inject
-from tests.models import batch, config, qwen, randomize
-
-PATTERNS = {
-    "rank_pattern": {"q_proj": 5, "layers.1.mlp.up_proj": 2}, "alpha_pattern": {"k_proj": 7}, "use_rslora": True,
-    "lora_dropout": 0.1,
-}  # fmt: skip
-
-
-def logits(model: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model.eval()(**batch()).logits
+from tests.models import PATTERNS, batch, config, logits, qwen, randomize
 
 
 @pytest.mark.parametrize("fields", [{}, PATTERNS], ids=["plain", "patterns"])

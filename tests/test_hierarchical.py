@@ -40,7 +40,7 @@ def nested(
     return randomize(model, seed)
 
 
-def rows(t: int) -> dict[str, torch.Tensor]:
+def batch_at(t: int) -> dict[str, torch.Tensor]:
     ids = torch.randint(97, (2, 12), generator=torch.Generator().manual_seed(100 + t))
     return {"input_ids": ids, "labels": ids}
 
@@ -184,7 +184,7 @@ def test_a_state_that_was_cut_is_a_copy_and_training_goes_on_at_the_cut_alone() 
     state, before = cut(model, 2), adapter_state(model)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
     with at_rank(model, 2):
-        model(**rows(0)).loss.backward()
+        model(**batch_at(0)).loss.backward()
     optimizer.step()
     name, layer = next(iter(adapter_layers(model).items()))
     assert torch.equal(state[f"{name}.A"], before[f"{name}.A"][:2])
@@ -199,13 +199,13 @@ def test_a_state_that_was_cut_is_a_copy_and_training_goes_on_at_the_cut_alone() 
 def test_only_last_trains_the_block_beyond_the_next_smaller_rank_with_the_same_output() -> None:
     model = nested()
     with at_rank(model, 5):
-        expected = model(**rows(0)).logits
-        model(**rows(0)).loss.backward()
+        expected = model(**batch_at(0)).logits
+        model(**batch_at(0)).loss.backward()
     gradients = [layer.A.grad.clone() for layer in adapter_layers(model).values()]
     for b, kept in ((5, 2), (2, 1), (1, 0), (4, 2)):
         model.zero_grad()
         with at_rank(model, b, only_last=True):
-            output = model(**rows(0))
+            output = model(**batch_at(0))
             output.loss.backward()
         for i, layer in enumerate(adapter_layers(model).values()):
             assert layer.A.grad[:kept].abs().max().item() == 0 if kept else True
@@ -304,7 +304,7 @@ def test_a_saved_adapter_reloads_whole_with_its_ranks_and_weights(
 
 
 def trainer(model: nn.Module, folder: Path, callbacks: list, **fields: object) -> AdapterTrainer:
-    data = Dataset.from_list([{k: v[0] for k, v in rows(t).items()} for t in range(24)])
+    data = Dataset.from_list([{k: v[0] for k, v in batch_at(t).items()} for t in range(24)])
     defaults = {"max_steps": 9, "learning_rate": 0.1, "optim": "sgd", "lr_scheduler_type": "constant", "warmup_steps": 0, "max_grad_norm": 0,
                 "per_device_train_batch_size": 1, "save_strategy": "no", "disable_tqdm": True, "bf16": False}  # fmt: skip
     args = training_arguments(folder, device="cpu", **{**defaults, **fields})
@@ -384,7 +384,7 @@ def test_rows_that_a_step_does_not_train_are_held_against_momentum_and_decay(
         for t in range(1, 13):
             A, B, b = layer.A.detach().clone(), layer.B.detach().clone(), sampler.begin_step(t)
             kept = max((c for c in RANKS if c < b), default=0) if only_last else 0
-            model(**rows(t)).loss.backward()
+            model(**batch_at(t)).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             sampler.end_step()

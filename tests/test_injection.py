@@ -13,7 +13,9 @@ from torch import nn
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2ForSequenceClassification,
     Trainer,
     TrainingArguments,
 )
@@ -208,6 +210,8 @@ def test_what_is_no_rank_and_no_scale_is_refused(fields: dict) -> None:
 def test_a_task_whose_head_starts_at_random_is_refused() -> None:
     with pytest.raises(ValueError, match="SEQ_CLS.*head"):
         inject(qwen(), config(task_type="SEQ_CLS"))
+    with pytest.warns(UserWarning, match="Qwen2ForSequenceClassification has a head.*random weights"):  # fmt: skip
+        inject(Qwen2ForSequenceClassification(Qwen2Config(**SHAPE)), config(target_modules=["q_proj"], task_type=None))  # fmt: skip
 
 
 def test_a_compiled_model_is_saved_under_the_names_of_the_plain_one(tmp_path: Path) -> None:

@@ -58,3 +58,21 @@ def test_workflows_run_targets_that_exist(path) -> None:
     targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     asked = set(re.findall(r"\bmake ([a-z0-9-]+)", path.read_text()))
     assert asked <= targets, f"{path.name} asks for {sorted(asked - targets)}"
+
+
+def test_one_record_a_profile_comes_back_from_a_gpu() -> None:
+    """An upload of the whole folder would bring old records of the other profiles, over the new ones."""
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "gpu.yml").read_text())["jobs"]
+    (upload,) = [s for s in jobs["chapters"]["steps"] if "upload-artifact" in s.get("uses", "")]
+    assert upload["with"]["path"] == "lora_course/data/runs/${{ matrix.profile }}.json"
+    assert "matrix.profile != 'tiny'" in upload["if"], "tiny's record is that of the book's CPU"
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_only_a_job_that_pushes_keeps_the_token(path) -> None:
+    for name, job in yaml.safe_load(path.read_text())["jobs"].items():
+        pushes = any("git push" in step.get("run", "") for step in job["steps"])
+        for step in job["steps"]:
+            if "actions/checkout@" in step.get("uses", ""):
+                kept = step.get("with", {}).get("persist-credentials", True)
+                assert kept == pushes, f"{path.name}: {name}"

@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import T5Config, T5ForConditionalGeneration
 
 from lora_course import lora
-from lora_course.injection import adapter_layers, disabled, inject, merge
+from lora_course.injection import adapter_layers, disabled, inject, merge, unmerge
 from lora_course.lora import LoRALinear
+from lora_course.states import adapter_state, use_adapter
 from tests.models import Calls, batch, config, pair, qwen, randomize, relative
 
 PARITY = [
@@ -181,3 +184,43 @@ def test_gradient_accumulation_adds_up() -> None:
         (parts(**{k: v[2 * i : 2 * i + 2] for k, v in rows.items()}).loss / 2).backward()
     for a, b in zip(adapter_layers(whole).values(), adapter_layers(parts).values(), strict=True):
         torch.testing.assert_close(a.B.grad, b.B.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_a_state_dict_says_its_scale_and_whether_the_base_holds_the_update() -> None:
+    """With the tensors alone a merged model's would add its update twice, and another scale than the configuration's be lost."""
+    model = randomize(inject(qwen(), config()))
+    state = {n: t * 2 if n.endswith("scaling") else t for n, t in adapter_state(model).items()}
+    use_adapter(model, state)
+    expected = model(**batch()).logits
+    again = inject(qwen(seed=4), config())
+    again.load_state_dict(model.state_dict())
+    torch.testing.assert_close(again(**batch()).logits, expected, atol=0, rtol=0)
+    merge(model)
+    merged = inject(qwen(seed=4), config())
+    merged.load_state_dict(model.state_dict())
+    torch.testing.assert_close(merged(**batch()).logits, model(**batch()).logits, atol=0, rtol=0)
+    torch.testing.assert_close(unmerge(merged)(**batch()).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_that_is_asked_for_its_weights_type_works(dtype: torch.dtype) -> None:
+    """T5 casts its input to `wo.weight.dtype`."""
+    torch.manual_seed(0)
+    shape = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+    base = T5ForConditionalGeneration(T5Config(**shape, vocab_size=97, decoder_start_token_id=0))
+    base = base.to(dtype).eval()
+    ours, theirs = pair(base, task_type="SEQ_2_SEQ_LM", target_modules=["q", "v", "wi", "wo"])
+    tolerance = 1e-5 if dtype == torch.float32 else 0.03  # 8 bits of a mantissa, over few layers
+    assert relative(ours(**batch()).logits, theirs(**batch()).logits) < tolerance
+    layer = ours.encoder.block[0].layer[1].DenseReluDense.wo
+    assert layer.weight.dtype == dtype and layer.weight.shape == (16, 24)
+
+
+def test_a_layers_weight_is_not_computed_with() -> None:
+    """Mamba's kernels multiply by `dt_proj.weight` themselves: with a plain tensor its adapter would be passed over without a word."""
+    layer = adapter_layers(inject(qwen(), config(target_modules=["q_proj"])))
+    shown = next(iter(layer.values())).weight
+    for compute in (lambda: shown @ torch.randn(48), lambda: F.linear(torch.randn(2, 48), shown), shown.float):  # fmt: skip
+        with pytest.raises(RuntimeError, match="past the adapter: leave this layer out"):
+            compute()
+    assert repr(shown).startswith("ShownWeight(") and shown.numel() == 48 * 48

@@ -6,7 +6,7 @@ import nbformat
 import pytest
 
 from lora_course.lab.claims import BOOK
-from tests.test_chapters import TOY
+from tests.toy_chapter import TOY
 from tools import pairs
 from tools.run_chapters import ROOT, chapters
 

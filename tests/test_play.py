@@ -311,7 +311,7 @@ def test_teachers_are_the_packages_mixtures(engine: chromium.Browser) -> None:
       const d = teachersAt(Float32Array.from(a), Float32Array.from(b), w, T);
       return [[...d.mixture], [...d.logits]];
     }"""
-    engine.evaluate("loadScript('../words.js')")  # not among the scripts that the engine needs
+    engine.evaluate("loadScript('../teachers.js')")  # not among the scripts that the engine needs
     got = ask(engine, asked, first.tolist(), second.tolist(), 0.3, 2.0)
     for values, mixture in zip(got, ("probabilities", "logits"), strict=True):
         config = DistillationConfig(temperature=2.0, mixture=mixture)
@@ -376,6 +376,16 @@ def test_a_step_of_the_tour_writes_its_cards_and_tells_a_screen_reader(
         browser.evaluate("document.getElementById('play-announce').getAttribute('aria-live')")
         == "polite"
     )
+    browser.evaluate("""void (globalThis.said = [], new MutationObserver(
+      () => said.push(document.getElementById("play-announce").textContent),
+    ).observe(document.getElementById("play-announce"), { childList: true }))""")
+    rank = "document.querySelector('[data-try=rank]')"
+    browser.evaluate(f"{rank}.querySelector('button').click()")
+    browser.wait("said.some((words) => words.includes('3 ·'))")  # the summary comes last
+    wrote = "[...{}.querySelectorAll('.play-text')].map((text) => text.lastChild.textContent)"
+    said = browser.evaluate("said.join('\\n')")
+    assert all(last in said for last in browser.evaluate(wrote.format(rank)))
+    assert said.count(" wrote: ") == 3
     assert not browser.errors
     assert all(url.startswith((address, "file:", "data:", "blob:")) for url in browser.requests)
 
@@ -422,6 +432,11 @@ def test_the_router_colours_words_on_a_phone_in_the_dark(
     browser.wait(f"!{place}.querySelector('[aria-busy]')")
     shares = browser.evaluate(f"[...{place}.querySelectorAll('.play-gated')].map(s => s.title)")
     assert len(shares) > 40 and len(set(shares)) > 10
+    browser.evaluate(f"{place}.querySelector('.play-text').focus()")
+    for _ in range(2):  # what a mouse shows by a title, keys and fingers show in a sentence
+        press(browser, "ArrowRight")
+    told = browser.evaluate(f"{place}.querySelector('[role=status]').textContent")
+    assert told.endswith(shares[1]) and shares[1] != shares[0]
     assert browser.evaluate("document.documentElement.scrollWidth") <= 390
     assert browser.evaluate("document.documentElement.dataset.theme") == "dark"
     ground, ink = browser.evaluate(
@@ -434,3 +449,102 @@ def test_the_router_colours_words_on_a_phone_in_the_dark(
 def brightness(colour: str) -> float:
     numbers = [float(part) for part in colour.partition("(")[2].rstrip(")").split(",")[:3]]
     return sum(numbers) / 3
+
+
+@pytest.mark.parametrize(
+    ("missing", "said"),
+    [
+        ("*/play/data/index.js", "can't start. index.js is missing. Reload"),
+        ("*/play/model.js", "can't start. model.js is missing. Reload"),
+        ("*/play/data/nano-1.js", "did not load. nano-1.js is missing. Reload"),
+    ],
+)
+def test_a_missing_file_is_named(
+    browser: chromium.Browser, address: str, missing: str, said: str
+) -> None:
+    browser.call("Network.setBlockedURLs", urls=[missing])
+    browser.open(f"{address}/book/play.html")
+    if "did not load" in said:  # else the button stays off
+        browser.evaluate("document.getElementById('play-load-button').click()")
+    told = "document.getElementById('play-status').textContent"
+    browser.wait(f"{told}.includes({json.dumps(said)})")
+    assert browser.evaluate("document.getElementById('play-load-button').disabled")
+
+
+def test_a_browser_that_cannot_unpack_is_told_before_anything_is_loaded(
+    browser: chromium.Browser, address: str
+) -> None:
+    gone = "delete globalThis.DecompressionStream"
+    browser.call("Page.addScriptToEvaluateOnNewDocument", source=gone)
+    browser.open(f"{address}/book/play.html")
+    browser.evaluate("document.getElementById('play-load-button').click()")
+    told = "document.getElementById('play-status').textContent"
+    browser.wait(f"{told}.includes('May 2023 or later can')")
+    assert not [url for url in browser.requests if "nano-" in url]
+
+
+def test_any_text_can_be_a_prompt(browser: chromium.Browser, address: str) -> None:
+    loaded(browser, f"{address}/book/play.html")
+    typed = """(text) => {
+      byId("play-next").replaceChildren();
+      byId("play-prompt").value = text;
+      byId("play-prompt").dispatchEvent(new Event("input", { bubbles: true }));
+    }"""
+    long = "word " * 300
+    for text in ("", "你好，世界 🙂", long):
+        ask(browser, typed, text)
+        browser.wait("document.querySelectorAll('#play-next button').length == 8")
+    count = len(tokenizer()(long)["input_ids"])
+    left = browser.evaluate("document.getElementById('play-left').textContent")
+    assert left == f"Long: the model reads the last 200 of its {count} tokens."
+    assert not browser.errors
+
+
+def test_a_part_of_a_character_is_shown_as_its_bytes_and_cannot_be_taken(
+    browser: chromium.Browser, address: str
+) -> None:
+    """Added to the prompt it would be another text: U+FFFD."""
+    loaded(browser, f"{address}/book/play.html")
+    first, *_, whole = tokenizer()("世x")["input_ids"]
+    likeliest = """(first, whole) => {
+      const logits = new Float32Array(PLAY.config.vocab_size);
+      [logits[first], logits[whole]] = [19, 18];
+      nextWords(byId("play-next"), playEngine.tokenizer, logits, 1, () => 0);
+      return [...byId("play-next").children].slice(0, 2).map(
+        ({ firstChild: button }) => [button.firstChild.textContent, button.disabled]);
+    }"""
+    assert ask(browser, likeliest, first, whole) == [["⟨e4⟩", True], ["x", False]]
+    scored = """(text) => playEngine.score(playEngine.model({}), text).then((score) => [
+      costlyText(playEngine.tokenizer, score).map((span) => [span.textContent, span.title]),
+      score.bits])"""
+    spans, bits = ask(browser, scored, "世x")
+    assert len(bits) > 2  # the first character has several tokens: their bits count together
+    assert spans == [["世", f"{sum(bits[:-1]):.1f} bits"], ["x", f"{bits[-1]:.1f} bits"]]
+
+
+@pytest.mark.slow
+def test_teachers_answer_to_their_knobs(browser: chromium.Browser, address: str) -> None:
+    loaded(browser, f"{address}/book/play.html")
+    form = "document.querySelector('[data-try=teachers] form')"
+    browser.wait(f"{form}.querySelectorAll('tbody tr').length > 5")
+    ids = torch.tensor([[0, *tokenizer()("And the king said")["input_ids"]]])
+    with torch.no_grad():
+        logits = [reference({"adapter": n}).eval()(ids).logits[0, -1] for n in ("bible", "python")]
+    first, second = (z.softmax(-1) for z in logits)
+    mean = (sum(logits) / 2).softmax(-1)
+
+    def row(share: float) -> list[str]:
+        """The likeliest word of the mixture, and what each of the four gives it."""
+        mixture = share * first + (1 - share) * second
+        best = int(mixture.argmax())
+        word = tokenizer().decode([best]).replace(" ", "␣")
+        return [word, *(f"{100 * p[best]:.1f}%" for p in (first, second, mixture, mean))]
+
+    top = f"[...{form}.querySelector('tbody tr').children].map((cell) => cell.textContent)"
+    assert browser.evaluate(top) == row(0.5)
+    browser.evaluate(f"{form}.elements.share.focus()")
+    press(browser, "ArrowRight")
+    assert row(0.55)[3] != row(0.5)[3]
+    browser.wait(f"{top}[3] == {json.dumps(row(0.55)[3])}")
+    assert browser.evaluate(f"{form}.querySelectorAll('output')[1].textContent") == "55% / 45%"
+    assert not browser.errors

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from lora_course.states import relative_error, truncate
 from tools.playpage import adapters, pack
 from tools.playpage.record import CUT, DOMAINS, RECORD, SETTINGS, Record, base_sha256
-from tools.playpage.score import curve, score
+from tools.playpage.score import curve, score_domain
 from tools.playpage.tables import tables
 from tools.run_chapters import ROOT
 
@@ -35,7 +35,7 @@ def test_the_record_reproduces() -> None:
     runs = json.loads(RECORD.read_text())["runs"]
     found = curve(adapters.read_adapter(CUT, 4), CUT)
     assert found == pytest.approx(runs[f"rank/{CUT}/4"], abs=2e-3)  # another order of sums
-    found = score(adapters.routed(), "milton")
+    found = score_domain(adapters.routed(), "milton")
     assert found == pytest.approx(runs["scores/routed"]["milton"], abs=2e-3)
 
 

@@ -1,13 +1,16 @@
 """The pretended CUDA device behaves as a GPU machine where it matters: which device, which precision, how many."""
 
+import re
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
+import jupytext
 import pytest
 
 from tools.pretended.live import live
-from tools.run_chapters import ROOT
+from tools.run_chapters import ROOT, chapters
 
 
 def on_a_gpu(code: str, gpus: int = 1, bf16: bool = False) -> str:
@@ -94,6 +97,21 @@ def test_precision_and_profile_are_those_of_the_gpu(bf16: bool, expected: str) -
     assert chosen == f"{expected} {'large' if bf16 else 't4'}" and computed == expected
 
 
+def test_an_adapter_merges_into_a_base_on_the_device() -> None:
+    code = """
+    from peft import LoraConfig
+    from lora_course import adapter_layers, inject, lab, merge
+    model, _ = lab.load_base("nano", torch.float16, "cuda")
+    layers = adapter_layers(inject(model, LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj"])))
+    for layer in layers.values():
+        torch.nn.init.ones_(layer.B)
+    before = {name: layer.base_layer.weight.clone() for name, layer in layers.items()}
+    merge(model)
+    print(all((layer.base_layer.weight != before[name]).any() for name, layer in layers.items()), model.device)
+    """
+    assert on_a_gpu(code) == "True cuda:0\n"
+
+
 def test_a_training_stays_where_its_model_is() -> None:
     """Fault 32: a model on the CPU of a GPU machine was moved by its training, and CPU rows met it there."""
     code = """
@@ -132,6 +150,63 @@ def test_what_trains_on_the_device_takes_corners_and_what_trains_on_the_cpu_whol
     assert [line for line in lines if line.startswith(("cpu", "cuda"))] == [
         "cpu [(4, 32), (4, 32)] 2", "cuda [(2, 24), (2, 24)] 2"
     ]  # fmt: skip
+
+
+def test_bases_that_lie_on_the_device_at_once_are_counted_in_weights_of_the_profiles() -> None:
+    """A copy counts while it is held, an fp32 one of a 16-bit base twice, a shared base once, what lies on the CPU never."""
+    code = """
+    import copy, gc, tempfile
+    from dataclasses import replace
+    from pathlib import Path
+    from peft import LoraConfig
+    from lora_course import inject, lab, qlora
+    from lora_course.lab.profiles import profiles
+    from tools.pretended import chapters, held
+    meter = held.Meter(chapters.redirect(Path(tempfile.mkdtemp())))
+    half, seven = (profiles()[name] for name in ("t4", "large"))
+    def count(what, profile):
+        print(what, round(meter.bases(profile), 1), *meter.unlike(replace(profile, copies=2)))
+    def use(model):
+        with torch.no_grad():
+            model(torch.tensor([[5, 6]], device=model.device), use_cache=False)
+    here, _ = lab.load_base(half, device="cpu")
+    use(here)
+    nano = qlora.load_4bit(lab.base_path("nano"))
+    use(nano)
+    count("on the CPU", half)
+    model, _ = lab.load_base(half)
+    config = LoraConfig(r=4, target_modules="all-linear")
+    use(inject(model, config))
+    count("one with an adapter", half)
+    use(copy.deepcopy(model))
+    count("and a copy", half)
+    meter.step(8 * 256)
+    count("as announced", half)
+    meter.step(8 * 256 + 1)
+    count("a longer step", half)
+    meter.tokens = 0
+    gc.collect()
+    wide = copy.deepcopy(model).float()
+    use(wide)
+    count("and one in fp32", half)
+    del wide, model
+    gc.collect()
+    meter.seen = {(0, 0)}
+    four = qlora.load_4bit(seven.model)
+    use(inject(four, config))
+    count("four bits", seven)
+    """
+    lines = [line for line in on_a_gpu(code).splitlines() if line.startswith(("o", "a", "f"))]
+    half, seven = "Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-7B"
+    assert lines == [
+        f"on the CPU 0.0 announces 2 bases of {half} at once, and holds 0.0",
+        f"one with an adapter 1.0 announces 2 bases of {half} at once, and holds 1.0",
+        "and a copy 2.0",
+        "as announced 2.0",
+        "a longer step 2.0 announces steps of 8 × 256 tokens, and trains on 2,049 a step",
+        f"and one in fp32 3.0 announces 2 bases of {half} at once, and holds 3.0",
+        f"four bits 1.0 announces 2 bases of {seven} at once, and holds 1.0",
+    ]
 
 
 def test_a_chapter_that_ends_its_process_is_told_from_one_that_fails_and_one_that_passes() -> None:
@@ -176,9 +251,23 @@ def test_live_cells_are_those_that_the_profile_changes_and_what_they_need() -> N
     assert chosen(CELLS) == expected
     needs_base = {"live": CELLS["live"].replace("profile)", "profile, base)")}
     assert chosen(CELLS | needs_base) == [*expected[:2], "heavy", *expected[2:]]
+    within_an_if = {"live": CELLS["live"] + "\nif model:\n    score = 1\n    print(score)"}
+    assert chosen(CELLS | within_an_if) == expected, "score is bound there before it is used"
+    in_one_branch = {"live": CELLS["live"] + "\nif model:\n    score = 1\nelse:\n    print(score)"}
+    assert chosen(CELLS | in_one_branch) == [*expected[:2], "heavy", "figure", *expected[2:]]
     changed_in_place = {"other": "inject(model, 4)", "clean": "print(model)"}
     assert chosen(CELLS | changed_in_place) == [*expected, "other", "clean"]
     assert chosen({"set-up": "import lab", "heavy": "lab.train()"}) == []
+
+
+@pytest.mark.parametrize("path", chapters(), ids=lambda path: path.stem)
+def test_gpu_cells_take_steps_batch_and_length_from_the_profile(path: Path) -> None:
+    cells = [c for c in jupytext.read(path).cells if "gpu" in c.metadata.get("tags", [])]
+    assert len(cells) == (path.stem != "5_1_comparison")
+    typed = re.compile(
+        r"(?<!save_)(?:max_steps|total_step|steps|batch|batch_size)=\d|blocks\(.*, \d+\)"
+    )
+    assert not [line for cell in cells for line in cell.source.splitlines() if typed.search(line)]
 
 
 @pytest.mark.lane

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from lora_course.training import AdapterTrainer
-from tests.test_training import arguments, injected, rows
+from tests.half_nano import arguments, injected, rows
 
 
 def test_progress_goes_to_the_error_stream_with_the_loss(

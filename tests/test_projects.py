@@ -6,6 +6,7 @@ from statistics import fmean
 
 import pytest
 
+from lora_course.lab import study
 from tools import crosslinks, pages, projects
 from tools.run_chapters import ROOT, chapters
 
@@ -106,7 +107,12 @@ def test_what_the_answers_say_of_the_records_holds() -> None:
         of["2.2"]["stack"].verdict == "higher" and of["2.2"]["restarts"].verdict == "within noise"
     )
     assert of["3.1"]["random"].verdict == "lower"
-    assert of["3.2"]["taught"].verdict == "within noise"
+    alone = of["3.2"]
+    assert {alone[key].verdict for key in ("taught", "new", "text")} == {"within noise"}
+    assert alone["alone"].verdict == "higher" and alone["merged"].verdict == "lower"
+    assert abs(fmean(alone["new"].differences)) < alone["new"].half
+    assert float(alone["check"]) < 0.005  # the tolerance of a training's repetition
+    assert not any(study.load_study("3_2_project")["runs"]["rows"]["both"].values())
     assert of["3.3"]["ties"].verdict == of["3.3"]["summed"].verdict == "higher"
     assert of["4.1"]["gates"].verdict == "lower"
     assert of["4.2"]["own_8"].verdict == "higher" and of["4.2"]["own_1"].verdict == "within noise"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from torch import Tensor, nn
-from transformers import EarlyStoppingCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from lora_course.arguments import training_arguments
 from lora_course.descriptions import UNKNOWN
@@ -189,3 +190,28 @@ def test_a_mark_says_that_the_run_was_finished(tmp_path: Path) -> None:
     assert read_mark(tmp_path / "checkpoint-4")["finished"]
     assert not read_mark(tmp_path / "checkpoint-2")["finished"]
     assert (tmp_path / "checkpoint-4" / COMPLETE).is_file()
+
+
+def test_a_checkpoint_without_its_optimiser_is_not_gone_on_from(tmp_path: Path) -> None:
+    """Its moments would start at zero: other weights than an uninterrupted run's."""
+    run(tmp_path, save_only_model=True)
+    trainer, _ = run(tmp_path, save_only_model=True)  # finished: nothing is trained
+    assert trainer.state.global_step == 4
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    with pytest.raises(FileNotFoundError, match="without its optimiser.*load_adapter"):
+        run(tmp_path, save_only_model=True)
+
+
+def test_an_interrupted_training_leaves_no_noise_in_the_embedding(tmp_path: Path) -> None:
+    seen: list[nn.Module] = []
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, *_: Any, model: nn.Module, **__: Any) -> None:
+            seen.append(model)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, neftune_noise_alpha=5.0, trainer={"callbacks": [Stop()]})
+    model = seen[0]
+    ids = torch.tensor([[5, 6, 7]])
+    torch.testing.assert_close(model.train()(ids).logits, model(ids).logits, atol=0, rtol=0)

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from accelerate import cpu_offload
+from accelerate.hooks import remove_hook_from_submodules
 from torch import nn
 from transformers import (
     Qwen2Config,
@@ -10,7 +12,14 @@ from transformers import (
 
 from lora_course import lora
 from lora_course.injection import adapter_layers, inject
-from lora_course.states import adapter_state, concatenate, split_state, truncate, use_adapter
+from lora_course.states import (
+    adapter_state,
+    concatenate,
+    factor_state,
+    split_state,
+    truncate,
+    use_adapter,
+)
 from tests.models import SHAPE, batch, config, qwen, randomize
 
 
@@ -90,3 +99,15 @@ def test_states_of_other_models_are_refused_before_anything_changes() -> None:
     assert all(torch.equal(before[key], after[key]) for key in before)
     with pytest.raises(ValueError, match="2 states and 1 weights"):
         concatenate([before, before], [1.0])
+
+
+def test_an_adapter_that_accelerate_has_offloaded_is_not_read() -> None:
+    """Its tensors have no numbers then; a copy of them would look like a state."""
+    model = cpu_offload(randomize(inject(qwen(), config())), execution_device=torch.device("cpu"))
+    for take in (adapter_state, factor_state):
+        with pytest.raises(RuntimeError, match="offloaded.*inject then"):
+            take(model)
+    remove_hook_from_submodules(model)
+    expected = adapter_state(randomize(inject(qwen(), config())))
+    found = adapter_state(model)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)

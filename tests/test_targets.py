@@ -23,7 +23,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from lora_course.injection import inject
+from lora_course.injection import adapter_layers, inject, merge
 from lora_course.lora import LoRALinear
 from tests.models import SHAPE, batch, config, pair, qwen, randomize, relative
 
@@ -90,6 +90,36 @@ def test_an_expression_that_is_none_is_refused_before_anything_is_read(name: str
     assert not any(isinstance(m, LoRALinear) for m in model.modules())
 
 
+class Twice(nn.Module):
+    """One linear layer in two places, and one block twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.other = nn.ModuleDict({"fc": nn.Linear(8, 8)}), nn.ModuleDict()
+        self.other["fc"] = self.one["fc"]
+        block = nn.ModuleDict({"up": nn.Linear(8, 8)})
+        self.blocks = nn.ModuleList([block, block])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.other["fc"](torch.tanh(self.one["fc"](x)))
+        return self.blocks[1]["up"](torch.tanh(self.blocks[0]["up"](x)))
+
+
+def test_one_layer_in_two_places_is_refused_and_one_block_twice_is_adapted() -> None:
+    settings = {"r": 2, "lora_alpha": 6}
+    with pytest.raises(TypeError, match="'one.fc' and 'other.fc' are one module"):
+        inject(Twice(), LoraConfig(target_modules=["fc"], **settings))
+    model = randomize(inject(Twice(), LoraConfig(target_modules=["up"], **settings)))
+    (layer,) = adapter_layers(model).values()
+    calls: list[int] = []
+    layer.register_forward_hook(lambda *_: calls.append(1))
+    x = torch.randn(3, 8)
+    before = model(x)
+    assert len(calls) == 2
+    torch.testing.assert_close(merge(model)(x), before, atol=1e-5, rtol=1e-5)
+
+
 MIXTURES = {
     "qwen3": lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(
         **SHAPE, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, head_dim=12,
@@ -115,6 +145,15 @@ def test_fused_experts_are_refused_with_what_peft_does_and_the_linear_layers_wor
     ours, peft = pair(base, target_modules=["q_proj", "v_proj"])
     torch.testing.assert_close(ours(**batch()).logits, peft(**batch()).logits)
     assert relative(ours(**batch()).logits, base(**batch()).logits) > 1e-3
+    # the router is no linear layer, all that are one can be adapted
+    with pytest.raises(TypeError, match=r"gate' is a \w+TopKRouter; nn.Linear"):
+        inject(copy.deepcopy(base), config(target_modules=["gate"]))
+    linear = {n.rpartition(".")[2] for n, m in base.named_modules() if isinstance(m, nn.Linear)}
+    assert linear == {"q_proj", "k_proj", "v_proj", "o_proj", "lm_head"}
+    ours, peft = pair(base, target_modules=sorted(linear))
+    torch.testing.assert_close(ours(**batch()).logits, peft(**batch()).logits)
+    ours.train()(**batch()).loss.backward()
+    assert all(layer.A.grad.abs().max() > 0 for layer in adapter_layers(ours).values())
 
 
 def test_a_token_of_three_dimensions_is_no_fused_expert() -> None:

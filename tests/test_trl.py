@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,22 +15,15 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from lora_course.checkpoint import load_adapter
-from lora_course.injection import inject
+from lora_course.injection import adapter_layers, inject
 from lora_course.lab.models import NANO
+from lora_course.qlora import quantize_model
 from lora_course.states import adapter_state
 from lora_course.training import AdapterTrainer
 from tests.models import SHAPE, config, qwen, randomize
+from tests.talks import TALKS, TEMPLATE
 
 trl = pytest.importorskip("trl", reason="TRL is not installed: pip install --no-deps trl")
-
-TEMPLATE = (
-    "{% for m in messages %}{% if m['role'] == 'assistant' %}Answer:\n{% generation %}{{ m['content'] }}"
-    "{{ eos_token }}{% endgeneration %}{% else %}Question: {{ m['content'] }}\n{% endif %}{% endfor %}"
-)
-TALKS = [
-    ("What is one and one?", "two"), ("Who wrote the play?", "Shakespeare wrote it, long ago"), ("Say no.", "no"),
-    ("Where is the sea?", "beyond the hills"), ("Count.", "one two three four"), ("Name a colour.", "blue"),
-]  # fmt: skip
 
 
 class AdapterSFTTrainer(AdapterTrainer, trl.SFTTrainer):
@@ -172,3 +166,72 @@ def test_a_plain_sft_trainer_is_told_what_it_writes_and_can_not_do(tmp_path: Pat
     expected = adapter_state(trainer.model)
     loaded = adapter_state(load_adapter(fresh(), tmp_path / "checkpoint-2"))
     assert all(torch.equal(loaded[name], expected[name]) for name in expected)
+
+
+def test_factors_over_a_4bit_base_stay_in_fp32(tmp_path: Path) -> None:
+    """TRL casts all that is trained to bf16 where it sees a 4-bit model: most steps would be rounded away."""
+    base = quantize_model(fresh())
+    base.is_loaded_in_4bit = True  # as from_pretrained leaves it
+    injected = randomize(inject(base, config(target_modules=["q_proj", "v_proj"])))
+    before = adapter_state(injected)
+    args = trl.SFTConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+    AdapterSFTTrainer(injected, args, train_dataset=rows(), processing_class=tokenizer())
+    after = adapter_state(injected)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert {parameter.dtype for parameter in injected.parameters() if parameter.requires_grad} == {torch.float32}  # fmt: skip
+
+
+def test_tokens_that_a_template_would_add_are_refused(tmp_path: Path) -> None:
+    args = trl.SFTConfig(
+        str(tmp_path), use_cpu=True, bf16=False, report_to="none", chat_template_path="some/model"
+    )
+    with pytest.raises(ValueError, match="chat_template_path='some/model'.*clone_chat_template"):
+        AdapterSFTTrainer(model(), args, train_dataset=rows(), processing_class=tokenizer())
+
+
+class AdapterDPOTrainer(AdapterTrainer, trl.DPOTrainer):
+    """Preferences: TRL's loss against a reference model, which is the adapter that the training starts from."""
+
+
+def dpo(folder: Path, injected: nn.Module, reference: Any = None, **fields: Any) -> Any:
+    pairs = [{"prompt": q, "chosen": f" {a}", "rejected": " I do not know"} for q, a in TALKS]
+    settings = {
+        "max_steps": 3, "save_steps": 2, "logging_steps": 1, "per_device_train_batch_size": 3, "learning_rate": 5e-2,
+        "beta": 10.0, "use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True, "max_length": 48,
+        "gradient_checkpointing": False, **fields,
+    }  # fmt: skip
+    return AdapterDPOTrainer(
+        injected, trl.DPOConfig(output_dir=str(folder), **settings), ref_model=reference,
+        train_dataset=datasets.Dataset.from_list(pairs), processing_class=tokenizer(),
+    )  # fmt: skip
+
+
+def test_preferences_are_learnt_against_the_adapter_that_a_training_starts_from(
+    tmp_path: Path,
+) -> None:
+    """TRL alone would take the base from its name as the reference: another model, if the adapter was trained before."""
+    with pytest.raises(ValueError, match="ref_model is not given.*precompute_ref_log_probs=True"):
+        dpo(tmp_path / "none", model())
+    computed = dpo(tmp_path / "a", model(), precompute_ref_log_probs=True)
+    computed.train()
+    losses = [entry["loss"] for entry in computed.history]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-3)  # there is no difference yet
+    assert losses[-1] < math.log(2) - 0.01
+    injected = model()
+    copied = dpo(tmp_path / "b", injected, copy.deepcopy(injected))
+    copied.train()
+    expected, found = adapter_state(copied.model), adapter_state(computed.model)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], atol=1e-5, rtol=1e-4)
+    shutil.rmtree(tmp_path / "a" / "checkpoint-3")
+    again = dpo(tmp_path / "a", model(), precompute_ref_log_probs=True)
+    again.train(resume_from_checkpoint=True)
+    resumed = adapter_state(again.model)
+    assert all(torch.equal(resumed[name], found[name]) for name in found)
+
+
+def test_dropout_that_trl_would_switch_off_for_good_is_refused(tmp_path: Path) -> None:
+    injected = inject(fresh(), config(target_modules=["q_proj"], lora_dropout=0.1))
+    with pytest.raises(ValueError, match="disable_dropout=True.*lora_dropout=0"):
+        dpo(tmp_path, injected, precompute_ref_log_probs=True)
+    assert next(iter(adapter_layers(injected).values())).lora_dropout.p == 0.1

@@ -21,7 +21,7 @@ OPAQUE = re.compile(
 )
 # Where no term is linked: headings, tables, links, addresses, HTML, bold names such as "**Exercise …**".
 QUIET = re.compile(r"^#.*$|^\|.*$|<a\b.*?</a>|\[[^\]]*\]\([^)]*\)|<[^>]*>|https?://\S+|\*\*[^*]+\*\*", re.MULTILINE)  # fmt: skip
-COMMON = {"layer", "weight", "task", "gradient", "stage", "memory", "learning rate", "gate"}
+COMMON = {"layer", "weight", "task", "gradient", "stage", "memory", "learning rate", "gate", "cut"}
 
 
 def outside(text: str, hidden: re.Pattern, change: Callable[[str], str]) -> str:

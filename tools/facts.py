@@ -7,6 +7,7 @@ python -m tools.facts --check   say which files differ; exit 1 if any does
 import argparse
 import re
 import tomllib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -140,21 +141,21 @@ def stale_files(root: Path = ROOT) -> dict[Path, str]:
     return {path: text for path, text in updated(root).items() if path.read_text() != text}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def write_or_check(stale: Callable[[], Mapping[Path, str]], about: str, reason: str) -> None:
+    """A command that writes the files that are out of step; with --check it says `reason` of each, and exits with 1."""
+    parser = argparse.ArgumentParser(description=about)
     parser.add_argument(
         "--check", action="store_true", help="write nothing; exit 1 if a file is out of step"
     )
-    check = parser.parse_args().check
-    stale = stale_files()
-    for path, text in stale.items():
-        print(
-            f"{path.relative_to(ROOT)}: {'differs from pyproject.toml; run `make facts`' if check else 'written'}"
-        )
+    check, found = parser.parse_args().check, stale()
+    for path, text in found.items():
+        print(f"{path.relative_to(ROOT)}: {reason if check else 'written'}")
         if not check:
             path.write_text(text)
-    raise SystemExit(bool(stale) and check)
+    raise SystemExit(bool(found) and check)
 
 
 if __name__ == "__main__":
-    main()
+    write_or_check(
+        stale_files, __doc__.splitlines()[0], "differs from pyproject.toml; run `make facts`"
+    )

@@ -153,7 +153,7 @@ def api_modules(root: Path) -> list[str]:
     first = ["lora", "injection", "states", "checkpoint", "export", "training"]
     rest = [module for row in data(root, "coverage.yml") for module in answers(row)]
     lab = sorted(f"lab.{path.stem}" for path in (root / "lora_course" / "lab").glob("[a-z]*.py"))
-    core = [f"experiments.{name}" for name in ("study", "arms", "record", "comparison")]
+    core = [f"experiments.{name}" for name in ("study", "arms", "rates", "record", "comparison")]
     return [
         name
         for name in dict.fromkeys([*first, *rest, "merging", *core, *lab])
@@ -181,7 +181,7 @@ def api_list(root: Path, results: list[Result]) -> str:
 
 def benchmarks(root: Path, results: list[Result]) -> str:
     """What `make bench` measured last."""
-    return report.page(root / "benchmarks" / "results.json")
+    return report.page(root / "lora_course" / "data" / "benchmarks.json")
 
 
 PARTS: dict[str, Callable[[Path, list[Result]], str]] = {

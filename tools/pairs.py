@@ -4,7 +4,6 @@ python -m tools.pairs           write them
 python -m tools.pairs --check   say which differ; exit 1 if any does
 """
 
-import argparse
 import hashlib
 from collections import Counter
 from pathlib import Path
@@ -59,21 +58,7 @@ def stale_pairs(root: Path = ROOT) -> dict[Path, str]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--check", action="store_true", help="write nothing; exit 1 if a pair is out of step"
-    )
-    check = parser.parse_args().check
-    stale = stale_pairs()
-    for path, text in stale.items():
-        print(
-            f"{path.relative_to(ROOT)}: {'out of step with its .md; run `make notebooks`' if check else 'written'}"
-        )
-        if not check:
-            path.write_text(text)
-    raise SystemExit(bool(stale) and check)
-
-
 if __name__ == "__main__":
-    main()
+    facts.write_or_check(
+        stale_pairs, __doc__.splitlines()[0], "out of step with its .md; run `make notebooks`"
+    )

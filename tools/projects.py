@@ -161,10 +161,17 @@ def chance() -> dict[str, Any]:
 
 
 def labels() -> dict[str, Any]:
-    record = study.load_study("3_2_distillation")
-    half_taught = pair(record, "by domain", "data alone")
-    return {"taught": half_taught, "half": f"{half_taught.half:.3f}", "data": f"{fmean(study.series(record, 'data alone')):.3f}",
-            "equal": pair(record, "equal weights", "by domain")}  # fmt: skip
+    record, own = study.load_study("3_2_distillation"), study.load_study("3_2_project")
+    half_taught, merged = pair(record, "by domain", "data alone"), study.load_study("3_2_merge")
+    data, taught = (study.series(record, arm) for arm in ("data alone", "by domain"))
+    fresh, alone = (study.series(own, arm) for arm in ("fresh", "alpha 1"))
+    check = own["runs"]["alpha 0/0.016/0/test"]["bits_per_byte"] - data[0]
+    return {
+        "taught": half_taught, "half": f"{half_taught.half:.3f}", "data": f"{fmean(data):.3f}",
+        "new": pair(own, "fresh", "fresh labels"), "text": Pair(fresh, alone),
+        "alone": Pair(alone, taught[: len(alone)]), "merged": Pair(fresh, study.series(merged, "cut")[: len(fresh)]),
+        "check": f"{abs(check):.4f}",
+    }  # fmt: skip
 
 
 def scale() -> dict[str, Any]:

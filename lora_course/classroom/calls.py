@@ -141,6 +141,12 @@ def _settings() -> Iterator[tuple[str, Callable[[], Any], Callable[[Any], Any]]]
     """What a function might leave changed: its name, how to read it, how to put it back."""
     yield "torch's default dtype", torch.get_default_dtype, torch.set_default_dtype
     yield "the gradient mode", torch.is_grad_enabled, torch.set_grad_enabled
+    yield "torch's default device", torch.get_default_device, _set_device
+    yield (
+        "the detection of anomalies",
+        torch.is_anomaly_enabled,
+        torch.autograd.set_detect_anomaly,
+    )
     yield "the number of threads", torch.get_num_threads, torch.set_num_threads
     yield "numpy's handling of errors", np.geterr, lambda kinds: np.seterr(**kinds)
     yield (
@@ -148,6 +154,10 @@ def _settings() -> Iterator[tuple[str, Callable[[], Any], Callable[[Any], Any]]]
         torch.are_deterministic_algorithms_enabled,
         torch.use_deterministic_algorithms,
     )
+
+
+def _set_device(device: torch.device) -> None:
+    torch.set_default_device(None if device.type == "cpu" else device)
 
 
 def random_states() -> dict[str, tuple[Any, Callable[[Any], Any]]]:

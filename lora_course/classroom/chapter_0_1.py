@@ -113,6 +113,15 @@ def check_matching_rank(draw: Draw):
     yield case(few, wide, 1, hint=hint)
     pair = tuple(draw.sizes(2, 20, 40))
     yield case([pair] * 9, [pair] * 3, 4, hint="A layer that is listed twice counts twice.")
+    small, large = [tuple(draw.sizes(2, 20, 40))] * 3, [tuple(draw.sizes(2, 60, 80))] * 4
+    hint = "Where the targets are larger than `everywhere` it goes wrong: the rank may be below r."
+    yield case(small, large, 16, hint=hint)
+    many, one = [tuple(draw.sizes(2, 300, 400)) for _ in range(6)], [tuple(draw.sizes(2, 3, 6))]
+    hint = "Where a very high rank is nearest it goes wrong: nothing bounds it but the number of parameters."
+    yield case(many, one, 16, hint=hint)
+    # between the geometric and the arithmetic mean of 1 and 2 parameters a rank
+    hint = "The nearest *number* of parameters is asked for; yours is nearest as a ratio."
+    yield case([(72, draw.integer(71, 75))], [(49, 51)], 1, hint=hint)
 
 
 def merged_at(layer, strength):
@@ -124,7 +133,7 @@ def merged_at(layer, strength):
 
 def _with_weight(layer, weight):
     merged = copy.deepcopy(layer.base_layer)
-    merged.weight.data = weight.detach()
+    merged.weight.data = weight.detach().to(merged.weight.dtype)
     return merged
 
 
@@ -157,6 +166,10 @@ def _use_merged(found, layer, strength, note):
         str(found.weight.dtype).removeprefix("torch."),
     )
     mistake(base.bias is not None and found.bias is None, "The bias of the base layer is missing.")
+    mistake(
+        not isinstance(found.weight, nn.Parameter),
+        "The weight is no nn.Parameter: it would be missing when the layer is saved.",
+    )
     return [found.weight, found(note)]
 
 
@@ -209,9 +222,13 @@ def check_merged_at(draw: Draw):
         (-draw.number(0.2, 0.9), {}, "With a negative strength it goes wrong."),
         (0.0, {}, "With a strength of 0 it goes wrong: the base is asked for, in a new nn.Linear."),
         (1, {}, "With a strength of 1 it goes wrong."),
+        (draw.number(1.1, 2), {"dtype": torch.float16}, "With a base in float16 it goes wrong."),
     ]
-    for strength, arguments, hint in cases:
-        inputs, outputs, r = draw.sizes(3, 2, 24)
+    for place, (strength, arguments, hint) in enumerate(cases):
+        if place % 2 == 0:  # a shape comes twice, so that what was kept by shape shows
+            inputs, outputs, r = draw.sizes(3, 2, 24)
+        dtype = arguments.pop("dtype", torch.float32)
         layer = draw.lora(inputs, outputs, r, **arguments)
-        layer.train(draw.choice([True, False]))
-        yield case(layer, strength, hint=hint, note=draw.normal(5, inputs))
+        layer.base_layer.to(dtype)
+        layer.train(place != 1)  # with dropout it trains: there a random mask shows
+        yield case(layer, strength, hint=hint, note=draw.normal(5, inputs).to(dtype))

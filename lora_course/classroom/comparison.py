@@ -4,6 +4,7 @@ A number may be Python's, numpy's or a tensor of one element; a tensor may be an
 64-bit, 32-bit and 16-bit floats are all taken, each at its own precision. A NaN is never equal to anything.
 """
 
+import itertools
 import numbers
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from lora_course.classroom.wire import Opaque
 
 PRECISION = {torch.bfloat16: 2e-2, torch.float16: 4e-3}
 """Relative tolerance of a result in a type of fewer bits than 32: a few of its steps."""
@@ -41,6 +44,16 @@ def difference(
     whole: a whole number must come as one (`int`, a numpy integer, a tensor of integers), not as a float of that value.
     what: what `found` is called in the sentence.    floor: an absolute difference of tensors that counts as none.
     """
+    try:
+        return _difference(found, expected, tolerance, whole, what, floor)
+    except Exception:  # a value with a comparison of its own, a tensor without data
+        kind = type(found).__name__
+        return Difference(f"{_start(what)} is a {kind} that can't be read as a value.", True)
+
+
+def _difference(
+    found: Any, expected: Any, tolerance: float, whole: bool, what: str, floor: float
+) -> Difference | None:
     if isinstance(expected, (Tensor, np.ndarray)):
         return _tensors(found, torch.as_tensor(expected), tolerance, what, floor)
     if isinstance(expected, (bool, np.bool_)):
@@ -49,7 +62,7 @@ def difference(
         return _numbers(found, expected, tolerance, whole, what)
     if isinstance(expected, Mapping):
         if not isinstance(found, Mapping) or set(found) != set(expected):
-            got = f"the keys {list(found)}" if isinstance(found, Mapping) else described(found)
+            got = f"the keys {_keys(found)}" if isinstance(found, Mapping) else described(found)
             return Difference(
                 f"A dictionary with the keys {list(expected)} is expected for {what}; it is {got}.",
                 True,
@@ -79,6 +92,11 @@ def difference(
     return None
 
 
+def _keys(found: Mapping) -> str:
+    text = str(list(itertools.islice(found, 12)))
+    return text if len(text) <= 120 else f"{text[:120]}…"
+
+
 def _listed(value: Any) -> list[Any] | None:
     """What is in it, in order; None where there is nothing to go through, as in a string or a tensor of one number."""
     if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
@@ -91,13 +109,17 @@ def _listed(value: Any) -> list[Any] | None:
 
 def described(value: Any) -> str:
     """What something is, in a few words."""
+    if isinstance(value, (Tensor, np.ndarray)) and value.ndim > 8:
+        return f"a tensor of {value.ndim} dimensions"
     if isinstance(value, (Tensor, np.ndarray)):
         return f"a tensor of shape {list(value.shape)}, {str(value.dtype).removeprefix('torch.')}"
     if isinstance(value, (list, tuple)):
         return f"a {type(value).__name__} of {len(value)}"
-    if value is None or isinstance(value, (bool, numbers.Number)):
+    if value is None or isinstance(value, (bool, complex)):
         return f"{value!r}"
-    return f"a {type(value).__name__}"
+    if isinstance(value, numbers.Number):
+        return _told(value) if abs(_float(value)) > 1e12 else f"{value}"
+    return f"a {value.name if isinstance(value, Opaque) else type(value).__name__}"
 
 
 def as_tensor(value: Any) -> Tensor | None:
@@ -122,6 +144,8 @@ def _tensors(
 ) -> Difference | None:
     expected = expected.detach()
     tensor = None if isinstance(found, (str, Mapping, nn.Module)) else as_tensor(found)
+    if tensor is not None and expected.ndim == 0 and tensor.numel() == 1:
+        tensor = tensor.reshape(())  # a scalar may come as a tensor of one element, as a number may
     if tensor is None or tensor.shape != expected.shape:
         return Difference(
             f"A tensor of shape {list(expected.shape)} is expected for {what}; it is {described(found)}.",
@@ -176,10 +200,25 @@ def _numbers(
     if isinstance(expected, (int, np.integer)):
         same = number == expected
     else:
+        number = _float(number)
         dtype: Any = getattr(found, "dtype", None)
         precise = PRECISION.get(dtype, tolerance)
         same = abs(number - expected) <= max(precise * abs(expected), 1e-7) or number == expected
-    return None if same else Difference(f"{_start(what)} is {number:.6g}, which is wrong.")
+    return None if same else Difference(f"{_start(what)} is {_told(number)}, which is wrong.")
+
+
+def _float(number: Any) -> float:
+    """A decimal, a fraction, or a whole number of any size as a float."""
+    try:
+        return float(number)
+    except OverflowError:
+        return float("inf") if number > 0 else float("-inf")
+
+
+def _told(number: Any) -> str:
+    value = _float(number)
+    beyond = isinstance(number, int) and value in (float("inf"), float("-inf"))
+    return "beyond 1e308" if beyond else f"{value:.6g}"
 
 
 def _truth(found: Any, expected: bool, what: str) -> Difference | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import secrets
 import threading
 import time
@@ -19,6 +18,7 @@ from lora_course.classroom.grading import Record, grade_submission
 from lora_course.classroom.report import write_feedback, write_report
 from lora_course.classroom.roster import Roster
 from lora_course.classroom.submissions import Entry, collect, digest, file_of
+from lora_course.files import replace_file
 
 Say = Callable[[str], None]
 
@@ -135,10 +135,8 @@ def missing(record: Record, assignment: Assignment) -> bool:
 
 def save_record(folder: Path, who: str, record: Record) -> None:
     """Whole or not at all, so that a run that is stopped can go on."""
-    path = folder / f"{file_of(who)}.json"
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(record.as_json(), indent=1, ensure_ascii=True) + "\n")
-    os.replace(part, path)
+    text = json.dumps(record.as_json(), indent=1, ensure_ascii=True) + "\n"
+    replace_file(folder / f"{file_of(who)}.json", text.encode())
 
 
 def load_records(folder: Path) -> dict[str, Record]:

@@ -13,7 +13,14 @@ from lora_course.classroom.confinement import Kind, Limits
 from lora_course.classroom.families import Choices, Family
 from lora_course.classroom.remote import Remote
 from lora_course.classroom.sandbox import Ended, Sandbox
-from lora_course.classroom.submissions import Entry, Unreadable, digest, find_answer, read_cells
+from lora_course.classroom.submissions import (
+    LONGEST,
+    Entry,
+    Unreadable,
+    digest,
+    find_answer,
+    read_cells,
+)
 
 
 @dataclass
@@ -116,6 +123,9 @@ def grade_problem(
     if found.answer is None:
         line.message = f"No cell defines {family.name}: was it deleted or renamed?"
         return line
+    if len(found.answer) > LONGEST:
+        text = f"The answer has {len(found.answer):,} characters, more than {LONGEST:,}: hand in the function alone."
+        return Line("failed", 0, text, found.flags)
     opening = {
         "kind": "open", "name": family.name, "answer": found.answer, "own": found.own, "setup": family.setup,
     }  # fmt: skip

@@ -13,6 +13,13 @@ IDS = ("id", "student id", "student_id", "sid", "sis user id", "sis login id", "
        "email", "email address", "e-mail")  # fmt: skip
 """Columns that say who a row is, in lower case; the first of them that a table has names the student in reports."""
 
+NUMBERED = {
+    "canvas": (r"[^_]*_(?:late_)?(\d+)_\d+_", "id"),
+    "moodle": (r".*?_(\d+)_assignsubmission_", "identifier"),
+}
+"""How a platform writes a student's number into a file's name, and the column that has it. Where it does, nothing else of the
+name counts: the rest is the student's to choose, and could be another's number."""
+
 
 @dataclass
 class Roster:
@@ -73,11 +80,17 @@ class Roster:
         Canvas writes name_ID_file-ID_title, Moodle Name_ID_assignsubmission_file, others what the student chose.
         """
         stem = _plain(re.sub(r"(\.ipynb|\.txt|\.zip)+$", "", name, flags=re.IGNORECASE))
+        pattern, column = NUMBERED.get(self.kind, ("", ""))
+        names = [name.strip().lower() for name in self.header]
+        if column in names and (given := re.match(pattern, stem)):
+            place = names.index(column)
+            found = [who for who, row in self.students().items() if _number(row[place]) == given[1]]
+            return found[0] if len(found) == 1 else None
         parts = [stem, *re.split(r"[\s_()]+", stem)]
         exact: dict[str, int] = {}
         for student, row in self.students().items():
             for place in self._places():
-                value = _plain(row[place]).removeprefix("participant ").strip()
+                value = _number(row[place])
                 if value and value in parts:
                     exact[student] = min(exact.get(student, 99), parts.index(value))
         if not exact:
@@ -122,6 +135,10 @@ class Roster:
         return (
             self.header.index("Grade") if self.kind == "moodle" and "Grade" in self.header else None
         )
+
+
+def _number(text: str) -> str:
+    return _plain(text).removeprefix("participant ").strip()
 
 
 def _plain(text: str) -> str:

@@ -164,7 +164,7 @@ class Sandbox:
         if len(got) > length:
             raise Ended("What it sends is no answer.")
         try:
-            return wire.decode(bytes(got))
+            return wire.decode(bytes(got), wire.TREE)
         except wire.WireError:
             raise Ended("What it sends is no answer.") from None
 

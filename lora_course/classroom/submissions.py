@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,9 @@ from typing import Any
 
 LARGEST = 20 << 20
 """Bytes of a notebook: one that is larger holds outputs that nobody asked for."""
+
+LONGEST = 100_000
+"""Characters of an answer cell: a longer one is no answer, and would cost the report its memory."""
 
 KEY = "lora_course"
 """The name in a cell's metadata under which an assignment says what the cell is."""
@@ -50,28 +54,48 @@ def collect(folder: Path) -> list[Entry]:
         if path.name.startswith(".") or path.is_symlink():
             continue
         if path.is_dir():
-            inside = [p for p in sorted(path.rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts and not p.is_symlink()]  # fmt: skip
+            inside = [p for p in sorted(path.rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts and _plain_file(p)]  # fmt: skip
             flags = (
-                (f"{len(inside)} notebooks: {inside[-1].name} counts",) if len(inside) > 1 else ()
+                (f"{len(inside)} notebooks: {_shown(inside[-1])} counts",)
+                if len(inside) > 1
+                else ()
             )
-            entries.append(Entry(path.name, inside[-1] if inside else None, flags))
-        else:
-            entries.append(Entry(path.name, path))
+            entries.append(Entry(_shown(path), inside[-1] if inside else None, flags))
+        elif _plain_file(path):
+            entries.append(Entry(_shown(path), path))
+        else:  # a pipe, a device: reading it might never end
+            entries.append(Entry(_shown(path), None, ("it is neither a file nor a folder",)))
     return entries
+
+
+def _plain_file(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()
+
+
+def _shown(path: Path) -> str:
+    """Its name; bytes that are no UTF-8, as old zip programs leave them, as escapes."""
+    return os.fsencode(path.name).decode("utf-8", "backslashreplace")
 
 
 def digest(path: Path | None) -> str:
     """What tells one version of a submission from another."""
-    if path is None or path.stat().st_size > LARGEST:
-        return f"none, or {path.stat().st_size if path else 0} bytes"
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    try:
+        if path is None or path.stat().st_size > LARGEST:
+            return f"none, or {path.stat().st_size if path else 0} bytes"
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        return f"unreadable: {error.strerror}"
 
 
 def read_cells(path: Path | None) -> list[dict[str, Any]]:
     """The code cells of a notebook: `source` and what the assignment's metadata says. Raises Unreadable."""
     if path is None:
         raise Unreadable("There is no notebook (.ipynb) in it.")
-    size = path.stat().st_size
+    try:
+        size = path.stat().st_size
+        content = path.read_bytes() if size <= LARGEST else b""
+    except OSError as error:
+        raise Unreadable(f"The file can't be read: {error.strerror}.") from None
     if size == 0:
         raise Unreadable("The file is empty.")
     if size > LARGEST:
@@ -79,7 +103,7 @@ def read_cells(path: Path | None) -> list[dict[str, Any]]:
             f"The file has {size >> 20} MB, more than {LARGEST >> 20}: clear its outputs and hand it in again."
         )
     try:
-        notebook = json.loads(path.read_bytes().decode("utf-8-sig"))
+        notebook = json.loads(content.decode("utf-8-sig"))
         cells = notebook["cells"]
         return [_code(cell) for cell in cells if cell.get("cell_type") == "code"]
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
@@ -103,24 +127,28 @@ def find_answer(cells: list[dict[str, Any]], problem: str, name: str) -> Found:
     """The answer cell by metadata, else by its function's name; of several the last that defines the name."""
     defines = re.compile(rf"^(async\s+def|def|class)\s+{name}\b|^{name}\s*=", re.MULTILINE)
     marked = [c for c in cells if c["role"] == "answer" and c["problem"] == problem]
-    named = [c for c in cells if defines.search(c["source"]) and c not in marked]
-    named = [c for c in named if c["role"] not in ("check", "setup")]
-    own = [c["source"] for c in cells if not c["role"] and c not in named]
+    defining = {id(c) for c in cells if defines.search(c["source"])}
+    # the cells themselves and not their content: comparing each with each takes hours for 100,000 of them
+    among = {id(c) for c in marked}
+    others = defining - among
+    named = [c for c in cells if id(c) in others and c["role"] not in ("check", "setup")]
+    own = [c["source"] for c in cells if not c["role"] and id(c) not in others]
     # an answer cell that no longer defines the function may have been split or moved
-    good = [c for c in marked if defines.search(c["source"])] or named or marked
+    good = [c for c in marked if id(c) in defining] or named or marked
     if not good:
         return Found(None, own)
     flags = []
     if len(good) > 1:
         flags.append(f"{len(good)} cells define {name}: the last counts")
-    if good[-1] not in marked:
+    if id(good[-1]) not in among:
         flags.append(f"{name} was found by its name, not by its cell")
     return Found(good[-1]["source"], own, flags)
 
 
 def file_of(who: str) -> str:
-    """A student's id as the name of a file: another one for another id."""
+    """A student's id as the name of a file that any system takes: another one for another id."""
     safe = re.sub(r"[^\w.-]", "_", who).strip(".")
+    safe = safe.encode()[:150].decode(errors="ignore")
     return safe if safe == who else f"{safe}-{hashlib.sha256(who.encode()).hexdigest()[:8]}"
 
 

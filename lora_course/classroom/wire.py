@@ -17,6 +17,8 @@ from torch import Tensor
 
 HEADER = struct.Struct("<QQ")
 DEPTH = 50
+TREE = 8 << 20
+"""Bytes of JSON that a student's process may send: parsed, they take twenty times as much. Tensors lie beside it."""
 
 
 class WireError(ValueError):
@@ -43,12 +45,14 @@ def encode(value: Any, most: int = 1 << 26) -> bytes:
     return HEADER.pack(len(tree), len(body)) + tree + body
 
 
-def decode(message: bytes) -> Any:
-    """The value of a message; raises WireError for anything else."""
+def decode(message: bytes, most: int | None = None) -> Any:
+    """The value of a message; raises WireError for anything else, and for more than `most` bytes of JSON."""
     try:
         length, rest = HEADER.unpack(message[: HEADER.size])
         tree = message[HEADER.size : HEADER.size + length]
         body = message[HEADER.size + length :]
+        if most is not None and length > most:
+            raise WireError("too many values outside of tensors")
         if len(body) != rest:
             raise WireError("lengths do not fit")
         return _up(json.loads(tree), load(body), 0)
@@ -109,5 +113,5 @@ def _up(tree: list, tensors: dict[str, Tensor], depth: int) -> Any:
     if kind == "dict":
         return {_up(k, tensors, depth + 1): _up(v, tensors, depth + 1) for k, v in content}
     if kind == "other":
-        return Opaque(str(content)[:60])
+        return Opaque("".join(c for c in str(content)[:60] if c.isprintable()))
     raise WireError("unknown kind")

@@ -22,6 +22,7 @@ from lora_course.descriptions import describe_adapter
 from lora_course.files import make_folder, read_json, replace_file
 from lora_course.injection import layers_of
 from lora_course.processes import from_first, one_writer
+from lora_course.refused import check_rows
 from lora_course.runs import check_same_run, describe_arguments, describe_schedule, fingerprint
 from lora_course.training import AdapterTrainer
 
@@ -78,6 +79,8 @@ def learn(
             adapter, strategy, schedule, or other rows under a task's name.
     """
     _check(model, tasks, strategy)
+    for task in tasks:
+        check_rows(task.train, model, args.train_batch_size, trainer.get("data_collator"))
     folder, names = Path(str(args.output_dir)), [task.name for task in tasks]
     asked = {
         "adapter": describe_adapter(model),

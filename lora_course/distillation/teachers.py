@@ -61,6 +61,7 @@ class Teachers:
             not isinstance(states, Mapping)
             or not states
             or any(torch.is_tensor(state) for state in states.values())
+            or not all(isinstance(name, str) for name in states)
         ):
             raise ValueError(
                 "Teachers are given by name: {'law': factor_state(model), 'code': …}, one or more."
@@ -152,8 +153,10 @@ class Teachers:
                 f"The weights are by domain, {list(self.weights.shape)}, but the batch has no column {DOMAIN!r}: add it to the dataset."
             )
         domain = domain.cpu()
-        if domain.shape != (rows,) or not 0 <= int(domain.min()) <= int(domain.max()) < len(
-            self.weights
+        if (
+            domain.is_floating_point()
+            or domain.shape != (rows,)
+            or not 0 <= int(domain.min()) <= int(domain.max()) < len(self.weights)
         ):
             raise ValueError(
                 f"{DOMAIN}={domain.tolist()}: one number in 0…{len(self.weights) - 1} for each of {rows} rows is expected."
@@ -198,6 +201,11 @@ def split_batch(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor, Tens
         )
     if not len(inputs["labels"]):
         raise ValueError("The batch has no rows: leave empty batches out.")
+    if "input_ids" in inputs and inputs["labels"].shape != inputs["input_ids"].shape:
+        raise ValueError(
+            f"labels are {list(inputs['labels'].shape)} and input_ids {list(inputs['input_ids'].shape)}: a label for each token is "
+            "expected, −100 where it does not count."
+        )
     rest = {key: value for key, value in inputs.items() if key not in ("labels", DOMAIN)}
     return rest, inputs["labels"], inputs.get(DOMAIN)
 

@@ -12,15 +12,12 @@ A study is written like this, in `lora_course/experiments/ranks.py`, with its na
         "first": [4e-3, 8e-3, 1.6e-2], "ranks": {"r8": 8, "r64": 64},
     }
 
-    def make(arm: str, seed: int) -> Arm:
-        return Arm(adapted(SETTINGS, seed, config_of(SETTINGS["ranks"][arm])))
-
     def trained(arm: str, rate: float, seed: int) -> Trained:
-        return train(make(arm, seed), rows_of(SETTINGS), rate, seed, SETTINGS["steps"], SETTINGS["batch"])
+        model = adapted(SETTINGS, seed, config_of(SETTINGS["ranks"][arm]))
+        return train_as(SETTINGS, Arm(model), rate, seed)
 
     def score(found: Trained, split: str) -> dict[str, Any]:
-        result = {"bits_per_byte": bits_of(SETTINGS, found.model, split), "parameters": found.arm.parameters(found.model)}
-        return result | {"losses": found.curve} if split == "test" else result
+        return values_of(SETTINGS, found, split)
 
     def body(runs: Runs) -> None:
         arms = runs.arms(list(SETTINGS["ranks"]))
@@ -32,8 +29,9 @@ A study is written like this, in `lora_course/experiments/ranks.py`, with its na
     WITNESS = Witness(("r8/0.008/0/test",), {"bits_per_byte": 5e-3, "parameters": 0}, ROUNDING)
     STUDY = Study("0_2_ranks", SETTINGS, body, WITNESS)
 
-A task that is scored otherwise differs in `rows` (any dataset of `input_ids` and `labels`) and in `score`, whose dictionary
-may hold anything that JSON can; `compete(…, value=lambda run: -run["accuracy"])` chooses the rate by a number that is to be
+`train_as` trains on the domain of the settings, for their steps and at their batch size. A task of other rows calls `train` with
+its own dataset of `input_ids` and `labels`; one that is scored otherwise differs in `score`, whose dictionary may hold anything
+that JSON can; `compete(…, value=lambda run: -run["accuracy"])` chooses the rate by a number that is to be
 high. Whatever is no training is a run too: `runs("cost/nano", measure)`. `adapted`, `rows_of` and `bits_of` take the base from
 `settings["model"]`: "nano" or "smol". More seeds are more runs and nothing else: `lora-course study run NAME --seeds 3 4`.
 """
@@ -49,25 +47,28 @@ from lora_course.experiments import listing
 if TYPE_CHECKING:
     from lora_course.experiments.arms import (
         Arm,
-        Kept,
         Trained,
         adapted,
         base_of,
+        base_runs,
         base_score,
+        bits_by_domain,
         bits_of,
-        compete,
         config_of,
+        file_bytes,
         rows_of,
-        run_key,
-        search,
         tokenizer_of,
         train,
+        train_as,
+        values_of,
     )
+    from lora_course.experiments.rates import Kept, choose, compete, run_key, search
     from lora_course.experiments.record import Record
     from lora_course.experiments.study import ROUNDING, Runs, Study, Witness
 
 # Imported when they are first used, as torch takes seconds: to list the studies needs their records alone.
 _HOME_OF = {
+    **dict.fromkeys(("Kept", "choose", "compete", "run_key", "search"), "rates"),
     **dict.fromkeys(("Record",), "record"),
     **dict.fromkeys(("ROUNDING", "Runs", "Study", "Witness"), "study"),
 }
@@ -88,11 +89,17 @@ NAMES = {
     "3_1_project": "projects.chance",
     "3_2_distillation": "distillation",
     "3_2_merge": "distillation_merge",
+    "3_2_project": "projects.without_labels",
     "3_3_continual": "continual",
+    "3_3_project": "projects.ties_scale",
     "4_1_sparse": "sparse",
+    "4_1_project": "projects.gates_that_choose",
     "4_2_hierarchical": "hierarchical",
+    "4_2_project": "projects.last_block",
     "4_3_quantized": "quantized",
+    "4_3_project": "projects.bits_by_component",
     "4_4_fused": "fused",
+    "4_4_project": "projects.whole_mlp",
     "5_1_comparison": "comparison",
     "5_1_longer": "longer",
     "5_1_neighbours": "neighbours",
@@ -119,30 +126,30 @@ TITLES = {
     "3_1_project": "The project of 3.1: growth by score and by lot under a cap on the ranks",
     "3_2_distillation": "Four teachers into one student, and other ways to make one of four",
     "3_2_merge": "Merged teachers at smaller weights, and a short distillation",
+    "3_2_project": "The project of 3.2: a student of teachers alone, on their text and on text they never read",
     "3_3_continual": "Four domains one after another, and their adapters merged",
+    "3_3_project": "The project of 3.3: TIES and the mean of updates, each at a scale of its own",
     "4_1_sparse": "Gates, masked factors and a mask on ΔW against LoRA",
+    "4_1_project": "The project of 4.1: gates that start alike, and the ranks that they leave",
     "4_2_hierarchical": "One adapter at four ranks against one for each",
+    "4_2_project": "The project of 4.2: truncation that trains the last block of rows alone",
     "4_3_quantized": "Factors in few bits, trained so or quantised afterwards",
+    "4_3_project": "The project of 4.3: more bits for an adapter's first components",
     "4_4_fused": "What fusing, merging and batching save in memory and time",
+    "4_4_project": "The project of 4.4: a block's whole MLP as one function",
     "5_1_comparison": "Eleven methods side by side on two domains",
     "5_1_longer": "Methods that take time, after 100 and 320 steps",
     "5_1_neighbours": "PEFT's neighbours of LoRA under the comparison's rule, and LoRA turned down",
     "smol_past": "SmolLM2-135M learns the past of English verbs: each chapter's method against LoRA",
-    "smol_several": "SmolLM2-135M on three tasks: experts, merging, distillation, continual learning",
+    "smol_several": "SmolLM2-135M on two tasks: experts, merging, distillation, continual learning",
     "tasks_nano": "nano learns to pronounce, and to form plurals and pasts: LoRA beside rules and tables",
 }
 """What a study is about, in one line, by the name of its record."""
 
 UNDER_WAY = (
-    "2_1_project",
-    "2_2_project",
-    "3_1_project",
-    "5_1_longer",
-    "5_1_neighbours",
-    "smol_past",
-    "smol_several",
-    "tasks_nano",
-)
+    "2_1_project", "2_2_project", "3_1_project", "3_3_project", "4_1_project", "4_2_project", "4_3_project",
+    "4_4_project", "smol_past", "smol_several", "tasks_nano",
+)  # fmt: skip
 """Studies whose records are still to be completed: what is there is whole, and a chapter that reads one says what is missing."""
 
 
@@ -180,10 +187,14 @@ __all__ = [
     "Witness",
     "adapted",
     "base_of",
+    "base_runs",
     "base_score",
+    "bits_by_domain",
     "bits_of",
+    "choose",
     "compete",
     "config_of",
+    "file_bytes",
     "get",
     "rows_of",
     "run_key",
@@ -191,4 +202,6 @@ __all__ = [
     "summary",
     "tokenizer_of",
     "train",
+    "train_as",
+    "values_of",
 ]

@@ -19,22 +19,9 @@ from lora_course.adalora import (
     prune_triplets,
     regularizer,
 )
-from lora_course.experiments import (
-    ROUNDING,
-    Arm,
-    Kept,
-    Runs,
-    Study,
-    Trained,
-    Witness,
-    adapted,
-    base_score,
-    bits_of,
-    compete,
-    rows_of,
-    run_key,
-    train,
-)
+from lora_course.experiments import ROUNDING, Arm, Runs, Study, Trained, Witness
+from lora_course.experiments.arms import adapted, base_runs, train_as, values_of
+from lora_course.experiments.rates import Kept, compete, run_key
 from lora_course.injection import injection_of
 
 SETTINGS: dict[str, Any] = {
@@ -96,28 +83,19 @@ def make(method: str, seed: int, choice: str = "importance") -> Arm:
         info.config.orth_reg_weight = 1.0  # to measure by, as "free" has none
         orthogonality = regularizer(model).item()
         prune_triplets(model)
-        return {
-            "orthogonality": orthogonality,
-            "ranks": kept_triplets(model),
-            "history": allocator.history,
-        }
+        ranks, history = kept_triplets(model), allocator.history
+        return {"orthogonality": orthogonality, "ranks": ranks, "history": history}
 
     return Arm(model, [allocator], regularizer, finish=finish)
 
 
 def trained(method: str, rate: float, seed: int, choice: str = "importance") -> Trained:
-    arm = make(method, seed, choice)
-    return train(arm, rows_of(SETTINGS), rate, seed, SETTINGS["steps"], SETTINGS["batch"])
+    return train_as(SETTINGS, make(method, seed, choice), rate, seed)
 
 
 def score(found: Trained, split: str) -> dict[str, Any]:
-    values = {
-        "bits_per_byte": bits_of(SETTINGS, found.model, split),
-        "parameters": found.arm.parameters(found.model),
-    }
-    if split == "validation":
-        return values | {k: v for k, v in found.seen.items() if k == "orthogonality"}
-    return values | found.seen | {"losses": found.curve}
+    told = ("orthogonality",) if split == "validation" else found.seen
+    return values_of(SETTINGS, found, split) | {k: found.seen[k] for k in told if k in found.seen}
 
 
 def control(choice: str, rate: float, seed: int) -> dict[str, Any]:
@@ -128,8 +106,7 @@ def body(runs: Runs) -> None:
     rates, seeds = SETTINGS["learning_rates"], SETTINGS["search_seeds"]
     controls = (len(METHODS) + len(CONTROLS)) * len(runs.seeds)
     runs.expect(2 + len(METHODS) * len(rates) * len(seeds) + controls)
-    for split in ("validation", "test"):
-        runs(f"base/{split}", base_score, SETTINGS, split)
+    base_runs(runs, SETTINGS)
     best = {}
     for method in METHODS:
         best[method] = compete(runs, method, Kept(trained, method), score, rates, seeds)
@@ -140,14 +117,6 @@ def body(runs: Runs) -> None:
 
 
 WITNESS = Witness(
-    ("adalora/0.032/0/test",),
-    {"bits_per_byte": 0.005},
-    ROUNDING,
-    chapter="1_2_adalora",
+    ("adalora/0.032/0/test",), {"bits_per_byte": 0.005}, ROUNDING, chapter="1_2_adalora"
 )
-STUDY = Study(
-    "1_2_adalora",
-    SETTINGS,
-    body,
-    WITNESS,
-)
+STUDY = Study("1_2_adalora", SETTINGS, body, WITNESS)

@@ -17,23 +17,10 @@ from torch import nn
 from transformers import TrainerCallback
 
 from lora_course.adaptive import GrowingLoRALinear, GrowthSchedule, RankGrower, rank_history
-from lora_course.experiments import (
-    ROUNDING,
-    Arm,
-    Kept,
-    Runs,
-    Study,
-    Trained,
-    Witness,
-    adapted,
-    base_score,
-    bits_of,
-    compete,
-    rows_of,
-    run_key,
-    train,
-)
+from lora_course.experiments import ROUNDING, Arm, Runs, Study, Trained, Witness
 from lora_course.experiments.adaptive_moment import moment
+from lora_course.experiments.arms import adapted, base_runs, bits_of, train_as
+from lora_course.experiments.rates import Kept, compete, run_key
 from lora_course.injection import adapter_layers
 from lora_course.lora import LoRALinear
 
@@ -155,8 +142,7 @@ def histories(model: nn.Module) -> dict[str, Any]:
 def trained(
     arm: str, like: dict[int, Ranks], rate: float, seed: int, domain: str | None = None
 ) -> Trained:
-    rows, steps, batch = rows_of(SETTINGS, domain), SETTINGS["steps"], SETTINGS["batch"]
-    return train(make(arm, seed, like.get(seed)), rows, rate, seed, steps, batch)
+    return train_as(SETTINGS, make(arm, seed, like.get(seed)), rate, seed, domain)
 
 
 def seen(found: Trained) -> dict[str, Any]:
@@ -180,8 +166,7 @@ def body(runs: Runs) -> None:
     runs.expect(2 + once + len(ARMS) * len(rates) * len(searching))
     for seed in seeds:
         runs(f"moment/{seed}", moment, SETTINGS, seed)
-    for split in ("validation", "test"):
-        runs(f"base/{split}", base_score, SETTINGS, split)
+    base_runs(runs, SETTINGS)
     grown: dict[int, Ranks] = {}
     rate = compete(runs, "grown", Kept(trained, "grown", {}), score, rates, searching)
     for seed in dict.fromkeys([*seeds, *searching]):
@@ -195,14 +180,6 @@ def body(runs: Runs) -> None:
 
 
 WITNESS = Witness(
-    ("grown/0.016/0/test",),
-    {"bits_per_byte": 0.004},
-    ROUNDING,
-    chapter="3_1_adaptive",
+    ("grown/0.016/0/test",), {"bits_per_byte": 0.004}, ROUNDING, chapter="3_1_adaptive"
 )
-STUDY = Study(
-    "3_1_adaptive",
-    SETTINGS,
-    body,
-    WITNESS,
-)
+STUDY = Study("3_1_adaptive", SETTINGS, body, WITNESS)

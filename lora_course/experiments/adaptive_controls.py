@@ -10,17 +10,9 @@ from typing import Any
 import torch
 
 from lora_course.adaptive import GrowingLoRALinear, GrowthSchedule, RankGrower
-from lora_course.experiments import (
-    ROUNDING,
-    Arm,
-    Kept,
-    Runs,
-    Study,
-    Trained,
-    Witness,
-    adaptive,
-    compete,
-)
+from lora_course.experiments import ROUNDING, Arm, Runs, Study, Trained, Witness, adaptive
+from lora_course.experiments.arms import train_as
+from lora_course.experiments.rates import Kept, compete
 
 SETTINGS = adaptive.SETTINGS | {
     "learning_rates": {"small": [4e-3, 8e-3, 1.6e-2, 3.2e-2], "random": [8e-3, 1.6e-2, 3.2e-2]},
@@ -40,8 +32,7 @@ def trained(arm: str, rate: float, seed: int) -> Trained:
     model = adaptive.with_ranks(GrowingLoRALinear, SETTINGS["r"], seed)
     schedule = GrowthSchedule(**SETTINGS["growth"], seed=seed)
     callbacks = [RandomGrower(model, schedule)] if arm == "random" else []
-    rows, steps, batch = adaptive.rows_of(SETTINGS), SETTINGS["steps"], SETTINGS["batch"]
-    return adaptive.train(Arm(model, callbacks), rows, rate, seed, steps, batch)
+    return train_as(SETTINGS, Arm(model, callbacks), rate, seed)
 
 
 def score(found: Trained, split: str) -> dict[str, Any]:
@@ -58,14 +49,5 @@ def body(runs: Runs) -> None:
         compete(runs, arm, Kept(trained, arm), score, rates, seeds)
 
 
-WITNESS = Witness(
-    ("random/0.016/0/test",),
-    {"bits_per_byte": 0.004, "parameters": 0},
-    ROUNDING,
-)
-STUDY = Study(
-    "3_1_controls",
-    SETTINGS,
-    body,
-    WITNESS,
-)
+WITNESS = Witness(("random/0.016/0/test",), {"bits_per_byte": 0.004, "parameters": 0}, ROUNDING)
+STUDY = Study("3_1_controls", SETTINGS, body, WITNESS)

@@ -1,11 +1,10 @@
-"""What is compared: one way to write an arm, one training of it, one search for its learning rate."""
+"""What is compared: one way to write an arm, one training of it, and the base, text and scores as the settings say them."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-import statistics
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,8 +21,8 @@ from lora_course.checkpoint import save_adapter
 from lora_course.experiments.study import Runs
 from lora_course.injection import inject, trainable_parameters
 from lora_course.lab import study
-
-EXTENSIONS = 8  # doublings or halvings of a rate beyond the first ones, before a search gives up
+from lora_course.lora import AdapterState
+from lora_course.states import use_adapter
 
 
 @dataclasses.dataclass
@@ -97,112 +96,6 @@ def train(
     return Trained(arm, losses, round(seconds, 2), seen if isinstance(seen, dict) else {})
 
 
-class Kept:
-    """`train(*arguments, rate, seed)` as a function of (rate, seed) that remembers: what is chosen is not trained again for
-    the other split."""
-
-    def __init__(self, train: Callable[..., Any], *arguments: Any) -> None:
-        self.train = functools.partial(train, *arguments)
-        self.made: dict[tuple[float, int], Any] = {}
-
-    def __call__(self, rate: float, seed: int) -> Any:
-        if (rate, seed) not in self.made:
-            self.made[rate, seed] = self.train(rate, seed)
-        return self.made[rate, seed]
-
-    def only(self, rates: Sequence[float]) -> None:
-        """Forgets the trainings at other rates: a large model is not held once for each rate."""
-        self.made = {key: value for key, value in self.made.items() if key[0] in rates}
-
-
-def search(
-    value: Callable[[float, int], float],
-    first: Sequence[float],
-    seeds: Sequence[int],
-    agree: int | None = None,
-    edges: bool = True,
-) -> float:
-    """The learning rate with the lowest mean of `value` (rate, seed), NaN being the worst.
-
-    All of `first` are tried, neighbours that differ by factors of two; while the best lies at an edge of what was tried, the
-    next rate on that side is tried too.
-
-    Args:
-        agree: ask so many of the seeds; while fewer than that find the mean's best rate best by themselves, ask the next
-            seed too. By default all seeds are asked.
-        edges: go on beyond an edge; False for a choice that another study goes on with.
-
-    Raises:
-        ValueError: the best is still at the edge after eight more rates.
-    """
-    rates, count = list(first), agree or len(seeds)
-
-    def lost(rate: float, seed: int) -> float:
-        found = value(rate, seed)
-        return math.inf if math.isnan(found) else found
-
-    def best_of(seed: int) -> float:
-        return min(rates, key=lambda rate: lost(rate, seed))
-
-    while True:
-        means = {rate: statistics.fmean(lost(rate, s) for s in seeds[:count]) for rate in rates}
-        best = min(means, key=means.__getitem__)
-        if edges and best in (min(rates), max(rates)):
-            if len(rates) == len(first) + EXTENSIONS:
-                raise ValueError(
-                    f"the best rate, {best:g}, still lies at the edge of {min(rates):g} to {max(rates):g}: begin the search "
-                    "elsewhere, or look at the losses"
-                )
-            rates.append(best * 2 if best == max(rates) else best / 2)
-            continue
-        own = sum(best_of(seed) == best for seed in seeds[:count])
-        if own >= (agree or 0) or count == len(seeds):
-            return best
-        count += 1
-
-
-def compete(
-    runs: Runs,
-    arm: str,
-    trained: Kept,
-    score: Callable[[Any, str], Mapping[str, Any]],
-    first: Sequence[float],
-    search_seeds: Sequence[int],
-    *,
-    agree: int | None = None,
-    value: Callable[[Mapping[str, Any]], float] = lambda found: found["bits_per_byte"],
-    seeds: Sequence[int] | None = None,
-) -> float:
-    """One arm from its search to its tests: `search` on the validation split, then `seeds`, by default those of `runs`, at the
-    chosen rate on the test split.
-
-    trained: (rate, seed) → what `score` takes.    score: (trained, split) → the values of a run.
-    value: of a run's values the number that is to be low; `lambda found: -found["accuracy"]` for one that is to be high.
-    Keys are "arm/rate/seed/split". Returns the chosen rate.
-    """
-    values: dict[float, dict[int, float]] = {}
-
-    def scored(rate: float, seed: int, split: str) -> Mapping[str, Any]:
-        return score(trained(rate, seed), split)
-
-    def validate(rate: float, seed: int) -> float:
-        run = runs(run_key(arm, rate, seed, "validation"), scored, rate, seed, "validation")
-        values.setdefault(rate, {})[seed] = value(run)
-        means = {r: statistics.fmean(found.values()) for r, found in values.items()}
-        trained.only([rate, min(means, key=means.__getitem__)])
-        return values[rate][seed]
-
-    best = search(validate, first, search_seeds, agree)
-    trained.only([best])
-    for seed in runs.seeds if seeds is None else seeds:
-        runs(run_key(arm, best, seed, "test"), scored, best, seed, "test")
-    return best
-
-
-def run_key(arm: str, rate: float, seed: int, split: str) -> str:
-    return f"{arm}/{rate:g}/{seed}/{split}"
-
-
 # --------------------------------------------------------------------------------- models and text, as the settings say them
 
 
@@ -257,3 +150,51 @@ def bits_of(
 def base_score(settings: Mapping[str, Any], split: str) -> dict[str, float]:
     """The run of the untouched base."""
     return {"bits_per_byte": bits_of(settings, base_of(settings), split)}
+
+
+# ------------------------------------------------------------------------------------ what most studies do with their settings
+
+
+def train_as(
+    settings: Mapping[str, Any], arm: Arm, rate: float, seed: int, domain: str | None = None
+) -> Trained:
+    """`train` on the rows of a domain, for the steps and at the batch size that the settings say."""
+    rows = rows_of(settings, domain)
+    return train(arm, rows, rate, seed, settings["steps"], settings["batch"])
+
+
+def values_of(settings: Mapping[str, Any], found: Trained, split: str) -> dict[str, Any]:
+    """Bits a byte and the number of parameters; with the losses on the test split."""
+    bits, parameters = bits_of(settings, found.model, split), found.arm.parameters(found.model)
+    values: dict[str, Any] = {"bits_per_byte": bits, "parameters": parameters}
+    return values | {"losses": found.curve} if split == "test" else values
+
+
+def bits_by_domain(
+    settings: Mapping[str, Any],
+    served: nn.Module | AdapterState,
+    split: str,
+    domains: Sequence[str] = (),
+) -> dict[str, float]:
+    """Bits a byte by domain, of some or of all in the settings; of a model, or of the base with a plain adapter's state."""
+    model = served if isinstance(served, nn.Module) else serving(settings, served)
+    asked = domains or settings["domains"]
+    return {domain: bits_of(settings, model, split, domain) for domain in asked}
+
+
+def serving(settings: Mapping[str, Any], state: AdapterState) -> nn.Module:
+    """The base with a plain adapter of this state, whatever its ranks."""
+    return use_adapter(adapted(settings, 0, config_of(1)), state)
+
+
+def file_bytes(arm: Arm) -> int:
+    """What the served adapter takes on disk: its safetensors file, the header included."""
+    with tempfile.TemporaryDirectory() as folder:
+        arm.save(arm.model, Path(folder))
+        return max(path.stat().st_size for path in Path(folder).rglob("*.safetensors"))
+
+
+def base_runs(runs: Runs, settings: Mapping[str, Any]) -> None:
+    """The runs of the untouched base, on both splits."""
+    for split in ("validation", "test"):
+        runs(f"base/{split}", base_score, settings, split)

@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import functools
 import statistics
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -25,23 +23,13 @@ from torch import nn
 
 from lora_course import lab
 from lora_course.arguments import compute_dtype
-from lora_course.experiments import (
-    ROUNDING,
-    Kept,
-    Runs,
-    Study,
-    Trained,
-    Witness,
-    base_of,
-    compete,
-    rows_of,
-    run_key,
-    tokenizer_of,
-)
+from lora_course.experiments import ROUNDING, Runs, Study, Trained, Witness
 from lora_course.experiments import methods as own
 from lora_course.experiments import peft_methods as peft
 from lora_course.experiments import train as train_arm
+from lora_course.experiments.arms import base_of, file_bytes, rows_of, tokenizer_of
 from lora_course.experiments.methods import Method, Settings
+from lora_course.experiments.rates import Kept, compete, run_key
 from lora_course.lab import study
 from lora_course.lab.evidence import differences, interval, verdict
 
@@ -126,12 +114,9 @@ def score(domain: str, trained: tuple[Trained, int], split: str) -> dict[str, An
     values = {"bits_per_byte": bits_per_byte(model, domain, split), "seconds": found.seconds}
     if split == "validation":
         return values
-    with tempfile.TemporaryDirectory() as folder:
-        arm.save(model, Path(folder))
-        size = max(path.stat().st_size for path in Path(folder).rglob("*.safetensors"))
     return values | {
         "own_domain": bits_per_byte(model, SETTINGS["own_domain"], split),
-        "parameters": arm.parameters(model), "file_bytes": size, "model_bytes": lab.tensor_bytes(model), "step_bytes": peak,
+        "parameters": arm.parameters(model), "file_bytes": file_bytes(arm), "model_bytes": lab.tensor_bytes(model), "step_bytes": peak,
         "last_loss": round(statistics.fmean(found.losses[-10:]), 4),
     }  # fmt: skip
 
@@ -219,9 +204,4 @@ WITNESS = Witness(
     ROUNDING,
     chapter="5_1_comparison",
 )
-STUDY = Study(
-    "5_1_comparison",
-    SETTINGS,
-    body,
-    WITNESS,
-)
+STUDY = Study("5_1_comparison", SETTINGS, body, WITNESS)

@@ -31,18 +31,10 @@ from lora_course.continual import (
     metrics,
     overlap,
 )
-from lora_course.experiments import (
-    ROUNDING,
-    Runs,
-    Study,
-    Witness,
-    adapted,
-    config_of,
-    rows_of,
-    search,
-    tokenizer_of,
-)
+from lora_course.experiments import ROUNDING, Arm, Runs, Study, Witness
+from lora_course.experiments.arms import adapted, config_of, rows_of, tokenizer_of, train
 from lora_course.experiments.continual_merges import merged_states
+from lora_course.experiments.rates import choose
 from lora_course.lab import study
 from lora_course.lora import AdapterState
 from lora_course.merging import Merged
@@ -88,24 +80,19 @@ def score_of(model: torch.nn.Module, domain: str, split: str) -> float:
 
 
 def sequence(
-    strategy: Sequential,
-    rate: float,
-    seed: int,
-    split: str,
-    order: list[str] = DOMAINS,
-    r: int = SETTINGS["r"],
-) -> dict[str, Any]:
+    strategy: Sequential, rate: float, seed: int, split: str, order: list[str] = DOMAINS, r: int = SETTINGS["r"]
+) -> dict[str, Any]:  # fmt: skip
     """One sequence of trainings: R, the metrics, and what belongs to the strategy."""
     model = adapted(SETTINGS, seed, config_of(r), layer=strategy.layer)
-    learned = [task(domain, split) for domain in order]
+    tasks = [task(domain, split) for domain in order]
     if split == "validation":  # of which the last row is all that counts
-        learned = [dataclasses.replace(one, evaluate=lambda model: 0.0) for one in learned]
+        tasks = [dataclasses.replace(one, evaluate=lambda model: 0.0) for one in tasks]
     with tempfile.TemporaryDirectory() as folder:
         args = training_arguments(
             folder, "cpu", learning_rate=rate, seed=seed, max_steps=SETTINGS["steps"], disable_tqdm=True,
-            per_device_train_batch_size=SETTINGS["batch"], warmup_steps=0.1, lr_scheduler_type="linear", save_strategy="no",
+            per_device_train_batch_size=SETTINGS["batch"], **study.RECIPE,
         )  # fmt: skip
-        results = learn(model, learned, strategy, args)
+        results = learn(model, tasks, strategy, args)
     if split == "validation":
         scores = []
         for index, domain in enumerate(order):
@@ -121,13 +108,19 @@ def sequence(
     return found
 
 
+def learned(name: str, rate: float, seed: int, split: str) -> dict[str, Any]:
+    """A strategy, or one training on all domains."""
+    if name == "joint":
+        return joint(rate, seed, split)
+    return sequence(STRATEGIES[name](seed), rate, seed, split)
+
+
 def joint(rate: float, seed: int, split: str) -> dict[str, Any]:
     """One training on the rows of all domains, mixed."""
     model = adapted(SETTINGS, seed, config_of(SETTINGS["r"]))
-    learned = [task(domain, split) for domain in DOMAINS]
-    rows, steps = datasets.concatenate_datasets([t.train for t in learned]), SETTINGS["steps"]
-    plan = (steps * len(DOMAINS), SETTINGS["batch"])
-    study.fit(model, rows, rate, seed, *plan, use_cpu=True, disable_tqdm=True)
+    rows = datasets.concatenate_datasets([task(domain, split).train for domain in DOMAINS])
+    steps = SETTINGS["steps"] * len(DOMAINS)
+    train(Arm(model), rows, rate, seed, steps, SETTINGS["batch"], use_cpu=True)
     return result([score_of(model.eval(), domain, split) for domain in DOMAINS])
 
 
@@ -135,9 +128,7 @@ def result(scores: list[float]) -> dict[str, Any]:
     return {"scores": rounded(scores), "ACC": statistics.fmean(scores)}
 
 
-def merges(
-    model: torch.nn.Module, states: list[AdapterState], seed: int
-) -> dict[str, dict[str, Any]]:
+def merges(model: torch.nn.Module, states: list[AdapterState], seed: int) -> dict[str, Any]:
     """Bits a byte on each merged domain, by method and number of adapters. "error": how far the update is from the mean of
     the updates, relative to it."""
     found = {}
@@ -168,16 +159,8 @@ def body(runs: Runs) -> None:
     runs.expect(tried + (len(STRATEGIES) + 1 + others + orders) * len(seeds))
     best = {}
     for name in [*STRATEGIES, "joint"]:
-
-        def validated(rate: float, seed: int, name: str = name) -> float:
-            def compute() -> dict[str, Any]:
-                if name == "joint":
-                    return joint(rate, seed, "validation")
-                return sequence(STRATEGIES[name](seed), rate, seed, "validation")
-
-            return runs(f"{name}/{rate:g}/{seed}/validation", compute)["ACC"]
-
-        best[name] = search(validated, rates, asked)
+        compute = functools.partial(learned, name)
+        best[name] = choose(runs, name, compute, rates, asked, value=lambda run: run["ACC"])
     runs("rates", lambda: best)
 
     def test(key: str, make: Callable[[int], Sequential], name: str, **other: Any) -> None:
@@ -207,9 +190,4 @@ WITNESS = Witness(
     ROUNDING + " in the mean; single scores on 4,000 bytes move more",
     chapter="3_3_continual",
 )
-STUDY = Study(
-    "3_3_continual",
-    SETTINGS,
-    body,
-    WITNESS,
-)
+STUDY = Study("3_3_continual", SETTINGS, body, WITNESS)

@@ -12,48 +12,27 @@ from __future__ import annotations
 
 import functools
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-from torch import nn
-
-from lora_course.experiments import (
-    ROUNDING,
-    Runs,
-    Study,
-    Witness,
-    adapted,
-    base_of,
-    bits_of,
-    config_of,
-    run_key,
-    search,
-)
+from lora_course.experiments import ROUNDING, Runs, Study, Witness
 from lora_course.experiments import distillation_costs as costs
+from lora_course.experiments.arms import base_of, bits_by_domain
 from lora_course.experiments.distillation_models import (
     DISTILLED,
     DOMAINS,
     SETTINGS,
     Found,
-    R,
     distilled,
     merged,
     on_data,
     teacher_states,
     with_router,
 )
+from lora_course.experiments.rates import choose, run_key
 from lora_course.injection import trainable_parameters
-from lora_course.lora import AdapterState
-from lora_course.states import use_adapter
 
-
-def score(
-    model: nn.Module | AdapterState, split: str, domains: Sequence[str] = DOMAINS
-) -> dict[str, float]:
-    """Bits a byte on a sample of a split, by domain; of a model, or of the base with an adapter's state."""
-    if not isinstance(model, nn.Module):
-        model = use_adapter(adapted(SETTINGS, 0, config_of(R)), model)
-    return {domain: bits_of(SETTINGS, model, split, domain) for domain in domains}
+score = functools.partial(bits_by_domain, SETTINGS)
 
 
 def result(scores: dict[str, float], **more: Any) -> dict[str, Any]:
@@ -62,17 +41,19 @@ def result(scores: dict[str, float], **more: Any) -> dict[str, Any]:
 
 def trained_result(found: Found, split: str) -> dict[str, Any]:
     model, history = found
+    seconds = round(history["seconds"], 2)
     curves = {key: [round(x, 4) for x in history[key]] for key in history if key != "seconds"}
-    counted = {"parameters": trainable_parameters(model)}
-    seconds = {"seconds": round(history["seconds"], 2)}
-    return result(score(model, split)) | counted | seconds | curves
+    counted = {"parameters": trainable_parameters(model), "seconds": seconds}
+    return result(score(model, split), **counted, **curves)
+
+
+def of_kind(kind: str, rate: float, seed: int, split: str, **how: Any) -> dict[str, Any]:
+    return trained_result(distilled(kind, rate, seed, **how), split)
 
 
 ARMS: dict[str, Callable[[float, int, str], dict[str, Any]]] = {
     "data alone": lambda rate, seed, split: trained_result(on_data(rate, seed), split),
-    "by domain": lambda rate, seed, split: trained_result(
-        distilled("by domain", rate, seed), split
-    ),
+    "by domain": lambda rate, seed, split: of_kind("by domain", rate, seed, split),
     "merged": lambda weight, seed, split: result(score(merged(weight, seed), split)),
     "experts": lambda rate, seed, split: result(score(with_router(rate, seed), split)),
 }
@@ -99,23 +80,14 @@ def body(runs: Runs) -> None:
     runs("base/test", lambda: result(score(base_of(SETTINGS), "test")))
     best = {}
     for arm, (grid, asked) in grids.items():
-
-        def validated(choice: float, seed: int, arm: str = arm) -> float:
-            key = run_key(arm, choice, seed, "validation")
-            return runs(key, ARMS[arm], choice, seed, "validation")["bits_per_byte"]
-
         # merged weights were no search beyond an edge: study 3_2_merge goes on below
-        best[arm] = search(validated, grid, asked, edges=arm != "merged")
+        best[arm] = choose(runs, arm, ARMS[arm], grid, asked, edges=arm != "merged")
     rate = best["by domain"]
-
-    def of_kind(kind: str, seed: int, split: str, **how: Any) -> dict[str, Any]:
-        return trained_result(distilled(kind, rate, seed, **how), split)
-
     for seed in seeds:
         for arm in ("data alone", "merged", "experts"):
             runs(run_key(arm, best[arm], seed, "test"), ARMS[arm], best[arm], seed, "test")
         for kind in DISTILLED:
-            runs(run_key(kind, rate, seed, "test"), of_kind, kind, seed, "test")
+            runs(run_key(kind, rate, seed, "test"), of_kind, kind, rate, seed, "test")
         runs(f"own teacher/{seed}/test", own_teachers, seed)
         for mixture in ("probabilities", "logits"):
             ensemble = lambda m, s: result(score(costs.ensemble(s, m), "test"))  # noqa: E731
@@ -126,20 +98,12 @@ def body(runs: Runs) -> None:
             for seed in seeds:
                 key = f"sweep/{temperature:g}/{'with' if squared else 'without'} T²/{seed}"
                 make = functools.partial(of_kind, **how)
-                runs(f"{key}/validation", make, "by domain", seed, "validation")
+                runs(f"{key}/validation", make, "by domain", rate, seed, "validation")
     runs("latency", costs.latency, SETTINGS["seeds"][0])
     runs("memory", costs.memory, SETTINGS["seeds"][0])
 
 
 WITNESS = Witness(
-    ("merged/0.25/0/test",),
-    {"bits_per_byte": 0.005},
-    ROUNDING,
-    chapter="3_2_distillation",
+    ("merged/0.25/0/test",), {"bits_per_byte": 0.005}, ROUNDING, chapter="3_2_distillation"
 )
-STUDY = Study(
-    "3_2_distillation",
-    SETTINGS,
-    body,
-    WITNESS,
-)
+STUDY = Study("3_2_distillation", SETTINGS, body, WITNESS)

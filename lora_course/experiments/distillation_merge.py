@@ -51,9 +51,4 @@ WITNESS = Witness(
     "sums in another order (other code, threads or processors, fp32 in place of bf16) move three trainings of 16 to 24 steps by thousandths",
     chapter="3_2_distillation",
 )
-STUDY = Study(
-    "3_2_merge",
-    SETTINGS,
-    body,
-    WITNESS,
-)
+STUDY = Study("3_2_merge", SETTINGS, body, WITNESS)

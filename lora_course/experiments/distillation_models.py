@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import datasets
@@ -15,7 +15,7 @@ from torch import nn
 from lora_course import experts
 from lora_course.arguments import training_arguments
 from lora_course.distillation import DistillationConfig, DistillationTrainer, Teachers
-from lora_course.experiments import adapted, base_of, config_of, rows_of
+from lora_course.experiments.arms import Arm, adapted, base_of, config_of, rows_of, train
 from lora_course.lab import study
 from lora_course.lora import AdapterState
 from lora_course.states import adapter_state, concatenate, truncate
@@ -40,11 +40,18 @@ R, STEPS = SETTINGS["student"]["r"], SETTINGS["student"]["steps"]
 Found = tuple[nn.Module, dict[str, Any]]
 
 
-def mixed_rows(domains: Sequence[str] = DOMAINS, steps: int = STEPS) -> datasets.Dataset:
-    """What the students read: equally many rows of each domain, which say of which they are."""
+def mixed_rows(
+    domains: Sequence[str] = DOMAINS,
+    steps: int = STEPS,
+    of: Callable[[str], datasets.Dataset] | None = None,
+) -> datasets.Dataset:
+    """What the students read: equally many rows of each domain, which say of which they are.
+
+    of: the rows of a domain; by default those that its teacher reads from.
+    """
     count, parts = steps * SETTINGS["batch"] // len(domains), []
     for i, domain in enumerate(domains):
-        rows = rows_of(SETTINGS, domain).select(range(count))
+        rows = (of(domain) if of else rows_of(SETTINGS, domain)).select(range(count))
         parts.append(rows.add_column("domain", [i] * count))
     return datasets.concatenate_datasets(parts).with_format("torch")
 
@@ -55,16 +62,16 @@ def teacher_states(seed: int) -> dict[str, AdapterState]:
     states, how = {}, SETTINGS["teacher"]
     for domain in DOMAINS:
         model = adapted(SETTINGS, seed, config_of(how["r"]))
-        plan = (how["learning_rate"], seed, how["steps"], SETTINGS["batch"])
-        study.fit(model, rows_of(SETTINGS, domain), *plan, disable_tqdm=True)
+        train(Arm(model), rows_of(SETTINGS, domain), how["learning_rate"], seed, how["steps"], SETTINGS["batch"])  # fmt: skip
         states[domain] = adapter_state(model)
     return states
 
 
-def on_data(rate: float, seed: int) -> Found:
-    """A student that sees the mixed text alone."""
+def on_data(rate: float, seed: int, rows: datasets.Dataset | None = None) -> Found:
+    """A student that sees text alone; by default the mixed text."""
     model, start = adapted(SETTINGS, seed, config_of(R)), time.perf_counter()
-    losses = study.fit(model, mixed_rows(), rate, seed, STEPS, SETTINGS["batch"], disable_tqdm=True)
+    rows = mixed_rows() if rows is None else rows
+    losses = study.fit(model, rows, rate, seed, STEPS, SETTINGS["batch"], disable_tqdm=True)
     return model, {"losses": losses, "seconds": time.perf_counter() - start}
 
 
@@ -85,8 +92,8 @@ def distil(
     model = adapted(SETTINGS, seed, config_of(R))
     with tempfile.TemporaryDirectory() as folder:
         args = training_arguments(
-            folder, learning_rate=rate, seed=seed, max_steps=steps, warmup_steps=0.1, lr_scheduler_type="linear",
-            per_device_train_batch_size=SETTINGS["batch"], save_strategy="no", disable_tqdm=True,
+            folder, learning_rate=rate, seed=seed, max_steps=steps, disable_tqdm=True,
+            per_device_train_batch_size=SETTINGS["batch"], **study.RECIPE,
         )  # fmt: skip
         more: dict[str, Any] = {"teachers": Teachers(model, states, weights), "config": config}
         trainer = DistillationTrainer(model, args, train_dataset=rows, **more)
@@ -111,5 +118,4 @@ def with_router(rate: float, seed: int) -> nn.Module:
     model = base_of(SETTINGS)
     torch.manual_seed(seed)
     experts.mix_experts(model, list(teacher_states(seed).values()))
-    study.fit(model, mixed_rows(), rate, seed, STEPS, SETTINGS["batch"], disable_tqdm=True)
-    return model
+    return train(Arm(model), mixed_rows(), rate, seed, STEPS, SETTINGS["batch"]).model

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import statistics
+from collections.abc import Mapping
 from typing import Any
 
 import datasets
@@ -16,27 +17,22 @@ import torch
 from torch import nn
 
 from lora_course import experts, lab
-from lora_course.experiments import (
-    ROUNDING,
-    Kept,
-    Runs,
-    Study,
-    Witness,
+from lora_course.experiments import ROUNDING, Runs, Study, Witness
+from lora_course.experiments.arms import (
+    Arm,
     adapted,
     base_of,
-    bits_of,
-    compete,
+    bits_by_domain,
     config_of,
     rows_of,
-    run_key,
-    search,
     tokenizer_of,
+    train,
 )
 from lora_course.experiments.experts_cost import cost
-from lora_course.injection import inject, trainable_parameters
-from lora_course.lab import study
+from lora_course.experiments.rates import Kept, choose, compete
+from lora_course.injection import trainable_parameters
 from lora_course.lora import AdapterState
-from lora_course.states import concatenate, factor_state, use_adapter
+from lora_course.states import concatenate, factor_state
 
 SETTINGS: dict[str, Any] = {
     "model": "nano", "domains": ["bible", "shakespeare", "milton", "python"], "steps": 16, "router_steps": 16, "batch": 8,
@@ -59,17 +55,11 @@ def mixed_rows() -> datasets.Dataset:
 
 
 def fit(
-    model: nn.Module,
-    data: datasets.Dataset,
-    rate: float,
-    seed: int,
-    steps: int,
-    balance: float = 0.0,
+    model: nn.Module, rows: datasets.Dataset, rate: float, seed: int, steps: int, balance: float = 0
 ) -> nn.Module:
     auxiliary = functools.partial(experts.balance_loss, weight=balance) if balance else None
-    how: dict[str, Any] = {"auxiliary_loss": auxiliary, "disable_tqdm": True}
-    study.fit(model, data, rate, seed, steps, SETTINGS["batch"], **how)
-    return model
+    arm = Arm(model, auxiliary_loss=auxiliary)
+    return train(arm, rows, rate, seed, steps, SETTINGS["batch"]).model
 
 
 def train_experts(rate: float, seed: int) -> list[AdapterState]:
@@ -104,15 +94,11 @@ def train_router(states: list[AdapterState], rate: float, seed: int) -> nn.Modul
     return fit(model, mixed_rows(), rate, seed, SETTINGS["router_steps"])
 
 
-def score(model: nn.Module, split: str, domains: list[str] = DOMAINS) -> dict[str, float]:
-    """Bits a byte on a sample of a split, by domain."""
-    return {domain: bits_of(SETTINGS, model, split, domain) for domain in domains}
+score = functools.partial(bits_by_domain, SETTINGS)
 
 
-def score_state(state: AdapterState, split: str, domains: list[str] = DOMAINS) -> dict[str, float]:
-    """`score` of the base with a plain adapter."""
-    model = inject(base_of(SETTINGS), config_of(R))
-    return score(use_adapter(model, state), split, domains)
+def mean(run: Mapping[str, Any]) -> float:
+    return run["mean"]
 
 
 def result(by_domain: dict[str, float], **more: Any) -> dict[str, Any]:
@@ -135,7 +121,7 @@ def usage(model: nn.Module) -> dict[str, Any]:
 def own_experts(rate: float, seed: int, split: str) -> dict[str, Any]:
     """Each domain with its own expert."""
     states = zip(DOMAINS, train_experts(rate, seed), strict=True)
-    return result({domain: score_state(state, split, [domain])[domain] for domain, state in states})
+    return result({domain: score(state, split, [domain])[domain] for domain, state in states})
 
 
 def separate(states: list[AdapterState], router_rate: float, seed: int) -> dict[str, Any]:
@@ -144,8 +130,8 @@ def separate(states: list[AdapterState], router_rate: float, seed: int) -> dict[
     average = concatenate(states, [1 / len(states)] * len(states))
     return result(
         score(mixture, "test"),
-        each=[score_state(state, "test") for state in states],
-        average=score_state(average, "test"),
+        each=[score(state, "test") for state in states],
+        average=score(average, "test"),
         usage=usage(mixture),
         router_parameters=trainable_parameters(mixture),
     )
@@ -173,28 +159,20 @@ def body(runs: Runs) -> None:
     for split in ("validation", "test"):
         runs(f"base/{split}", lambda s: result(score(base_of(SETTINGS), s)), split)
 
-    def of_experts(rate: float, seed: int) -> float:
-        key = run_key("experts", rate, seed, "validation")
-        return runs(key, own_experts, rate, seed, "validation")["mean"]
-
-    expert_rate = search(of_experts, rates, seeds)
+    expert_rate = choose(runs, "experts", own_experts, rates, seeds, mean)
     trained = Kept(train_experts)
 
-    def routed(rate: float, seed: int) -> dict[str, Any]:
-        model = train_router(trained(expert_rate, seed), rate, seed)
-        return result(score(model, "validation"))
+    def routed(rate: float, seed: int, split: str) -> dict[str, Any]:
+        return result(score(train_router(trained(expert_rate, seed), rate, seed), split))
 
-    def of_router(rate: float, seed: int) -> float:
-        return runs(run_key("router", rate, seed, "validation"), routed, rate, seed)["mean"]
-
-    router_rate = search(of_router, router_rates, seeds)
+    router_rate = choose(runs, "router", routed, router_rates, seeds, mean)
     for seed in runs.seeds:
         key = f"separate/{seed}/test"
         runs(key, lambda s: separate(trained(expert_rate, s), router_rate, s), seed)
     best = {}
     for method, make in (("lora", train_lora), ("joint", train_joint)):
         scored, kept = functools.partial(whole, method), Kept(lambda r, s, m=make: (m(r, s), r))
-        best[method] = compete(runs, method, kept, scored, rates, seeds, value=lambda v: v["mean"])  # fmt: skip
+        best[method] = compete(runs, method, kept, scored, rates, seeds, value=mean)
     for name in SETTINGS["cost"]:
         runs(f"cost/{name}", cost, SETTINGS, name)
     for seed in runs.seeds:
@@ -208,9 +186,4 @@ WITNESS = Witness(
     ROUNDING,
     chapter="2_1_experts",
 )
-STUDY = Study(
-    "2_1_experts",
-    SETTINGS,
-    body,
-    WITNESS,
-)
+STUDY = Study("2_1_experts", SETTINGS, body, WITNESS)

@@ -118,9 +118,4 @@ WITNESS = Witness(
     "No training: fp32 sums in another order move a loss by less than a thousandth, and the formats lie hundredths apart",
     part=lambda: measure("nf4", count=2),
 )
-STUDY = Study(
-    "1_1_formats",
-    SETTINGS,
-    body,
-    WITNESS,
-)
+STUDY = Study("1_1_formats", SETTINGS, body, WITNESS)

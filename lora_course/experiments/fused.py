@@ -14,20 +14,10 @@ from typing import Any
 import torch
 
 from lora_course import lab
-from lora_course.experiments import (
-    ROUNDING,
-    Arm,
-    Runs,
-    Study,
-    Witness,
-    adapted,
-    config_of,
-    rows_of,
-    tokenizer_of,
-    train,
-)
+from lora_course.experiments import ROUNDING, Arm, Runs, Study, Witness
 from lora_course.experiments import fused_costs as costs
 from lora_course.experiments import fused_serving as serving
+from lora_course.experiments.arms import adapted, config_of, rows_of, tokenizer_of, train
 
 SETTINGS = costs.SETTINGS | serving.SETTINGS | {
     "domains": ["bible", "shakespeare", "milton", "python"], "r": 8, "lora_alpha": 16, "learning_rate": 8e-3,
@@ -100,9 +90,4 @@ WITNESS = Witness(
     ROUNDING + "; bytes are counted, and times are not compared",
     chapter="4_4_fused",
 )
-STUDY = Study(
-    "4_4_fused",
-    SETTINGS,
-    body,
-    WITNESS,
-)
+STUDY = Study("4_4_fused", SETTINGS, body, WITNESS)

@@ -15,26 +15,21 @@ from typing import Any
 
 import torch
 
-from lora_course.experiments import (
-    ROUNDING,
-    Arm,
-    Kept,
-    Runs,
-    Study,
-    Trained,
-    Witness,
+from lora_course.experiments import ROUNDING, Arm, Runs, Study, Trained, Witness
+from lora_course.experiments.arms import (
     adapted,
-    base_score,
+    base_runs,
     bits_of,
-    compete,
     config_of,
     rows_of,
+    serving,
     train,
 )
+from lora_course.experiments.rates import Kept, compete
 from lora_course.hierarchical import NestedLoRALinear, RankSampler, cut
 from lora_course.injection import adapter_layers
 from lora_course.lora import AdapterState
-from lora_course.states import factor_state, truncate, use_adapter
+from lora_course.states import factor_state, truncate
 
 RANKS = [1, 2, 4, 8]
 STEPS = 32
@@ -70,17 +65,17 @@ def trained(name: str, rate: float, seed: int) -> Trained:
     return train(Arm(model, callbacks), rows, rate, seed, how["steps"], SETTINGS["batch"])
 
 
-def adapters(model: torch.nn.Module, serving: str) -> dict[int, AdapterState]:
+def adapters(model: torch.nn.Module, how: str) -> dict[int, AdapterState]:
     """What is served, by rank: plain LoRA factors."""
     whole = factor_state(model)
     r = next(iter(adapter_layers(model).values())).r
-    if serving == "whole":
+    if how == "whole":
         return {r: whole}
-    if serving == "sliced":
+    if how == "sliced":
         return {b: sliced(whole, b) for b in RANKS}
-    if serving == "svd":
+    if how == "svd":
         return {b: truncate(whole, b) for b in RANKS}
-    return {b: cut(model, b, weighted=serving == "cut") for b in RANKS}
+    return {b: cut(model, b, weighted=how == "cut") for b in RANKS}
 
 
 def sliced(whole: AdapterState, b: int) -> AdapterState:
@@ -89,17 +84,9 @@ def sliced(whole: AdapterState, b: int) -> AdapterState:
     return {name: rows[name.rpartition(".")[2]](t).clone() for name, t in whole.items()}
 
 
-@functools.cache
-def plain() -> torch.nn.Module:
-    """The model that adapters are put into to be scored."""
-    return adapted(SETTINGS, 0, config_of(1, 1.0))
-
-
-def score(serving: str, found: Trained, split: str) -> dict[str, Any]:
-    scores = {
-        str(b): bits_of(SETTINGS, use_adapter(plain(), state), split)
-        for b, state in adapters(found.model, serving).items()
-    }
+def score(how: str, found: Trained, split: str) -> dict[str, Any]:
+    served = adapters(found.model, how)
+    scores = {str(b): bits_of(SETTINGS, serving(SETTINGS, served[b]), split) for b in served}
     values: dict[str, Any] = {"bits_per_byte": scores}
     return values | {"losses": found.curve} if split == "test" else values
 
@@ -110,27 +97,18 @@ def mean(values: Mapping[str, Any]) -> float:
 
 def body(runs: Runs) -> None:
     first, seeds = SETTINGS["first"], SETTINGS["search_seeds"]
-    arms = runs.arms([f"{name}/{serving}" for name in TRAININGS for serving in SERVINGS[name]])
+    arms = runs.arms([f"{name}/{how}" for name in TRAININGS for how in SERVINGS[name]])
     runs.expect(2 + len(arms) * (len(first) * len(seeds) + len(runs.seeds)))
-    for split in ("validation", "test"):
-        runs(f"base/{split}", base_score, SETTINGS, split)
+    base_runs(runs, SETTINGS)
     for name in TRAININGS:
         again = Kept(trained, name)  # servings of one training share what was trained
-        for serving in SERVINGS[name]:
-            if f"{name}/{serving}" in arms:
-                scored = functools.partial(score, serving)
-                compete(runs, f"{name}/{serving}", Kept(again), scored, first, seeds, value=mean)
+        for how in SERVINGS[name]:
+            if f"{name}/{how}" in arms:
+                scored = functools.partial(score, how)
+                compete(runs, f"{name}/{how}", Kept(again), scored, first, seeds, value=mean)
 
 
 WITNESS = Witness(
-    ("truncation/cut/0.016/0/test",),
-    {"bits_per_byte": 0.005},
-    ROUNDING,
-    chapter="4_2_hierarchical",
+    ("truncation/cut/0.016/0/test",), {"bits_per_byte": 0.005}, ROUNDING, chapter="4_2_hierarchical"
 )
-STUDY = Study(
-    "4_2_hierarchical",
-    SETTINGS,
-    body,
-    WITNESS,
-)
+STUDY = Study("4_2_hierarchical", SETTINGS, body, WITNESS)

@@ -13,22 +13,9 @@ from peft import LoraConfig
 from torch import nn
 
 from lora_course import lab
-from lora_course.experiments import (
-    ROUNDING,
-    Arm,
-    Kept,
-    Runs,
-    Study,
-    Trained,
-    Witness,
-    adapted,
-    base_of,
-    compete,
-    rows_of,
-    run_key,
-    tokenizer_of,
-    train,
-)
+from lora_course.experiments import ROUNDING, Arm, Runs, Study, Trained, Witness
+from lora_course.experiments.arms import adapted, base_of, tokenizer_of, train_as
+from lora_course.experiments.rates import Kept, compete, run_key
 from lora_course.injection import adapter_layers
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -65,11 +52,11 @@ def trained(arm: str, rate: float, seed: int) -> Trained:
     model = adapted(SETTINGS, seed, config(arm))
     if (
         arm == "full"
-    ):  # every weight trains, and the adapter stays the zero that it is: the same trainer and batches
+    ):  # every weight trains; the adapter stays zero, for the same trainer and batches
         adapter = {p for layer in adapter_layers(model).values() for p in (layer.A, layer.B)}
         for parameter in model.parameters():
             parameter.requires_grad_(parameter not in adapter)
-    return train(Arm(model), rows_of(SETTINGS), rate, seed, SETTINGS["steps"], SETTINGS["batch"])
+    return train_as(SETTINGS, Arm(model), rate, seed)
 
 
 def bits(model: nn.Module, split: str) -> dict[str, float]:
@@ -107,9 +94,4 @@ WITNESS = Witness(
     ROUNDING,
     chapter="0_1_lora",
 )
-STUDY = Study(
-    "0_1_lora",
-    SETTINGS,
-    body,
-    WITNESS,
-)
+STUDY = Study("0_1_lora", SETTINGS, body, WITNESS)

@@ -93,7 +93,7 @@ def adalora(settings: Settings, seed: int) -> Arm:
 
     def finish(model: nn.Module) -> dict[str, Any]:
         prune_triplets(model)
-        return {"ranks": spread(kept_triplets(model))}
+        return {"ranks": rank_summary(kept_triplets(model))}
 
     return Arm(model, [RankAllocator(model)], regularizer, finish=finish)
 
@@ -115,7 +115,7 @@ def gates(settings: Settings, seed: int, penalty: float | None = None) -> Arm:
 
     def finish(model: nn.Module) -> dict[str, Any]:
         prune_gates(model)
-        return {"ranks": spread(open_gates(model))}
+        return {"ranks": rank_summary(open_gates(model))}
 
     return Arm(model, fit=fit, finish=finish)
 
@@ -130,7 +130,9 @@ def adaptive(settings: Settings, seed: int) -> Arm:
     )  # fmt: skip
 
     def finish(model: nn.Module) -> dict[str, Any]:
-        return {"ranks": spread({name: layer.r for name, layer in adapter_layers(model).items()})}
+        return {
+            "ranks": rank_summary({name: layer.r for name, layer in adapter_layers(model).items()})
+        }
 
     return Arm(model, [RankGrower(model, schedule)], finish=finish)
 
@@ -186,7 +188,7 @@ def quantized(settings: Settings, seed: int, bits: int) -> Arm:
     return Arm(model, save=save_quantized)
 
 
-def spread(found: Mapping[str, int]) -> dict[str, float]:
+def rank_summary(found: Mapping[str, int]) -> dict[str, float]:
     """The mean of the ranks in the layers, by the layer's name, and the smallest and the largest of all."""
     kinds: dict[str, list[int]] = {}
     for name, rank in found.items():

@@ -19,19 +19,9 @@ import torch
 from lora_course import progressive
 from lora_course.arguments import training_arguments
 from lora_course.checkpoint import save_adapter
-from lora_course.experiments import (
-    ROUNDING,
-    Kept,
-    Runs,
-    Study,
-    Witness,
-    base_of,
-    base_score,
-    bits_of,
-    compete,
-    rows_of,
-    run_key,
-)
+from lora_course.experiments import ROUNDING, Runs, Study, Witness
+from lora_course.experiments.arms import base_of, base_runs, bits_of, rows_of
+from lora_course.experiments.rates import Kept, compete, run_key
 from lora_course.injection import adapter_layers
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -125,8 +115,7 @@ def body(runs: Runs) -> None:
     rates, seeds = SETTINGS["learning_rates"], SETTINGS["search_seeds"]
     tried = (len(METHODS) - 1) * len(rates) * len(seeds)
     runs.expect(2 + tried + len(METHODS) * len(runs.seeds))
-    for split in ("validation", "test"):
-        runs(f"base/{split}", base_score, SETTINGS, split)
+    base_runs(runs, SETTINGS)
     best: dict[str, float] = {}
     for method, how in METHODS.items():
         if "rate_of" in how:
@@ -139,14 +128,6 @@ def body(runs: Runs) -> None:
 
 
 WITNESS = Witness(
-    ("stack/0.016/0/test",),
-    {"bits_per_byte": 0.005},
-    ROUNDING,
-    chapter="2_2_progressive",
+    ("stack/0.016/0/test",), {"bits_per_byte": 0.005}, ROUNDING, chapter="2_2_progressive"
 )
-STUDY = Study(
-    "2_2_progressive",
-    SETTINGS,
-    body,
-    WITNESS,
-)
+STUDY = Study("2_2_progressive", SETTINGS, body, WITNESS)

@@ -7,27 +7,16 @@ Each method tries each rate with each search seed. Attention only has 21 · 1,79
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import torch
 from torch import nn
 
 from lora_course import qlora
-from lora_course.experiments import (
-    ROUNDING,
-    Arm,
-    Kept,
-    Runs,
-    Study,
-    Trained,
-    Witness,
-    base_of,
-    bits_of,
-    compete,
-    config_of,
-    rows_of,
-    train,
-)
+from lora_course.experiments import ROUNDING, Arm, Runs, Study, Trained, Witness
+from lora_course.experiments.arms import base_of, bits_of, config_of, train_as, values_of
+from lora_course.experiments.rates import Kept, compete
 from lora_course.injection import inject, merge, unload
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -52,26 +41,17 @@ def trained(method: str, rate: float, seed: int) -> Trained:
     model = base(how["quantize"])
     torch.manual_seed(seed)
     inject(model, config_of(how["r"], target_modules=how["target_modules"]))
-    return train(Arm(model), rows_of(SETTINGS), rate, seed, SETTINGS["steps"], SETTINGS["batch"])
+    return train_as(SETTINGS, Arm(model), rate, seed)
 
 
 def bits(model: nn.Module, split: str) -> float:
     return bits_of(SETTINGS, model, split)
 
 
-def score(found: Trained, split: str) -> dict[str, Any]:
-    model = found.model
-    values = {
-        "bits_per_byte": bits(model, split),
-        "parameters": found.arm.parameters(model),
-    }
-    return values | {"losses": found.curve} if split == "test" else values
-
-
-def score_merged(found: Trained, split: str) -> dict[str, Any]:
-    """`score`, and on the test text after each of the three ways to merge the adapter of a 4-bit model."""
-    values, model = score(found, split), found.model
-    if split == "test":
+def score(method: str, found: Trained, split: str) -> dict[str, Any]:
+    """A QLoRA is tested after each of the three ways to merge the adapter of a 4-bit model, too."""
+    values, model = values_of(SETTINGS, found, split), found.model
+    if method == "qlora" and split == "test":
         dequantized = qlora.dequantize_model(copy.deepcopy(model))
         values["merged"] = {
             "dequantized": bits(unload(merge(dequantized)), split),
@@ -88,7 +68,7 @@ def body(runs: Runs) -> None:
         for split in ("validation", "test"):
             runs(f"base/{name}/{split}", lambda q, s: {"bits_per_byte": bits(base(q), s)}, quantize, split)  # fmt: skip
     for method in METHODS:
-        scored = score_merged if method == "qlora" else score
+        scored = functools.partial(score, method)
         compete(runs, method, Kept(trained, method), scored, rates, seeds)
 
 
@@ -98,9 +78,4 @@ WITNESS = Witness(
     ROUNDING,
     chapter="1_1_qlora",
 )
-STUDY = Study(
-    "1_1_qlora",
-    SETTINGS,
-    body,
-    WITNESS,
-)
+STUDY = Study("1_1_qlora", SETTINGS, body, WITNESS)

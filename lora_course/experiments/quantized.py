@@ -9,29 +9,20 @@ from __future__ import annotations
 
 import copy
 import math
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from lora_course.experiments import (
-    ROUNDING,
-    Arm,
-    Kept,
-    Runs,
-    Study,
-    Trained,
-    Witness,
+from lora_course.experiments import ROUNDING, Arm, Runs, Study, Trained, Witness
+from lora_course.experiments.arms import (
     adapted,
-    base_score,
+    base_runs,
     bits_of,
-    compete,
     config_of,
-    rows_of,
-    run_key,
-    train,
+    file_bytes,
+    train_as,
 )
+from lora_course.experiments.rates import Kept, compete, run_key
 from lora_course.injection import adapter_layers
 from lora_course.quantized import QuantizedLoRALinear, quantize_after_training, save_quantized
 
@@ -63,8 +54,7 @@ def make(arm: str, seed: int) -> Arm:
 
 
 def trained(arm: str, rate: float, seed: int) -> Trained:
-    rows, steps, batch = rows_of(SETTINGS), SETTINGS["steps"], SETTINGS["batch"]
-    return train(make(arm, seed), rows, rate, seed, steps, batch)
+    return train_as(SETTINGS, make(arm, seed), rate, seed)
 
 
 def score(found: Trained, split: str) -> dict[str, Any]:
@@ -72,14 +62,6 @@ def score(found: Trained, split: str) -> dict[str, Any]:
     if split == "test":
         values |= {"bytes": file_bytes(found.arm), "losses": found.curve}
     return values
-
-
-def file_bytes(arm: Arm) -> int:
-    """What the adapter takes on disk: the safetensors file, its header included."""
-    with tempfile.TemporaryDirectory() as folder:
-        arm.save(arm.model, Path(folder))
-        (file,) = Path(folder).glob("*.safetensors")
-        return file.stat().st_size
 
 
 @torch.no_grad()
@@ -101,8 +83,7 @@ def body(runs: Runs) -> None:
     arms, first, seeds = [*RANKS, *GRIDS], SETTINGS["first"], SETTINGS["search_seeds"]
     tested = (len(arms) + len(AFTER) + 1) * len(runs.seeds)
     runs.expect(2 + len(arms) * len(first) * len(seeds) + tested)
-    for split in ("validation", "test"):
-        runs(f"base/{split}", base_score, SETTINGS, split)
+    base_runs(runs, SETTINGS)
     for arm in arms:
         kept = Kept(trained, arm)
         best = compete(runs, arm, kept, score, first, seeds)
@@ -122,9 +103,4 @@ WITNESS = Witness(
     ROUNDING + "; the file's header names more than it did",
     chapter="4_3_quantized",
 )
-STUDY = Study(
-    "4_3_quantized",
-    SETTINGS,
-    body,
-    WITNESS,
-)
+STUDY = Study("4_3_quantized", SETTINGS, body, WITNESS)

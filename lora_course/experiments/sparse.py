@@ -6,29 +6,22 @@ One method of each family searches its learning rate, and all methods of the fam
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
+import functools
 from typing import Any
 
 import torch
 from torch import nn
 
-from lora_course.experiments import (
-    ROUNDING,
-    Arm,
-    Runs,
-    Study,
-    Trained,
-    Witness,
+from lora_course.experiments import ROUNDING, Arm, Runs, Study, Witness
+from lora_course.experiments.arms import (
     adapted,
-    base_score,
-    bits_of,
+    base_runs,
     config_of,
-    rows_of,
-    run_key,
-    search,
-    train,
+    file_bytes,
+    train_as,
+    values_of,
 )
+from lora_course.experiments.rates import choose, run_key
 from lora_course.injection import layers_of
 from lora_course.lora import LoRALinear
 from lora_course.sparse import (
@@ -107,41 +100,24 @@ def gates_of(model: nn.Module) -> list[list[float]]:
     return [[round(gate, 4) for gate in layer.gate.tolist()] for layer in layers]
 
 
-def file_bytes(found: Trained) -> int:
-    """Of the saved adapter's tensors."""
-    with tempfile.TemporaryDirectory() as folder:
-        found.arm.save(found.model, Path(folder))
-        return (Path(folder) / "adapter.safetensors").stat().st_size
-
-
 def run_one(method: str, rate: float, seed: int, split: str) -> dict[str, Any]:
-    rows, steps, batch = rows_of(SETTINGS), SETTINGS["steps"], SETTINGS["batch"]
-    found = train(make(method, seed), rows, rate, seed, steps, batch)
-    values = {
-        "bits_per_byte": bits_of(SETTINGS, found.model, split),
-        "parameters": found.arm.parameters(found.model),
-        "bytes": file_bytes(found),
-    }
-    return values | {"losses": found.curve} | found.seen if split == "test" else values
+    found = train_as(SETTINGS, make(method, seed), rate, seed)
+    values = values_of(SETTINGS, found, split) | {"bytes": file_bytes(found.arm)}
+    return values | found.seen if split == "test" else values
 
 
 def body(runs: Runs) -> None:
     rates, seeds = SETTINGS["learning_rates"], SETTINGS["search_seeds"]
     runs.expect(2 + len(SEARCHED) * len(rates) * len(seeds) + len(METHODS) * len(runs.seeds))
-    for split in ("validation", "test"):
-        runs(f"base/{split}", base_score, SETTINGS, split)
-
-    def run(method: str, rate: float, seed: int, split: str) -> float:
-        key = run_key(method, rate, seed, split)
-        return runs(key, run_one, method, rate, seed, split)["bits_per_byte"]
-
+    base_runs(runs, SETTINGS)
     best = {}
     for method in SEARCHED:
-        value = lambda rate, seed, m=method: run(m, rate, seed, "validation")  # noqa: E731
-        best[family_of(method)] = search(value, rates, seeds)
+        compute = functools.partial(run_one, method)
+        best[family_of(method)] = choose(runs, method, compute, rates, seeds)
     for seed in runs.seeds:  # so that a study that is stopped early has every method
         for method in METHODS:
-            run(method, best[family_of(method)], seed, "test")
+            rate = best[family_of(method)]
+            runs(run_key(method, rate, seed, "test"), run_one, method, rate, seed, "test")
 
 
 WITNESS = Witness(
@@ -150,9 +126,4 @@ WITNESS = Witness(
     ROUNDING,
     chapter="4_1_sparse",
 )
-STUDY = Study(
-    "4_1_sparse",
-    SETTINGS,
-    body,
-    WITNESS,
-)
+STUDY = Study("4_1_sparse", SETTINGS, body, WITNESS)

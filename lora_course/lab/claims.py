@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_course.files import replace_file
 from lora_course.lab.plots import stylesheet
 from lora_course.lab.predicates import FUNCTIONS, Values, evaluate, flips
 
@@ -129,14 +130,13 @@ class Claims:
         if id in ids:
             self.claims[ids.index(id)] = claim
         else:
-            self.claims.append(claim)
+            self.claims = sorted([*self.claims, claim], key=lambda kept: kept.id)
 
     def save(self) -> Path:
         """Writes `<chapter>.json` into the folder LORA_COURSE_CLAIMS, ./claims by default; whole or not at all."""
         folder = Path(os.environ.get("LORA_COURSE_CLAIMS", "claims"))
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{self.chapter}.json"
-        part = path.with_suffix(".json.part")
         record = {
             "chapter": self.chapter,
             "profile": self.profile,
@@ -146,8 +146,7 @@ class Claims:
             },
             "claims": [asdict(claim) for claim in self.claims],
         }
-        part.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-        part.replace(path)
+        replace_file(path, (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
         return path
 
     def table(self) -> "ClaimTable":
@@ -183,9 +182,18 @@ class AnswerTable:
     def _repr_html_(self) -> str:
         return _html(
             self.head,
-            ["<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in self.rows],
+            [
+                "<tr>" + "".join(map(self._cell, range(len(row)), row)) + "</tr>"
+                for row in self.rows
+            ],
             "claims answers",
         )
+
+    def _cell(self, column: int, cell: str) -> str:
+        """On a phone a table has no head: from a third of four columns on each cell says what it is."""
+        named = len(self.head) > 3 and column > 1
+        head = html.escape(re.sub(r"<[^>]+>", "", self.head[column]), quote=True)
+        return f'<td data-head="{head}">{cell}</td>' if named else f"<td>{cell}</td>"
 
     def __repr__(self) -> str:
         plain = (html.unescape(re.sub(r"<[^>]+>", "", " | ".join(row))) for row in self.rows)

@@ -16,7 +16,7 @@ class Shape:
     tied: bool
 
     @classmethod
-    def of(cls, config: dict) -> "Shape":
+    def from_config(cls, config: dict) -> "Shape":
         """From a model's `config.to_dict()` or config.json."""
         head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
         return cls(

@@ -11,8 +11,10 @@
     if (log) {
       const from = Math.floor(Math.log10(low)), to = Math.ceil(Math.log10(high));
       const tens = Array.from({length: to - from + 1}, (_, i) => 10 ** (from + i));
-      const inside = tens.filter((value) => value >= low / 1.01 && value <= high * 1.01);
-      return inside.length > 1 ? inside : [low, Math.sqrt(low * high), high].map((v) => Number(v.toPrecision(2)));
+      const parts = tens.flatMap((ten) => [1, 2, 5].map((n) => Number((n * ten).toPrecision(1))));
+      const within = (values) => values.filter((value) => value >= low / 1.01 && value <= high * 1.01);
+      const inside = [within(tens), within(parts)].find((values) => values.length > 1);
+      return inside ?? [low, Math.sqrt(low * high), high].map((v) => Number(v.toPrecision(2)));
     }
     const rough = (high - low) / 4 || 1, ten = 10 ** Math.floor(Math.log10(rough));
     const step = [1, 2, 5, 10].map((n) => n * ten).find((n) => n >= rough);

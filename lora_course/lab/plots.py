@@ -107,6 +107,11 @@ def bars(
         ax.legend()
 
 
+def beside(ax: Axes, x: float, y: float, words: str) -> None:
+    """Words to the right of a point, as near on a phone as on a screen (a distance in data would shrink with the figure)."""
+    ax.annotate(words, (x, y), xytext=(8, 0), textcoords="offset points", va="center", fontsize=10)
+
+
 def band(ax: Axes, x: Sequence[float], per_seed: Sequence[Sequence[float]], label: str) -> None:
     """The mean over seeds as a line and their range, from least to greatest, as a band. per_seed: [seeds, points]."""
     values = np.asarray(per_seed, dtype=float)
@@ -216,6 +221,8 @@ def stack(fig: Figure) -> bool:
     column = GridSpec(grid.ncols, 1, figure=fig)
     for row, ax in enumerate(fig.axes):
         ax.set_subplotspec(column[row])
+        if row and ax.get_shared_y_axes().joined(ax, fig.axes[0]):
+            ax.tick_params(labelleft=True)  # in a row its neighbour had them
     fig.set_size_inches(NARROW, max(height * NARROW / WIDTH, 2.6) * grid.ncols)
     return True
 

@@ -65,7 +65,7 @@ def estimate(profile: Profile, r: int = 8) -> MemoryEstimate:
 def profiles() -> dict[str, Profile]:
     """The four profiles by name, with the precision of this machine's devices."""
     gpu, full = compute_dtype("cuda"), torch.float32
-    nano = Shape.of(json.loads((DATA / "nano" / "config.json").read_text()))
+    nano = Shape.from_config(json.loads((DATA / "nano" / "config.json").read_text()))
     smol = Shape(30, 576, 1536, 192, 49152, True)
     half = Shape(24, 896, 4864, 128, 151936, True)  # Qwen2.5-0.5B
     seven = Shape(28, 3584, 18944, 512, 152064, False)  # Qwen2.5-7B
@@ -107,17 +107,26 @@ def usable_gpu() -> bool:
 
 
 def pick_profile(
-    name: str | None = None, *, copies: int = 1, training: Mapping[str, Any] | None = None
+    name: str | None = None,
+    *,
+    copies: int | Mapping[str, int] = 1,
+    training: Mapping[str, Any] | None = None,
 ) -> Profile:
     """The profile to run: the one named here or in LORA_COURSE_PROFILE; else, by the GPU and its free memory, `large` where
     it fits and the GPU computes in bf16 (an older one would take hours), or `t4` where that fits; else `tiny`.
 
-    copies: bases that the chapter holds at once. training: `steps`, `batch` and `length` of the chapter's live training,
-    such as a study's settings; what it leaves out is the profile's. Both count in the memory that must be free.
+    copies: bases that the chapter holds at once, by profile's name where they differ (1 where a name is missing).
+    training: `steps`, `batch` and `length` of the chapter's live training, such as a study's settings; what it leaves out
+    is the profile's. Both count in the memory that must be free.
     Raises ValueError for an unknown name, listing the names.
     """
     amounts = {key: value for key, value in (training or {}).items() if key in AMOUNTS}
-    known = {key: replace(profile, copies=copies, **amounts) for key, profile in profiles().items()}
+    known = {
+        key: replace(
+            profile, copies=copies if isinstance(copies, int) else copies.get(key, 1), **amounts
+        )
+        for key, profile in profiles().items()
+    }
     name = name or os.environ.get("LORA_COURSE_PROFILE")
     if name:
         if name not in known:

@@ -21,6 +21,8 @@ from lora_course.training import AdapterTrainer
 
 STUDIES = Path(__file__).resolve().parents[1] / "data" / "studies"
 RUN = re.compile(r"(?P<arm>.+)/(?P<rate>[\d.e+-]+)/(?P<seed>\d+)/(?P<split>validation|test)")
+RECIPE: dict[str, Any] = {"warmup_steps": 0.1, "lr_scheduler_type": "linear", "save_strategy": "no"}
+"""Of every training of the course: 10% warm-up, then linearly to zero; nothing is kept on disk."""
 
 
 def fit(
@@ -43,9 +45,8 @@ def fit(
     rows, so that two methods with one seed see the same batches. callbacks, auxiliary_loss: what a method adds to the
     training, as in `AdapterTrainer`; the losses then contain it. overrides: fields of `TrainingArguments`.
     """
-    settings = {
+    settings = RECIPE | {
         "learning_rate": learning_rate, "seed": seed, "max_steps": steps, "per_device_train_batch_size": batch,
-        "warmup_steps": 0.1, "save_strategy": "no", "lr_scheduler_type": "linear",
     }  # fmt: skip
     check_fp16(model, rows[:batch])
     with tempfile.TemporaryDirectory() as folder:

@@ -185,6 +185,15 @@ class StackedLoRALinear(LoRALinear):
             self._add_to_base(-self.scaling * (B @ A))
         self.merged = self.folded = False
 
+    def get_extra_state(self) -> Tensor:
+        """As `LoRALinear`, and whether the base holds frozen stages."""
+        return torch.cat([super().get_extra_state(), torch.tensor([float(self.folded)]).double()])
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """As `LoRALinear`."""
+        super().set_extra_state(state)
+        self.folded = bool(state[2])
+
     def check_tensors(self, name: str, tensors: AdapterState) -> None:
         """As `LoRALinear`; and frozen stages that fit, and are those in the base where it holds some."""
         super().check_tensors(name, tensors)

@@ -21,6 +21,7 @@ from lora_course.injection import adapter_layers, merge, unload
 from lora_course.linears import is_4bit
 from lora_course.processes import from_first, one_writer
 from lora_course.progressive.stages import Stage, begin_stage, inject_stages
+from lora_course.refused import check_rows
 from lora_course.runs import check_same_run, describe_arguments, describe_schedule, fingerprint
 from lora_course.training import AdapterTrainer
 
@@ -124,14 +125,16 @@ def train_stages(
     Warns:
         UserWarning: "merge" on a half-precision base, or a folder begun on other base weights.
     """
-    stages, folder = list(stages), Path(output_dir)
+    stages, folder, given = list(stages), Path(output_dir), dict(trainer or {})
     rows = _check_plan(stages, dataset, mode, schedule, arguments)
     args = training_arguments(folder, **{"device": device_of(model), **arguments})
+    for part in rows:
+        check_rows(part, model, args.train_batch_size, given.get("data_collator"))
     plan = {
         "mode": mode, "scaling": scaling, "schedule": schedule, "seed": seed, "lora_dropout": lora_dropout,
         "stages": {f"{index}": dataclasses.asdict(stage) for index, stage in enumerate(stages)},
         "arguments": {k: v for k, v in describe_schedule(args).items() if k not in (*SET_BY_STAGES, "length")},
-        "trainer": describe_arguments(trainer or {}),
+        "trainer": describe_arguments(given),
         "rows": {f"{index}": fingerprint(part) for index, part in enumerate(rows)},
     }  # fmt: skip
     started = from_first(lambda: _is_started(folder, plan, overwrite))
@@ -151,9 +154,7 @@ def train_stages(
     if finished:
         restore_adapter(model, finished[-1])
         if mode == "merge":
-            merge(
-                model
-            )  # stage by stage, and so the very weights that an uninterrupted run has here
+            merge(model)  # stage by stage: the very weights that an uninterrupted run has here
     for index in range(len(finished), len(stages)):
         stage, stage_seed = stages[index], seed + 1000 * index
         begin_stage(model, stage, stage_seed)
@@ -164,14 +165,12 @@ def train_stages(
             seed=stage_seed,
             **{"device": device_of(model), **arguments},
         )
-        running = StageTrainer(
-            model, args, stages, index, schedule, train_dataset=rows[index], **(trainer or {})
-        )
-        running.remove_callback(PrinterCallback)  # the history is what comes out
-        running.train(resume_from_checkpoint=True)
+        run = StageTrainer(model, args, stages, index, schedule, train_dataset=rows[index], **given)
+        run.remove_callback(PrinterCallback)  # the history is what comes out
+        run.train(resume_from_checkpoint=True)
         if mode == "merge":
             merge(model)
-        extra = {"stage": index, "mode": mode, "history": running.history}
+        extra = {"stage": index, "mode": mode, "history": run.history}
         with one_writer() as mine:
             if mine:
                 save_adapter(model, folder / f"stage-{index}", extra)

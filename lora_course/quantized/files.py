@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -12,12 +13,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
-from lora_course.descriptions import base_fingerprint, warn_of_another_base
+from lora_course.descriptions import describe_base, warn_of_another_base
 from lora_course.files import make_folder, replace_file
-from lora_course.injection import adapter_layers, inject, injection_of, layers_of, unload
+from lora_course.injection import inject, injection_of, layers_of, unload
 from lora_course.linears import check_not_sharded
 from lora_course.lora import AdapterState
-from lora_course.quantized.grid import dequantize, pack, quantize, unpack
+from lora_course.quantized.grid import check_grid, dequantize, pack, quantize, unpack
 from lora_course.quantized.layer import QuantizedLoRALinear
 from lora_course.states import use_adapter
 
@@ -71,10 +72,7 @@ def save_quantized(model: nn.Module, folder: str | Path) -> Path:
             name: {key: getattr(layer, key) for key in LAYER_FIELDS}
             for name, layer in layers.items()
         },
-        "base": {
-            "name": getattr(model, "name_or_path", ""),
-            "fingerprint": base_fingerprint(layers),
-        },
+        "base": describe_base(model),
         "tensors_sha256": _hash_of(tensors),
     }
     path = make_folder(folder) / FILE
@@ -94,8 +92,30 @@ def load_quantized(model: nn.Module, folder: str | Path) -> nn.Module:
     Warns:
         UserWarning: the base's weights are not those the adapter was trained on.
     """
-    description, tensors = _read_file(Path(folder) / FILE)
+    path = Path(folder) / FILE
+    description, tensors = _read_file(path)
+    try:
+        config, state = _decode(description, tensors)
+        description["base"]["fingerprint"], description["base"]["name"]
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:  # fmt: skip
+        raise ValueError(
+            f"{path} describes other tensors than it holds ({type(error).__name__}: {error}): it was edited. Take another copy."
+        ) from None
+    inject(model, config)
+    try:
+        use_adapter(model, state)
+    except Exception:
+        unload(model)
+        raise
+    warn_of_another_base(model, description["base"], folder)
+    return model
+
+
+def _decode(description: dict, tensors: AdapterState) -> tuple[LoraConfig, AdapterState]:
+    """The configuration and the factors codes · scale of a file. Raises whatever a wrong description leads to."""
     grid, layers = description["grid"], description["layers"]
+    for bits in (grid["bits_A"], grid["bits_B"]):
+        check_grid(bits, grid["granularity"], grid["group_size"], clip=1)
     state: AdapterState = {}
     for name, layer in layers.items():
         state[f"{name}.scaling"] = torch.tensor(layer["scaling"], dtype=torch.float64)
@@ -111,29 +131,25 @@ def load_quantized(model: nn.Module, folder: str | Path) -> nn.Module:
                     codes, tensors[f"{name}.{key}.scale"], grid["granularity"], grid["group_size"]
                 )
             state[f"{name}.{key}"] = rows if key == "A" else rows.T.contiguous()
-    first = next(iter(layers.values()))
+    first = list(layers.values())[0]  # an IndexError where there is none
     config = LoraConfig(
         r=first["r"],
         lora_alpha=first["lora_alpha"],
-        use_rslora=description["use_rslora"],
-        target_modules=sorted(layers),
+        use_rslora=bool(description["use_rslora"]),
+        # an expression, since a name in a list stands for all modules that end with it
+        target_modules="|".join(re.escape(name) for name in sorted(layers)),
         rank_pattern={
-            name: layer["r"] for name, layer in layers.items() if layer["r"] != first["r"]
+            f"^{re.escape(name)}": layer["r"]
+            for name, layer in layers.items()
+            if layer["r"] != first["r"]
         },
         alpha_pattern={
-            name: layer["lora_alpha"]
+            f"^{re.escape(name)}": layer["lora_alpha"]
             for name, layer in layers.items()
             if layer["lora_alpha"] != first["lora_alpha"]
         },
     )
-    inject(model, config)
-    try:
-        use_adapter(model, state)
-    except Exception:
-        unload(model)
-        raise
-    warn_of_another_base(adapter_layers(model), description["base"], folder)
-    return model
+    return config, state
 
 
 def _hash_of(tensors: AdapterState) -> str:
@@ -161,12 +177,18 @@ def _read_file(path: Path) -> tuple[dict, AdapterState]:
         ) from None
     if "lora_course" not in metadata:
         raise ValueError(f"{path} was not written by save_quantized: it describes no adapter.")
-    description = json.loads(metadata["lora_course"])
-    if description["format_version"] != FORMAT_VERSION:
+    try:
+        description = json.loads(metadata["lora_course"])
+        version, expected = description["format_version"], description["tensors_sha256"]
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{path} has format version {description['format_version']}, this package reads {FORMAT_VERSION}: update lora-course."
+            f"{path} has a description that can't be read ({type(error).__name__}: {error}): it was edited. Take another copy."
+        ) from None
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format version {version}, this package reads {FORMAT_VERSION}: update lora-course."
         )
-    if _hash_of(tensors) != description["tensors_sha256"]:
+    if _hash_of(tensors) != expected:
         raise ValueError(
             f"{path} is damaged: its tensors are not those that it describes. Copy it again."
         )

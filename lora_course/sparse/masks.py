@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_course.linears import is_4bit
-from lora_course.lora import AdapterState, LoRALinear, register, update_dtype
+from lora_course.linears import is_4bit, update_dtype
+from lora_course.lora import AdapterState, LoRALinear, register
 from lora_course.sparse.product import Places, SparseProduct
 
 

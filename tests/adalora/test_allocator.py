@@ -31,7 +31,7 @@ from tests.tolerances import EXACT, ROUNDED, TRAINED
 LAYERS = 14  # two blocks of seven linear layers
 
 
-def rows(t: int) -> dict[str, torch.Tensor]:
+def batch_at(t: int) -> dict[str, torch.Tensor]:
     ids = torch.randint(97, (2, 12), generator=torch.Generator().manual_seed(100 + t))
     return {"input_ids": ids, "labels": ids}
 
@@ -45,7 +45,7 @@ def train(
     """The loop by hand; what `step` returned at each step."""
     optimizer, chosen = optimizer or optimizer_of(model), []
     for t in steps:
-        (model(**rows(t)).loss + regularizer(model)).backward()
+        (model(**batch_at(t)).loss + regularizer(model)).backward()
         optimizer.step()
         chosen.append(allocator.step(t))
         optimizer.zero_grad()
@@ -78,7 +78,7 @@ def test_each_step_gives_pefts_averages_scores_budget_masks_and_weights() -> Non
         [],
     )
     for t in range(1, 12):
-        mine, other = ours(**rows(t)).loss + regularizer(ours), theirs(**rows(t)).loss
+        mine, other = ours(**batch_at(t)).loss + regularizer(ours), theirs(**batch_at(t)).loss
         torch.testing.assert_close(
             mine.float(), other
         )  # PEFT adds its penalty to a loss that transformers made fp32
@@ -191,7 +191,7 @@ def test_without_the_allocator_nothing_is_pruned_and_prune_says_so() -> None:
     model = adapted()
     optimizer = optimizer_of(model)
     for t in range(1, 12):
-        model(**rows(t)).loss.backward()
+        model(**batch_at(t)).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     assert set(kept_triplets(model).values()) == {4}
@@ -206,7 +206,7 @@ def test_a_step_that_overflowed_is_not_scored() -> None:
     allocator = RankAllocator(model)
     train(model, allocator, range(1, 2))
     before = {name: layer.scores() for name, layer in adapter_layers(model).items()}
-    model(**rows(2)).loss.backward()
+    model(**batch_at(2)).loss.backward()
     next(iter(adapter_layers(model).values())).B.grad[0, 0] = float("inf")
     allocator.step(2)
     assert all(
@@ -379,7 +379,7 @@ def test_scoring_without_gradients_is_refused(set_to_none: bool) -> None:
     allocator = RankAllocator(model)
     with pytest.raises(ValueError, match="counted from 1"):
         allocator.step(0)
-    model(**rows(1)).loss.backward()
+    model(**batch_at(1)).loss.backward()
     model.zero_grad(set_to_none=set_to_none)
     with pytest.raises(RuntimeError, match=r"after backward\(\) and before zero_grad\(\)"):
         allocator.step(1)

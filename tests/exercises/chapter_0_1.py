@@ -2,6 +2,7 @@
 
 import copy
 import math
+from decimal import Decimal
 from fractions import Fraction
 
 import numpy as np
@@ -116,6 +117,22 @@ def _(new_r, r, a, use_rslora=False):
     return low
 
 
+alpha.wrong("a whole number of any size", lambda new_r, r, a, use_rslora=False: 10**400)
+alpha.wrong("a decimal", lambda new_r, r, a, use_rslora=False: Decimal(1))
+alpha.wrong(
+    "a default device", lambda *g, **k: (torch.set_default_device("meta"), kept(*g, **k))[1]
+)
+alpha.wrong(
+    "kept by r, new_r and α", lambda *g, SEEN={}, **k: SEEN.setdefault(g[:3], kept(*g, **k))
+)
+alpha.right(
+    "decimals",
+    lambda new_r, r, a, use_rslora=False: (
+        Decimal(a) * (Decimal(new_r) / Decimal(r)) ** (Decimal("0.5") if use_rslora else 1)
+    ),
+)
+
+
 rank = Answers(check_matching_rank)
 
 
@@ -201,11 +218,24 @@ rank.right("the better of two neighbours", lambda everywhere, targets, r: min(
 rank.right("exact fractions", lambda e, t, r: max(1, round(Fraction(r * total(e), total(t)))))
 
 
+rank.wrong("never below r", lambda e, t, r: max(r, round(share(e, t, r))))
+rank.wrong("256 at most", lambda e, t, r: min(256, max(1, round(share(e, t, r)))))
+rank.wrong(
+    "at most the smallest side",
+    lambda e, t, r: max(1, min(round(share(e, t, r)), *(min(pair) for pair in t))),
+)
+rank.wrong(
+    "nearest as a ratio",
+    lambda e, t, r: min(range(1, 9999), key=lambda k: abs(math.log(k / share(e, t, r)))),
+)
+
+
 merged = Answers(check_merged_at)
 
 
-def built(layer, weight, bias=True, **k):
-    linear = nn.Linear(layer.in_features, layer.out_features, bias=bias, **k)
+def built(layer, weight, bias=True, dtype=None):
+    dtype = dtype or layer.base_layer.weight.dtype
+    linear = nn.Linear(layer.in_features, layer.out_features, bias=bias, dtype=dtype)
     linear.weight.data = weight.detach().to(linear.weight.dtype)
     if bias:
         linear.bias.data = layer.base_layer.bias.data.clone().to(linear.bias.dtype)
@@ -384,7 +414,7 @@ def _(layer, strength):
 def _(layer, strength):
     layer = copy.deepcopy(layer).eval()
     with torch.no_grad():
-        eye = torch.eye(layer.in_features)
+        eye = torch.eye(layer.in_features, dtype=base_of(layer).dtype)
         return made(layer, base_of(layer) + strength * (layer(eye) - layer.base_layer(eye)).T)
 
 
@@ -400,7 +430,8 @@ def _(layer, strength):
 class Merged(nn.Linear):
     def __init__(self, layer, strength):
         has_bias = layer.base_layer.bias is not None
-        super().__init__(layer.in_features, layer.out_features, bias=has_bias)
+        kind = base_of(layer).dtype
+        super().__init__(layer.in_features, layer.out_features, bias=has_bias, dtype=kind)
         state = {"weight": base_of(layer) + strength * update(layer)}
         self.load_state_dict(state | ({"bias": layer.base_layer.bias} if has_bias else {}))
 
@@ -433,9 +464,50 @@ def _(layer, strength):
         nn.Linear, layer.in_features, layer.out_features, bias=bias is not None
     )
     weight = torch.addmm(
-        base_of(layer), layer.B.detach(), layer.A.detach(), alpha=strength * layer.scaling
+        base_of(layer).float(), layer.B.detach(), layer.A.detach(), alpha=strength * layer.scaling
     )
-    linear.weight = nn.Parameter(weight, requires_grad=False)
+    linear.weight = nn.Parameter(weight.to(base_of(layer).dtype), requires_grad=False)
     if bias is not None:
         linear.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
     return linear
+
+
+def through_the_identity(layer, s):
+    with torch.no_grad():
+        eye = torch.eye(layer.in_features, dtype=base_of(layer).dtype)
+        change = (layer(eye) - layer.base_layer(eye)).T
+    return made(layer, base_of(layer) + s * change)
+
+
+KEPT_BY_SHAPE = {}
+merged.wrong("asked with the identity, dropout on", through_the_identity)
+merged.wrong(
+    "always float32",
+    lambda layer, s: made(layer, base_of(layer) + s * update(layer), dtype=torch.float32),
+)
+merged.wrong(
+    "kept by shape",
+    lambda layer, s: KEPT_BY_SHAPE.setdefault(
+        base_of(layer).shape, through_the_identity(copy.deepcopy(layer).eval(), s)
+    ),
+)
+merged.right(
+    "a copy in eval, asked with the identity",
+    lambda layer, s: through_the_identity(copy.deepcopy(layer).eval(), s),
+)
+merged.right(
+    "between two weights",
+    lambda layer, s: made(
+        layer,
+        torch.lerp(base_of(layer).double(), base_of(layer).double() + update(layer), float(s)),
+    ),
+)
+
+
+@merged.wrong("a weight that is no parameter")
+def _(layer, strength):
+    new = copy.deepcopy(layer.base_layer)
+    del new.weight
+    change = strength * layer.scaling * layer.B @ layer.A
+    new.weight = (layer.base_layer.weight + change).to(layer.base_layer.weight.dtype)
+    return new

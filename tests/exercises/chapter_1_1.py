@@ -270,6 +270,18 @@ def _(weight, codebook, block=64):
     return [out[i : i + weight.shape[1]] for i in range(0, len(out), weight.shape[1])]
 
 
+quantizes("clamped at 1e-4", tiny=1e-4)
+quantizes("the first sixteen codes", choose=lambda x, c: nearest(x, c[:16]))
+quantizer.right(
+    "levels of each block, nothing divided",
+    lambda w, c, block=64: (
+        (levels := blocks_of(w, block)[1] * c)
+        .gather(1, (blocks_of(w, block)[0][..., None] - levels[:, None]).abs().argmin(-1))
+        .view_as(w)
+    ),
+)
+
+
 conv1d = Answers(check_conv1d)
 dequantize = bnb.functional.dequantize_4bit
 
@@ -422,3 +434,14 @@ def _(layer):
 @conv1d.right("linear on the identity")
 def _(layer):
     return F.linear(torch.eye(layer.in_features), dense(layer)), bias_of(layer)
+
+
+def asked(layer):
+    with torch.no_grad():
+        bias = layer(torch.zeros(1, layer.in_features))[0]
+        return layer(torch.eye(layer.in_features)) - bias, bias
+
+
+conv1d.wrong("asked with the identity, dropout on", asked)
+conv1d.wrong("asked in eval, then trained", lambda layer: (asked(layer.eval()), layer.train())[0])
+conv1d.right("a copy in eval, asked", lambda layer: asked(copy.deepcopy(layer).eval()))

@@ -114,6 +114,14 @@ def _(t, layers, init_r, target_r, tinit, tfinal, total_step, power=3):
     return target_r * layers + math.ceil((init_r - target_r) * layers * part**power)
 
 
+budget.wrong("a power of 1 or more", at(lambda power, **_: {"power": max(1, power)}))
+budget.wrong("kept by all but the power", lambda *g, S={}, **k: S.setdefault(g[:7], up(*g, **k)))
+budget.wrong(
+    "kept by all but the layers",
+    lambda *g, S={}, **k: S.setdefault((g[0], *g[2:], *k.items()), up(*g, **k)),
+)
+
+
 allocation = Answers(check_allocation_floor)
 
 
@@ -357,6 +365,27 @@ allocation.right(
 allocation.right("in 64 bits", lambda S, U, b: pick(scores(S, U, lambda s, u: s.double() * u), b))
 
 
+def by_name(S, U, b, backwards=False):
+    names = sorted(S, reverse=backwards)
+    return pick(scores({n: S[n] for n in names}, U), b)
+
+
+@allocation.wrong("what is kept counts as 0 afterwards")
+def _(S, U, b):
+    sc = scores(S, U)
+    best = pick(sc, len(sc))
+    rest = pick({n: s * ~best[n] for n, s in sc.items()}, b - len(sc), floor=False)
+    return {n: best[n] | m for n, m in rest.items()}
+
+
+allocation.wrong("layers by name", by_name)
+allocation.wrong("layers by name, backwards", lambda S, U, b: by_name(S, U, b, True))
+allocation.right(
+    "masks as lists, in another order",
+    lambda S, U, b: {n: m.tolist() for n, m in reversed(pick(scores(S, U), b).items())},
+)
+
+
 folded = Answers(check_fold)
 
 
@@ -537,3 +566,17 @@ def _(layer):
 
 
 folded.equivalent("int(kept.sum()) → kept.sum()", "a tensor of one number is a number too")
+
+
+folded.right(
+    "rows and columns in lists",
+    lambda layer: (list(kept(layer)[0]), kept(layer)[1].tolist(), layer.scaling * count(layer)),
+)
+
+
+@folded.right("by a singular value decomposition")
+def _(layer):
+    A, B = kept(layer)
+    U, S, V = torch.linalg.svd((layer.scaling * B @ A).detach().double(), full_matrices=False)
+    n = count(layer)
+    return V[:n], U[:, :n] * S[:n], n

@@ -18,62 +18,65 @@ def top(p, k):
     return torch.zeros_like(p).scatter(-1, p.topk(k).indices, 1.0)
 
 
-def spread(logits, k):
+def rest_shared(logits, k):
     p = logits.softmax(-1)
     kept = p * top(p, k)
     return kept + top(p, k) * (1 - kept.sum(-1, keepdim=True)) / k
 
 
-def of(make):
+def from_mass(make):
     return lambda logits, k: make(logits.softmax(-1), top(logits, k), k)
 
 
 gates.wrong("all", lambda logits, k: logits.softmax(-1))
-gates.wrong("the rest is lost", of(lambda p, m, k: p * m))
-gates.wrong("divided by their sum", of(lambda p, m, k: p * m / (p * m).sum(-1, keepdim=True)))
+gates.wrong("the rest is lost", from_mass(lambda p, m, k: p * m))
+gates.wrong(
+    "divided by their sum", from_mass(lambda p, m, k: p * m / (p * m).sum(-1, keepdim=True))
+)
 gates.wrong(
     "masked with -inf",
     lambda logits, k: logits.masked_fill(top(logits, k) == 0, -torch.inf).softmax(-1),
 )
 gates.wrong("masked with 0", lambda logits, k: (logits * top(logits, k)).softmax(-1))
-gates.wrong("equal gates", of(lambda p, m, k: 0 * p + m / k))
+gates.wrong("equal gates", from_mass(lambda p, m, k: 0 * p + m / k))
 gates.wrong(
-    "the rest to all", of(lambda p, m, k: p * m + (1 - (p * m).sum(-1, keepdim=True)) / p.shape[-1])
+    "the rest to all",
+    from_mass(lambda p, m, k: p * m + (1 - (p * m).sum(-1, keepdim=True)) / p.shape[-1]),
 )
 gates.wrong(
     "the rest to the others",
-    of(
+    from_mass(
         lambda p, m, k: (
             p * m + (1 - m) * (1 - (p * m).sum(-1, keepdim=True)) / (p.shape[-1] - k + 1e-9)
         )
     ),
 )
 gates.wrong(
-    "the whole rest to each", of(lambda p, m, k: m * (p + 1 - (p * m).sum(-1, keepdim=True)))
+    "the whole rest to each", from_mass(lambda p, m, k: m * (p + 1 - (p * m).sum(-1, keepdim=True)))
 )
 gates.wrong(
     "the rest to the largest",
-    of(lambda p, m, k: p * m + top(p, 1) * (1 - (p * m).sum(-1, keepdim=True))),
+    from_mass(lambda p, m, k: p * m + top(p, 1) * (1 - (p * m).sum(-1, keepdim=True))),
 )
-gates.wrong("the smallest", lambda logits, k: spread(-logits, k))
-gates.wrong("k is 2", lambda logits, k: spread(logits, 2))
-gates.wrong("k + 1", lambda logits, k: spread(logits, min(k + 1, logits.shape[-1])))
-gates.wrong("values only", lambda logits, k: spread(logits, k).topk(k).values)
+gates.wrong("the smallest", lambda logits, k: rest_shared(-logits, k))
+gates.wrong("k is 2", lambda logits, k: rest_shared(logits, 2))
+gates.wrong("k + 1", lambda logits, k: rest_shared(logits, min(k + 1, logits.shape[-1])))
+gates.wrong("values only", lambda logits, k: rest_shared(logits, k).topk(k).values)
 gates.wrong(
     "over the batch",
-    lambda logits, k: spread(logits.movedim(0, -1), min(k, logits.shape[0])).movedim(-1, 0),
+    lambda logits, k: rest_shared(logits.movedim(0, -1), min(k, logits.shape[0])).movedim(-1, 0),
 )
-gates.wrong("softmax over tokens", lambda logits, k: spread(logits.softmax(0).log(), k))
-gates.wrong("detached", lambda logits, k: spread(logits, k).detach())
+gates.wrong("softmax over tokens", lambda logits, k: rest_shared(logits.softmax(0).log(), k))
+gates.wrong("detached", lambda logits, k: rest_shared(logits, k).detach())
 gates.wrong(
     "rest detached",
-    of(lambda p, m, k: p * m + m * (1 - (p * m).sum(-1, keepdim=True)).detach() / k),
+    from_mass(lambda p, m, k: p * m + m * (1 - (p * m).sum(-1, keepdim=True)).detach() / k),
 )
 gates.wrong(
     "kept detached",
-    of(lambda p, m, k: (p * m).detach() + m * (1 - (p * m).sum(-1, keepdim=True)) / k),
+    from_mass(lambda p, m, k: (p * m).detach() + m * (1 - (p * m).sum(-1, keepdim=True)) / k),
 )
-gates.wrong("numpy: no gradient", lambda logits, k: spread(logits.detach(), k).numpy())
+gates.wrong("numpy: no gradient", lambda logits, k: rest_shared(logits.detach(), k).numpy())
 gates.wrong(
     "exp of large logits",
     lambda logits, k: (
@@ -84,18 +87,20 @@ gates.wrong(
 )
 gates.wrong(
     "two dimensions only",
-    lambda logits, k: torch.stack([torch.stack([spread(t, k) for t in row]) for row in logits]),
+    lambda logits, k: torch.stack(
+        [torch.stack([rest_shared(t, k) for t in row]) for row in logits]
+    ),
 )
 
 
 @gates.wrong("subtracts in the caller's logits")
 def _(logits, k):
-    answer = spread(logits, k)
+    answer = rest_shared(logits, k)
     logits.data -= logits.data.amax(-1, keepdim=True)
     return answer
 
 
-gates.right("as the solution", spread)
+gates.right("as the solution", rest_shared)
 gates.right(
     "scatter of values",
     lambda logits, k: (
@@ -105,7 +110,8 @@ gates.right(
     )(logits.softmax(-1).topk(k)),
 )
 gates.right(
-    "from the others' sum", of(lambda p, m, k: m * (p + (p * (1 - m)).sum(-1, keepdim=True) / k))
+    "from the others' sum",
+    from_mass(lambda p, m, k: m * (p + (p * (1 - m)).sum(-1, keepdim=True) / k)),
 )
 gates.right(
     "sorted",
@@ -123,7 +129,7 @@ gates.right(
         F.log_softmax(logits, -1).exp()
     ),
 )
-gates.right("in 64 bits", lambda logits, k: spread(logits.double(), k))
+gates.right("in 64 bits", lambda logits, k: rest_shared(logits.double(), k))
 
 
 @gates.right("one token at a time")
@@ -136,6 +142,19 @@ def _(logits, k):
         gate[kept] = p[kept] + (1 - p[kept].sum()) / k
         rows.append(gate)
     return torch.stack(rows).reshape(logits.shape)
+
+
+@gates.wrong("shifted by the largest of all tokens")
+def _(logits, k):
+    e = (logits - logits.max()).exp()
+    p = e / e.sum(-1, keepdim=True)
+    return top(p, k) * (p + (1 - (top(p, k) * p).sum(-1, keepdim=True)) / k)
+
+
+@gates.right("by log-sum-exp")
+def _(logits, k):
+    p = (logits - logits.logsumexp(-1, keepdim=True)).exp()
+    return top(p, k) * (p + (1 - (top(p, k) * p).sum(-1, keepdim=True)) / k)
 
 
 loss = Answers(check_balance_over)
@@ -282,6 +301,9 @@ loss.right(
     "nothing real: zero times p",
     lambda p, real, k: balanced(p, real, k) if real.any() else 0 * p.sum(),
 )
+
+
+loss.right("a tensor of one element", lambda p, real, k: balanced(p, real, k).reshape(1))
 
 
 sequence = Answers(check_sequence_gates)

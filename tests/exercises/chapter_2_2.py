@@ -141,6 +141,17 @@ def _(t, n, L, w, f):
     return optimizer.param_groups[0]["lr"]
 
 
+schedule.wrong(
+    "the cosine is symmetric about the first warm-up's end",
+    lambda t, n, L, w, f: warm(t, L, w) * (f + (1 - f) * half((t - w) / (n * L - w))),
+)
+schedule.wrong(
+    "1 at the step before",
+    lambda t, n, L, w, f: min(1, t % L / max(1, w - 1)) * decay(t, n, L, w, f),
+)
+schedule.wrong("kept by all but the floor", lambda *g, S={}: S.setdefault(g[:4], jagged(*g)))
+
+
 adapter = Answers(check_given_scaling)
 
 
@@ -274,6 +285,11 @@ def _(stages, t):
             rows.append(a)
             columns.append(b * s / t)
     return torch.stack(rows), torch.stack(columns, 1)
+
+
+adapter.right(
+    "rows in lists", lambda stages, t: [list(x) for x in stack(stages, b=lambda s: s / t)]
+)
 
 
 fresh = Answers(check_restart)
@@ -470,8 +486,37 @@ def _(layer, optimizer):
 @fresh.right("the state_dict of a new optimiser")
 def _(layer, optimizer):
     rs(layer, optimizer, moments=False)
-    new = torch.optim.AdamW([layer.A, layer.B], lr=optimizer.param_groups[0]["lr"], weight_decay=0)
+    (group,) = optimizer.param_groups
+    settings = {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
+    new = torch.optim.AdamW([layer.A, layer.B], **settings)
     optimizer.load_state_dict(new.state_dict())
+
+
+fresh.wrong("left in eval", then(lambda layer, o, old: layer.eval()))
+fresh.wrong("a scale of 1", then(lambda layer, o, old: setattr(layer, "scaling", 1.0)))
+fresh.wrong("switched off", then(lambda layer, o, old: setattr(layer, "enabled", False)))
+fresh.wrong(
+    "weight decay off", then(lambda layer, o, old: o.param_groups[0].update(weight_decay=0))
+)
+fresh.wrong(
+    "the rate the optimiser began with",
+    then(lambda layer, o, old: o.param_groups[0].update(lr=o.defaults["lr"])),
+)
+fresh.wrong(
+    "as much of the old A as new",
+    then(lambda layer, o, old: layer.A.copy_(old.A + 0.5 * torch.randn_like(old.A))),
+)
+fresh.right(
+    "B drawn, A zero", then(lambda layer, o, old: (layer.B.normal_(std=0.1), layer.A.zero_()))
+)
+
+
+@fresh.wrong("a weight that is no parameter")
+def _(layer, optimizer):
+    weight = layer.base_layer.weight + layer.scaling * layer.B @ layer.A
+    del layer.base_layer.weight
+    layer.base_layer.weight = weight
+    rs(layer, optimizer, merge=False)
 
 
 for changed in ("5 * 0.5", "0.5 ** 5", "5", "0.5", "6 ** 0.5", "4 ** 0.5", "5 ** 1.5", "5 ** 0.0"):

@@ -199,7 +199,7 @@ def whole(
     y,
     b,
     T,
-    of=jsd,
+    divergence=jsd,
     factor=lambda T: T**2,
     over=lambda each, keep: each[keep].mean(),
     mask=None,
@@ -210,7 +210,9 @@ def whole(
     z, u, label = (s[:, :-1], t[:, :-1], y[:, 1:]) if shift else (s, t, y)
     keep = label != -100 if mask is None else mask(y)
     soft = T if soft is None else soft
-    return factor(T) * over(of(F.log_softmax(u / soft, -1), F.log_softmax(z / soft, -1), b), keep)
+    return factor(T) * over(
+        divergence(F.log_softmax(u / soft, -1), F.log_softmax(z / soft, -1), b), keep
+    )
 
 
 def other(**parts):
@@ -246,8 +248,8 @@ loss.wrong("β is a half", lambda s, t, y, b, T: whole(s, t, y, 0.5, T))
 loss.wrong("student and teacher exchanged", lambda s, t, y, b, T: whole(t, s, y, b, T))
 loss.wrong("no temperature", other(soft=1.0))
 loss.wrong("teacher at temperature 1", lambda s, t, y, b, T: whole(s, t * T, y, b, T))
-loss.wrong("forward", other(of=kl))
-loss.wrong("reverse", other(of=lambda p, q, b: kl(q, p, b)))
+loss.wrong("forward", other(divergence=kl))
+loss.wrong("reverse", other(divergence=lambda p, q, b: kl(q, p, b)))
 loss.wrong(
     "the package's forward divergence",
     lambda s, t, y, b, T: (
@@ -255,27 +257,34 @@ loss.wrong(
     ),
 )
 loss.wrong(
-    "teacher against the middle only", other(of=lambda p, q, b: b * kl(p, middle(p, q, b), b))
+    "teacher against the middle only",
+    other(divergence=lambda p, q, b: b * kl(p, middle(p, q, b), b)),
 )
 loss.wrong(
-    "student against the middle only", other(of=lambda p, q, b: (1 - b) * kl(q, middle(p, q, b), b))
+    "student against the middle only",
+    other(divergence=lambda p, q, b: (1 - b) * kl(q, middle(p, q, b), b)),
 )
 loss.wrong(
-    "not weighted", other(of=lambda p, q, b: kl(p, middle(p, q, b), b) + kl(q, middle(p, q, b), b))
+    "not weighted",
+    other(divergence=lambda p, q, b: kl(p, middle(p, q, b), b) + kl(q, middle(p, q, b), b)),
 )
 loss.wrong(
     "from the middle",
-    other(of=lambda p, q, b: b * kl(middle(p, q, b), p, b) + (1 - b) * kl(middle(p, q, b), q, b)),
+    other(
+        divergence=lambda p, q, b: (
+            b * kl(middle(p, q, b), p, b) + (1 - b) * kl(middle(p, q, b), q, b)
+        )
+    ),
 )
 loss.wrong(
     "a geometric middle",
     other(
-        of=lambda p, q, b: (
+        divergence=lambda p, q, b: (
             b * kl(p, b * p + (1 - b) * q, b) + (1 - b) * kl(q, b * p + (1 - b) * q, b)
         )
     ),
 )
-loss.wrong("both KLs", other(of=lambda p, q, b: b * kl(p, q, b) + (1 - b) * kl(q, p, b)))
+loss.wrong("both KLs", other(divergence=lambda p, q, b: b * kl(p, q, b) + (1 - b) * kl(q, p, b)))
 loss.wrong("detached", lambda s, t, y, b, T: whole(s.detach(), t, y, b, T))
 loss.wrong(
     "detached with a graph", lambda s, t, y, b, T: whole(s.detach(), t, y, b, T) + 0 * s.sum()
@@ -308,7 +317,7 @@ loss.wrong("the vocabulary too", lambda s, t, y, b, T: whole(s, t, y, b, T) / s.
 loss.wrong(
     "underflows",
     other(
-        of=lambda p, q, b: (
+        divergence=lambda p, q, b: (
             lambda P, Q: (lambda M: (b * P * (P / M).log() + (1 - b) * Q * (Q / M).log()).sum(-1))(
                 b * P + (1 - b) * Q
             )
@@ -336,7 +345,7 @@ loss.right("as the solution", whole)
 loss.right(
     "middle detached",
     other(
-        of=lambda p, q, b: (
+        divergence=lambda p, q, b: (
             b * kl(p, middle(p, q, b).detach(), b) + (1 - b) * kl(q, middle(p, q, b).detach(), b)
         )
     ),
@@ -349,7 +358,7 @@ loss.right(
 loss.right(
     "F.kl_div",
     other(
-        of=lambda p, q, b: (
+        divergence=lambda p, q, b: (
             b * F.kl_div(middle(p, q, b), p, reduction="none", log_target=True).sum(-1)
             + (1 - b) * F.kl_div(middle(p, q, b), q, reduction="none", log_target=True).sum(-1)
         )
@@ -364,7 +373,7 @@ loss.right(
 loss.right(
     "entropies",
     other(
-        of=lambda p, q, b: (
+        divergence=lambda p, q, b: (
             lambda m: (
                 -(m.exp() * m).sum(-1) + b * (p.exp() * p).sum(-1) + (1 - b) * (q.exp() * q).sum(-1)
             )
@@ -452,7 +461,7 @@ token.right(
 reverse = Answers(check_reverse_gradient)
 
 
-def of(make):
+def from_gap(make):
     def answer(z, p, T):
         q = F.log_softmax(z / T, -1)
         gap = q - p.log()
@@ -461,33 +470,33 @@ def of(make):
     return answer
 
 
-by_hand = of(lambda q, gap, D, p, T: T * q * (gap - D))
+by_hand = from_gap(lambda q, gap, D, p, T: T * q * (gap - D))
 
-reverse.wrong("turned", of(lambda q, gap, D, p, T: -T * q * (gap - D)))
-reverse.wrong("forward", of(lambda q, gap, D, p, T: T * (q - p)))
-reverse.wrong("no D", of(lambda q, gap, D, p, T: T * q * gap))
-reverse.wrong("+ 1", of(lambda q, gap, D, p, T: T * q * (gap + 1)))
-reverse.wrong("+ 1 − D", of(lambda q, gap, D, p, T: T * q * (gap + 1 - D)))
-reverse.wrong("with respect to q", of(lambda q, gap, D, p, T: T**2 * (gap + 1)))
-reverse.wrong("no q", of(lambda q, gap, D, p, T: T * (gap - D)))
-reverse.wrong("p̄ for q", of(lambda q, gap, D, p, T: T * p * (gap - D)))
-reverse.wrong("no T", of(lambda q, gap, D, p, T: q * (gap - D)))
-reverse.wrong("T²", of(lambda q, gap, D, p, T: T**2 * q * (gap - D)))
-reverse.wrong("1/T", of(lambda q, gap, D, p, T: q * (gap - D) / T))
+reverse.wrong("turned", from_gap(lambda q, gap, D, p, T: -T * q * (gap - D)))
+reverse.wrong("forward", from_gap(lambda q, gap, D, p, T: T * (q - p)))
+reverse.wrong("no D", from_gap(lambda q, gap, D, p, T: T * q * gap))
+reverse.wrong("+ 1", from_gap(lambda q, gap, D, p, T: T * q * (gap + 1)))
+reverse.wrong("+ 1 − D", from_gap(lambda q, gap, D, p, T: T * q * (gap + 1 - D)))
+reverse.wrong("with respect to q", from_gap(lambda q, gap, D, p, T: T**2 * (gap + 1)))
+reverse.wrong("no q", from_gap(lambda q, gap, D, p, T: T * (gap - D)))
+reverse.wrong("p̄ for q", from_gap(lambda q, gap, D, p, T: T * p * (gap - D)))
+reverse.wrong("no T", from_gap(lambda q, gap, D, p, T: q * (gap - D)))
+reverse.wrong("T²", from_gap(lambda q, gap, D, p, T: T**2 * q * (gap - D)))
+reverse.wrong("1/T", from_gap(lambda q, gap, D, p, T: q * (gap - D) / T))
 reverse.wrong("at temperature 1", lambda z, p, T: T * by_hand(z, p, 1))
 reverse.wrong("target softened again", lambda z, p, T: by_hand(z, F.softmax(p.log() / T, -1), T))
 reverse.wrong("log p̄ of logits", lambda z, p, T: by_hand(z, F.softmax(p, -1), T))
-reverse.wrong("D over all tokens", of(lambda q, gap, D, p, T: T * q * (gap - D.sum())))
+reverse.wrong("D over all tokens", from_gap(lambda q, gap, D, p, T: T * q * (gap - D.sum())))
 reverse.wrong(
     "the mean over tokens",
-    of(lambda q, gap, D, p, T: T * q * (gap - D) / max(1, q.numel() // q.shape[-1])),
+    from_gap(lambda q, gap, D, p, T: T * q * (gap - D) / max(1, q.numel() // q.shape[-1])),
 )
-reverse.wrong("D + gap", of(lambda q, gap, D, p, T: T * q * (gap + D)))
-reverse.wrong("D is a mean", of(lambda q, gap, D, p, T: T * q * (gap - D / q.shape[-1])))
-reverse.wrong("KL in 2 logs", of(lambda q, gap, D, p, T: T * q * (gap - D) / math.log(2)))
+reverse.wrong("D + gap", from_gap(lambda q, gap, D, p, T: T * q * (gap + D)))
+reverse.wrong("D is a mean", from_gap(lambda q, gap, D, p, T: T * q * (gap - D / q.shape[-1])))
+reverse.wrong("KL in 2 logs", from_gap(lambda q, gap, D, p, T: T * q * (gap - D) / math.log(2)))
 reverse.wrong(
     "sum of squares",
-    of(lambda q, gap, D, p, T: T * q * (gap - (q * q * gap).sum(-1, keepdim=True))),
+    from_gap(lambda q, gap, D, p, T: T * q * (gap - (q * q * gap).sum(-1, keepdim=True))),
 )
 reverse.wrong(
     "softmax over the first dimension",
@@ -522,7 +531,7 @@ reverse.right("in 64 bits", lambda z, p, T: by_hand(z.double(), p.double(), T))
 reverse.right(
     "by name only", lambda *, student_logits, target, T: by_hand(student_logits, target, T)
 )
-reverse.right("multiplied out", of(lambda q, gap, D, p, T: T * (q * gap - q * D)))
+reverse.right("multiplied out", from_gap(lambda q, gap, D, p, T: T * (q * gap - q * D)))
 
 
 @reverse.right("autograd")

@@ -326,12 +326,14 @@ rounded.equivalent("W.float() → W", "16 and 32 bits are added in 32")
 flat = Answers(check_flat_updates)
 
 
-def of(x, adapter):
+def own_update(x, adapter):
     A, B, s = adapter
     return s * (x @ A.T) @ B.T
 
 
-def loop(x, lengths, names, adapters, update=of, no=lambda x, out: x.new_zeros(len(x), out)):
+def loop(
+    x, lengths, names, adapters, update=own_update, no=lambda x, out: x.new_zeros(len(x), out)
+):
     out, found, start = len(next(iter(adapters.values()))[1]), [], 0
     for length, name in zip(lengths, names, strict=True):
         part = x[start : start + length]
@@ -357,13 +359,13 @@ flat.wrong(
 flat.wrong(
     "scale twice",
     lambda x, lengths, names, adapters: loop(
-        x, lengths, names, adapters, lambda x, a: a[2] * of(x, a)
+        x, lengths, names, adapters, lambda x, a: a[2] * own_update(x, a)
     ),
 )
 flat.wrong(
     "scale / r",
     lambda x, lengths, names, adapters: loop(
-        x, lengths, names, adapters, lambda x, a: of(x, a) / len(a[0])
+        x, lengths, names, adapters, lambda x, a: own_update(x, a) / len(a[0])
     ),
 )
 flat.wrong(
@@ -376,12 +378,14 @@ flat.wrong("a for None", named(lambda names, adapters: [n or "a" for n in names]
 flat.wrong("reversed", named(lambda names, adapters: names[::-1]))
 flat.wrong("sorted names", named(lambda names, adapters: sorted(names, key=lambda n: n or "")))
 flat.wrong(
-    "all adapters", lambda x, lengths, names, adapters: sum(of(x, a) for a in adapters.values())
+    "all adapters",
+    lambda x, lengths, names, adapters: sum(own_update(x, a) for a in adapters.values()),
 )
 flat.wrong(
-    "the mean", lambda x, lengths, names, adapters: sum(of(x, a) for a in adapters.values()) / 3
+    "the mean",
+    lambda x, lengths, names, adapters: sum(own_update(x, a) for a in adapters.values()) / 3,
 )
-flat.wrong("none", lambda x, lengths, names, adapters: 0 * of(x, adapters["a"]))
+flat.wrong("none", lambda x, lengths, names, adapters: 0 * own_update(x, adapters["a"]))
 flat.wrong(
     "x for None",
     lambda x, lengths, names, adapters: loop(x, lengths, names, adapters, no=lambda x, out: x),
@@ -437,18 +441,18 @@ flat.wrong(
 flat.wrong(
     "rank 1 of each",
     lambda x, lengths, names, adapters: loop(
-        x, lengths, names, adapters, lambda x, a: of(x, (a[0][:1], a[1][:, :1], a[2]))
+        x, lengths, names, adapters, lambda x, a: own_update(x, (a[0][:1], a[1][:, :1], a[2]))
     ),
 )
 flat.wrong(
     "stops at None",
     lambda x, lengths, names, adapters: torch.cat(
-        [of(p, adapters[n]) for p, n in zip(x.split(lengths), names, strict=True)]
+        [own_update(p, adapters[n]) for p, n in zip(x.split(lengths), names, strict=True)]
     ),
 )
 flat.wrong(
     "a batch of equal lengths",
-    lambda x, lengths, names, adapters: of(
+    lambda x, lengths, names, adapters: own_update(
         x.reshape(len(lengths), -1, x.shape[1]), adapters["a"]
     ).flatten(0, 1),
 )
@@ -478,7 +482,7 @@ def _(x, lengths, names, adapters):
 @flat.wrong("ranks filled up, scales of the largest")
 def _(x, lengths, names, adapters):
     s = max(adapters.values(), key=lambda a: len(a[0]))[2]
-    return loop(x, lengths, names, adapters, lambda x, a: of(x, (*a[:2], s)))
+    return loop(x, lengths, names, adapters, lambda x, a: own_update(x, (*a[:2], s)))
 
 
 flat.right("as the solution", loop)
@@ -500,7 +504,7 @@ def _(x, lengths, names, adapters):
     whose = [name for name, length in zip(names, lengths, strict=True) for _ in range(length)]
     for name, adapter in adapters.items():
         rows = torch.tensor([n == name for n in whose], dtype=torch.bool)
-        y[rows] = of(x[rows], adapter)
+        y[rows] = own_update(x[rows], adapter)
     return y
 
 

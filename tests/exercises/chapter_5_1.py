@@ -28,7 +28,7 @@ def least(s, margin, t=lambda n: stats.t.ppf(0.975, n - 1), start=2):
     return next(n for n in itertools.count(start) if t(n) * s / n**0.5 <= margin)
 
 
-def of(s):
+def from_deviation(s):
     return lambda a, b, margin: least(s(a, b), margin)
 
 
@@ -46,16 +46,17 @@ def without_end(a, b, margin):
 
 
 needed.wrong(
-    "independent", of(lambda a, b: math.sqrt(statistics.variance(a) + statistics.variance(b)))
+    "independent",
+    from_deviation(lambda a, b: math.sqrt(statistics.variance(a) + statistics.variance(b))),
 )
-needed.wrong("pooled", of(lambda a, b: statistics.stdev([*a, *b])))
-needed.wrong("the method's own", of(lambda a, b: statistics.stdev(a)))
-needed.wrong("the reference's own", of(lambda a, b: statistics.stdev(b)))
-needed.wrong("divided by n", of(lambda a, b: statistics.pstdev(paired(a, b))))
-needed.wrong("the variance", of(lambda a, b: statistics.variance(paired(a, b))))
-needed.wrong("the standard error", of(lambda a, b: differences(a, b) / len(a) ** 0.5))
-needed.wrong("the mean", of(lambda a, b: abs(statistics.fmean(paired(a, b)))))
-needed.wrong("the range", of(lambda a, b: max(paired(a, b)) - min(paired(a, b))))
+needed.wrong("pooled", from_deviation(lambda a, b: statistics.stdev([*a, *b])))
+needed.wrong("the method's own", from_deviation(lambda a, b: statistics.stdev(a)))
+needed.wrong("the reference's own", from_deviation(lambda a, b: statistics.stdev(b)))
+needed.wrong("divided by n", from_deviation(lambda a, b: statistics.pstdev(paired(a, b))))
+needed.wrong("the variance", from_deviation(lambda a, b: statistics.variance(paired(a, b))))
+needed.wrong("the standard error", from_deviation(lambda a, b: differences(a, b) / len(a) ** 0.5))
+needed.wrong("the mean", from_deviation(lambda a, b: abs(statistics.fmean(paired(a, b)))))
+needed.wrong("the range", from_deviation(lambda a, b: max(paired(a, b)) - min(paired(a, b))))
 needed.wrong("1.96", with_t(lambda n: 1.96))
 needed.wrong("1.96, in one step", without_end)
 needed.wrong("2.776", with_t(lambda n: 2.776))
@@ -70,18 +71,28 @@ needed.wrong("90%", with_t(lambda n: stats.t.ppf(0.95, n - 1)))
 needed.wrong("99%", with_t(lambda n: stats.t.ppf(0.995, n - 1)))
 needed.wrong("the whole width", with_t(lambda n: 2 * stats.t.ppf(0.975, n - 1)))
 needed.wrong("half the half", with_t(lambda n: stats.t.ppf(0.975, n - 1) / 2))
-needed.wrong("one more", lambda a, b, margin: of(differences)(a, b, margin) + 1)
-needed.wrong("one fewer", lambda a, b, margin: max(2, of(differences)(a, b, margin) - 1))
-needed.wrong("still to run", lambda a, b, margin: max(0, of(differences)(a, b, margin) - len(a)))
+needed.wrong("one more", lambda a, b, margin: from_deviation(differences)(a, b, margin) + 1)
 needed.wrong(
-    "not less than the pilot", lambda a, b, margin: max(len(a), of(differences)(a, b, margin))
+    "one fewer", lambda a, b, margin: max(2, from_deviation(differences)(a, b, margin) - 1)
 )
 needed.wrong(
-    "from 1", lambda a, b, margin: 1 if differences(a, b) < 1e-9 else of(differences)(a, b, margin)
+    "still to run", lambda a, b, margin: max(0, from_deviation(differences)(a, b, margin) - len(a))
 )
-needed.wrong("from 3", lambda a, b, margin: max(3, of(differences)(a, b, margin)))
-needed.wrong("in steps of five", lambda a, b, margin: -(-of(differences)(a, b, margin) // 5) * 5)
-needed.wrong("up to 20", lambda a, b, margin: min(20, of(differences)(a, b, margin)))
+needed.wrong(
+    "not less than the pilot",
+    lambda a, b, margin: max(len(a), from_deviation(differences)(a, b, margin)),
+)
+needed.wrong(
+    "from 1",
+    lambda a, b, margin: (
+        1 if differences(a, b) < 1e-9 else from_deviation(differences)(a, b, margin)
+    ),
+)
+needed.wrong("from 3", lambda a, b, margin: max(3, from_deviation(differences)(a, b, margin)))
+needed.wrong(
+    "in steps of five", lambda a, b, margin: -(-from_deviation(differences)(a, b, margin) // 5) * 5
+)
+needed.wrong("up to 20", lambda a, b, margin: min(20, from_deviation(differences)(a, b, margin)))
 needed.wrong(
     "until the interval leaves zero",
     lambda a, b, margin: least(differences(a, b), abs(statistics.fmean(paired(a, b)))),
@@ -100,20 +111,23 @@ needed.wrong(
 
 @needed.wrong("sorts the caller's scores")
 def _(a, b, margin):
-    answer = of(differences)(a, b, margin)
+    answer = from_deviation(differences)(a, b, margin)
     a.sort()
     return answer
 
 
-needed.right("as the solution", of(differences))
+needed.right("as the solution", from_deviation(differences))
 needed.right(
-    "by name only", lambda *, method, reference, margin: of(differences)(method, reference, margin)
+    "by name only",
+    lambda *, method, reference, margin: from_deviation(differences)(method, reference, margin),
 )
-needed.right("numpy's deviation", of(lambda a, b: np.std(np.subtract(a, b), ddof=1)))
-needed.right("a numpy number", lambda a, b, margin: np.int64(of(differences)(a, b, margin)))
+needed.right("numpy's deviation", from_deviation(lambda a, b: np.std(np.subtract(a, b), ddof=1)))
+needed.right(
+    "a numpy number", lambda a, b, margin: np.int64(from_deviation(differences)(a, b, margin))
+)
 needed.right(
     "torch's deviation",
-    of(
+    from_deviation(
         lambda a, b: float(
             (torch.tensor(a, dtype=torch.double) - torch.tensor(b, dtype=torch.double)).std()
         )
@@ -415,10 +429,10 @@ def choose(rates, by=0, over=mean, order=sorted):
     return min(order(rates), key=lambda rate: over(s[by] for s in rates[rate].values()))
 
 
-def compare(runs, method, reference, choose=choose, of=1, rates=None):
+def compare(runs, method, reference, choose=choose, part=1, rates=None):
     rates = rates or [choose(runs[arm]) for arm in (method, reference)]
     a, b = (runs[arm][rate] for arm, rate in zip((method, reference), rates, strict=True))
-    return [a[seed][of] - b[seed][of] for seed in sorted(a) if seed in b]
+    return [a[seed][part] - b[seed][part] for seed in sorted(a) if seed in b]
 
 
 def chosen_by(**other):
@@ -503,7 +517,7 @@ fair.wrong(
     "the method's rate for both",
     lambda runs, m, r: compare(runs, m, r, rates=[choose(runs[m])] * 2),
 )
-fair.wrong("validation scores", lambda runs, m, r: compare(runs, m, r, of=0))
+fair.wrong("validation scores", lambda runs, m, r: compare(runs, m, r, part=0))
 fair.wrong("sign", lambda runs, m, r: [-d for d in compare(runs, m, r)])
 fair.wrong("sorted differences", lambda runs, m, r: sorted(compare(runs, m, r)))
 fair.wrong(

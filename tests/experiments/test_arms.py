@@ -1,94 +1,31 @@
-"""`lora_course.experiments.arms`: one search that goes on beyond an edge, one training, and an arm from search to test."""
+"""`lora_course.experiments.arms`: an arm, one training of it, and what it is scored by."""
 
-import math
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import TrainerCallback
 
-from lora_course.experiments import Arm, Kept, Runs, adapted, compete, config_of, search, train
-from lora_course.experiments.arms import rows_of
+from lora_course.checkpoint import save_adapter
+from lora_course.experiments import Arm, Runs, adapted, config_of, train
+from lora_course.experiments.arms import (
+    base_of,
+    base_runs,
+    base_score,
+    bits_by_domain,
+    bits_of,
+    file_bytes,
+    rows_of,
+    train_as,
+    values_of,
+)
 from lora_course.experiments.record import Record
-from lora_course.injection import adapter_layers
+from lora_course.injection import adapter_layers, trainable_parameters
+from lora_course.states import factor_state
 
 SETTINGS = {
     "model": "nano", "domain": "bible", "length": 32, "train_bytes": 20_000, "score_bytes": 500, "seeds": [0, 1], "steps": 3,
 }  # fmt: skip
-
-
-def parabola(best: dict[int, float]):
-    """Lost bits in the exponent of the rate, lowest at a rate of each seed's own; and what was asked."""
-    asked: list[tuple[float, int]] = []
-
-    def value(rate: float, seed: int) -> float:
-        asked.append((rate, seed))
-        return 2 + math.log2(rate / best[seed]) ** 2
-
-    return value, asked
-
-
-@pytest.mark.parametrize(("best", "tried"), [
-    (8e-3, [4e-3, 8e-3, 1.6e-2]),
-    (6.4e-2, [4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2, 0.128]),
-    (1e-3, [5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2]),
-])  # fmt: skip
-def test_the_search_goes_on_while_the_best_lies_at_an_edge(best: float, tried: list[float]) -> None:
-    value, asked = parabola({0: best})
-    assert search(value, [4e-3, 8e-3, 1.6e-2], [0]) == best
-    assert sorted({rate for rate, _ in asked}) == tried  # doubled and halved floats are exact
-
-
-def test_a_rate_that_has_no_end_is_refused_and_a_nan_is_the_worst() -> None:
-    with pytest.raises(ValueError, match="still lies at the edge of"):
-        search(lambda rate, seed: -rate, [1e-3, 2e-3], [0])
-    values = {1e-3: 3.0, 2e-3: 2.0, 4e-3: float("nan")}
-    assert search(lambda rate, seed: values[rate], [1e-3, 2e-3, 4e-3], [0]) == 2e-3
-    assert search(lambda rate, seed: rate, [1.0, 2.0], [0], edges=False) == 1.0
-
-
-def test_all_seeds_decide_together_and_agreement_asks_as_many_as_it_needs() -> None:
-    own = {0: 8e-3, 1: 8e-3, 2: 3.2e-2}
-    value, asked = parabola(own)
-    assert search(value, [4e-3, 8e-3, 1.6e-2], [0, 1, 2], agree=2) == 8e-3
-    assert {seed for _, seed in asked} == {0, 1}
-    value, asked = parabola(own)
-    # the first and the last of three disagree, so that the middle one is asked; two then find 0.008 best by themselves
-    assert search(value, [4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2], [0, 2, 1], agree=2) in (8e-3, 1.6e-2)
-    assert {seed for _, seed in asked} == {0, 1, 2}
-    value, _ = parabola({0: 4e-3, 1: 1.6e-2})
-    assert search(value, [2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2], [0, 1]) == 8e-3  # the mean's best
-
-
-def test_an_arm_is_searched_on_validation_and_only_the_chosen_rate_is_tested(
-    tmp_path: Path,
-) -> None:
-    made = []
-
-    def trained(name: str, rate: float, seed: int) -> tuple[str, float, int]:
-        made.append((rate, seed))
-        return name, rate, seed
-
-    def score(found: tuple[str, float, int], split: str) -> dict[str, float]:
-        return {"bits_per_byte": 2 + math.log2(found[1] / 3.2e-2) ** 2, "seed": found[2]}
-
-    runs = Runs(Record(tmp_path / "s.json", "s", SETTINGS), progress=str)
-    best = compete(runs, "dora", Kept(trained, "x"), score, [4e-3, 8e-3, 1.6e-2], [0])
-    tested = [key for key in runs.recorded if key.endswith("/test")]
-    assert best == 3.2e-2 and tested == ["dora/0.032/0/test", "dora/0.032/1/test"]
-    # what was searched is not trained again to be tested, and other rates' trainings are not held
-    assert made == [(r, 0) for r in (4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2)] + [(3.2e-2, 1)]
-    kept = Kept(trained, "x")
-    kept(1.0, 0), kept(2.0, 0), kept.only([2.0])
-    assert list(kept.made) == [(2.0, 0)]
-
-
-def test_a_score_that_is_to_be_high_is_searched_by_its_negative(tmp_path: Path) -> None:
-    runs = Runs(Record(tmp_path / "s.json", "s", SETTINGS), progress=str)
-    score = lambda rate, split: {"accuracy": 1 / (1 + math.log2(rate / 8e-3) ** 2)}  # noqa: E731
-    high = lambda run: -run["accuracy"]  # noqa: E731
-    kept = Kept(lambda rate, seed: rate)
-    assert compete(runs, "a", kept, score, [2e-3, 4e-3], [0], value=high) == 8e-3
 
 
 class Counter(TrainerCallback):
@@ -135,3 +72,33 @@ def test_an_arm_with_its_own_fit_is_trained_by_it() -> None:
     found = train(arm, rows_of(SETTINGS), 1e-2, 3, 5, 2)
     assert found.losses == [1.0, 2.0] and found.seen == {}
     assert asked == [(len(rows_of(SETTINGS)), 1e-2, 3)]
+
+
+def test_what_is_scored_is_what_was_trained_on_the_domain_that_was_named(tmp_path: Path) -> None:
+    settings = SETTINGS | {"batch": 2, "domains": ["bible", "python"]}
+    config = config_of(3, 0.5)  # another rank and scale than those of the model that serves a state
+    found = train_as(settings, Arm(adapted(settings, 1, config)), 3e-2, 1, "python")
+    assert found.losses == train(
+        Arm(adapted(settings, 1, config)), rows_of(settings, "python"), 3e-2, 1, 3, 2
+    ).losses  # fmt: skip
+    values = values_of(settings, found, "validation")
+    assert values == {
+        "bits_per_byte": bits_of(settings, found.model, "validation"),
+        "parameters": trainable_parameters(found.model),
+    }
+    assert values_of(settings, found, "test")["losses"] == found.curve
+    by_domain = bits_by_domain(settings, found.model, "test")
+    assert by_domain == {d: bits_of(settings, found.model, "test", d) for d in ("bible", "python")}
+    served = bits_by_domain(settings, factor_state(found.model), "test", ["python"])
+    assert served == pytest.approx({"python": by_domain["python"]}, rel=1e-5)
+    assert abs(served["python"] - bits_of(settings, base_of(settings), "test", "python")) > 1e-3
+    written = save_adapter(found.model, tmp_path) / "adapter.safetensors"
+    assert file_bytes(found.arm) == written.stat().st_size
+
+
+def test_the_base_is_scored_on_both_splits(tmp_path: Path) -> None:
+    runs = Runs(Record(tmp_path / "s.json", "s", SETTINGS), progress=str)
+    base_runs(runs, SETTINGS)
+    assert runs.recorded == {
+        f"base/{split}": base_score(SETTINGS, split) for split in ("validation", "test")
+    }

@@ -13,6 +13,7 @@ from lora_course.experiments.neighbours import NEIGHBOURS, SETTINGS
 
 SMALL = SETTINGS | {"steps": 6, "batch": 2, "length": 32, "train_bytes": 60_000}
 IDS = torch.arange(5, 45).reshape(2, 20)
+SLOW = {"eva": pytest.mark.slow}  # its start is a decomposition of each layer's inputs
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +34,9 @@ def trained(make: Any, rate: float = 4e-3, settings: Any = SMALL) -> Any:
     return train(arm, rows, rate, 3, settings["steps"], settings["batch"], **how)
 
 
-@pytest.mark.parametrize("name", NEIGHBOURS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=SLOW.get(name, ())) for name in NEIGHBOURS]
+)
 def test_a_neighbour_starts_as_the_base_learns_and_has_loras_size_where_its_form_allows(
     name: str,
 ) -> None:

@@ -1,6 +1,8 @@
 """All studies of `lora_course.experiments`: their records are whole, and each has a witness that can be run."""
 
+import dataclasses
 import json
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -66,15 +68,14 @@ def test_a_tolerance_for_rounding_is_less_than_the_seeds_lie_apart(name: str) ->
     witness, record = experiments.get(name).witness, reading.load_study(name)
     if ROUNDING not in witness.reason:
         return
-    apart, seeds = {}, record["settings"]["seeds"]
+    key = witness.keys[-1].replace("/validation", "/test")  # which every seed has
+    seeds = record["settings"]["seeds"]
     own = f"/{seeds[0]}/"
+    at = key.replace(own, "/{}/") if own in key else f"{key.rpartition('/')[0]}/{{}}"
+    keys = [at.format(seed) for seed in seeds]
+    runs = [record["runs"][key] for key in keys if key in record["runs"]]
+    apart = {}
     for field in ("bits_per_byte", "own_domain", "ACC"):
-        runs = [
-            record["runs"][witness.keys[-1].replace(own, f"/{seed}/")]
-            if own in witness.keys[-1]
-            else record["runs"][f"{witness.keys[-1].rpartition('/')[0]}/{seed}"]
-            for seed in seeds
-        ]
         values = [run[field] for run in runs if field in run]
         values = [fmean(v.values()) if isinstance(v, dict) else v for v in values]
         if len(values) > 1 and field in witness.within:
@@ -97,3 +98,20 @@ def test_an_unknown_study_is_refused() -> None:
         experiments.get("adalroa")
     with pytest.raises(ValueError, match="study 'x' has no record; there are 0_1_lora"):
         reading.load_study("x")
+
+
+def test_the_study_that_the_package_shows_runs_and_is_verified(tmp_path: Path) -> None:
+    lines = [line[4:] for line in experiments.__doc__.splitlines() if line.startswith("    ") or not line]  # fmt: skip
+    code = "\n".join(lines)["\n".join(lines).index("SETTINGS") :]
+    names = {name: getattr(experiments, name) for name in experiments.__all__} | {"Any": Any}
+    exec(code, names)
+    small = {"steps": 3, "batch": 2, "length": 32, "train_bytes": 10_000, "score_bytes": 1_000}
+    names["SETTINGS"].update(small | {"seeds": [0, 1], "ranks": {"r8": 8}})
+    study = names["STUDY"]
+    record = study.run(tmp_path / "ranks.json", progress=str)
+    rate = reading.chosen_rate(record, "r8")
+    tested = [key for key in record["runs"] if key.endswith("/test")]
+    assert tested == ["base/test", f"r8/{rate:g}/0/test", f"r8/{rate:g}/1/test"]
+    witness = dataclasses.replace(study.witness, keys=(tested[1],))
+    found = dataclasses.replace(study, witness=witness).verify(tmp_path / "ranks.json")
+    assert found["holds"] and set(found["largest"]) == {"bits_per_byte", "parameters"}

@@ -133,5 +133,15 @@ def test_answers_at_the_head_lead_to_their_claims() -> None:
     page = table._repr_html_()
     assert '<td>Does it?</td><td><b>no</b> (<a href="#claim-2-1-a">2.1-a</a>)</td>' in page
     assert repr(table) == "question | found\nDoes it? | no (2.1-a)"
+    wide = claims.answers(("what", "how", "size & <i>cost</i>", "line"), [("a", "b", "1", "c")])
+    page = wide._repr_html_()  # on a phone there is no head above the cells
+    assert '<td>a</td><td>b</td><td data-head="size &amp; cost">1</td><td data-head="line">' in page
     with pytest.raises(ValueError, match=r"'Does it\?' has 1 cells; expected 2: question, found"):
         claims.answers(("question", "found"), [("Does it?",)])
+
+
+def test_claims_stand_in_the_order_of_their_ids_whatever_was_checked_first() -> None:
+    claims = Claims("0_0_test")
+    for id in ("2.1-c", "2.1-a", "2.1-b", "2.1-a"):
+        claims.add(id, "s", "own", "e", {"x": [1.0]}, "mean(x) > 2", "too small")
+    assert [claim.id for claim in claims.claims] == ["2.1-a", "2.1-b", "2.1-c"]

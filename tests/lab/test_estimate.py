@@ -35,7 +35,7 @@ def test_a_shape_is_read_from_a_config_and_counts_its_parameters() -> None:
         "num_hidden_layers": 2, "hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 4,
         "num_key_value_heads": 2, "vocab_size": 20, "tie_word_embeddings": False,
     }  # fmt: skip
-    shape = Shape.of(config)
+    shape = Shape.from_config(config)
     assert shape.kv_width == 4 and shape.embedding == 2 * 20 * 8
     q, k, v, o, mlp = 8 * 8, 8 * 4, 8 * 4, 8 * 8, 3 * 8 * 12
     assert shape.linear == 2 * (q + k + v + o + mlp)

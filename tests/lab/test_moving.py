@@ -145,6 +145,9 @@ def opened(browser: chromium.Browser, folder: Path, body: str, width: int = 700)
     page.write_text(f'<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width"><body>{body}')  # fmt: skip
     browser.size(width, 900, mobile=width < 500)
     browser.open(page.as_uri())
+    browser.wait(
+        "!document.querySelector('script[data-lab]') || document.querySelector('.panels [data-value], .panels td, .panels span')"
+    )
 
 
 DRAWN = "[...document.querySelectorAll('.panels [data-value]')].map(e => e.dataset.value).join(' ')"
@@ -202,6 +205,27 @@ def test_a_bar_is_as_tall_as_its_value(browser, shown, tmp_path) -> None:
         "(i => { i.value = 1; i.dispatchEvent(new Event('input', {bubbles: true})) })(document.querySelector('input'))"
     )
     assert browser.evaluate(heights) == pytest.approx([2 * a, 2 * b], rel=1e-3)  # one scale for all
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(
+    ("values", "ticks"),
+    [([2, 8, 64], ["2", "5", "10", "20", "50"]), ([1, 10, 1000], ["1", "10", "100", "1000"])],
+)
+def test_a_logarithmic_axis_has_round_ticks(browser, shown, tmp_path, values, ticks) -> None:
+    """Powers of ten, or 1, 2 and 5 where there are too few of them."""
+    moving.show(
+        {"k": [1, 2]},
+        lambda k: [moving.line(values, {"a": [k, 2, 3]}, "x", "above zero", log="x")],
+        "a line",
+        "c",
+        "1.1-1",
+    )
+    opened(browser, tmp_path, shown[0]["text/html"])
+    middle = (
+        "[...document.querySelectorAll('svg text[text-anchor=middle]')].map(t => t.textContent)"
+    )
+    assert browser.evaluate(middle)[:-1] == ticks  # the last one is the axis' name
 
 
 @pytest.mark.browser

@@ -78,6 +78,28 @@ def test_a_row_of_panels_is_a_column_on_a_phone(shown, rows, columns, stacked) -
         assert 4 * 72 < sizes[1][0] < 5 * 72 and sizes[1][1] >= 2.2 * 72 * columns
 
 
+def test_panels_that_share_their_rows_name_them_one_by_one_on_a_phone(shown) -> None:
+    fig, axes = figure(1, 2, sharey=True)
+    axes[0].set_yticks([0, 1], ["first row", "second row"])
+    show(fig, "two panels, one set of rows")
+    page = shown[0]["text/html"]  # words are paths, each beside a comment that says them
+    assert page.count("<!-- first row -->") == 1 + 2
+
+
+def test_words_beside_a_point_keep_their_distance_on_a_phone() -> None:
+    fig, ax = figure()
+    ax.plot([1, 2], [1, 2])
+    plots.beside(ax, 1, 1, "one")
+
+    def distance() -> float:
+        fig.canvas.draw()
+        return ax.texts[0].get_window_extent().x0 - ax.transData.transform((1, 1))[0]
+
+    wide = distance()
+    assert wide > 5 and plots.stack(fig)
+    assert distance() == pytest.approx(wide, abs=1)  # pixels; in units of the data it doubles
+
+
 def test_a_colour_bar_keeps_its_figure_in_one_piece(shown) -> None:
     fig, ax = figure()
     fig.colorbar(ax.imshow([[0, 1]]), ax=ax)

@@ -1,7 +1,9 @@
 """Profiles, the memory they are expected to take, and what is refused before it starts."""
 
+import ast
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from lora_course.lab.profiles import (
     profiles,
     usable_gpu,
 )
+from tools.run_chapters import chapters
 
 WITHIN = 1.15  # the factor that estimate and measurement may differ by
 
@@ -72,6 +75,8 @@ def test_bases_held_at_once_count(monkeypatch) -> None:
     one, three = (pick_profile("large", copies=n) for n in (1, 3))
     weights = estimate(one).weights + estimate(one).adapters
     assert needed_memory(three) - needed_memory(one) == 2 * weights
+    by_name = {name: pick_profile(name, copies={"t4": 3}).copies for name in profiles()}
+    assert by_name == {"tiny": 1, "smol": 1, "t4": 3, "large": 1}
 
 
 def test_a_chapters_amounts_are_announced_and_counted(capsys) -> None:
@@ -112,7 +117,7 @@ def test_shapes_of_the_profiles_count_the_parameters_of_their_models() -> None:
     assert trainable_parameters(
         inject(model, LoraConfig(r=3, lora_alpha=3, target_modules="all-linear"))
     ) == tiny.adapter(3)
-    assert Shape.of(model.config.to_dict()) == tiny
+    assert Shape.from_config(model.config.to_dict()) == tiny
     # published sizes: 134.5M, 494M and 7.62B, with norms and biases
     assert smol.linear + smol.embedding == pytest.approx(134.5e6, rel=0.001)
     assert t4.linear + t4.embedding == pytest.approx(494e6, rel=0.001)
@@ -215,3 +220,12 @@ def test_free_memory_is_limited_by_the_container(monkeypatch, tmp_path) -> None:
     assert free_memory("cpu") == 600_000
     (tmp_path / "memory.max").write_text("max\n")
     assert free_memory("cpu") > 600_000
+
+
+@pytest.mark.parametrize("chapter", chapters(), ids=lambda path: path.stem)
+def test_a_chapter_fits_the_gpus_that_its_profiles_are_for(chapter) -> None:
+    """`t4` on a T4 and `large` on an L4, with all the bases that the chapter announces, as set-up says."""
+    found = re.search(r"(?:at_once = |copies=)(\{.*?\})", chapter.read_text())
+    copies = ast.literal_eval(found[1]) if found else 1
+    for name, free in (("t4", 14.5), ("large", 22)):
+        assert needed_memory(pick_profile(name, copies=copies)) < free * GIB, name

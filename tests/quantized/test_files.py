@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -145,3 +146,20 @@ def test_description_is_json_in_the_file_and_says_the_grid(tmp_path: Path) -> No
         "group_size": 20,
     }
     assert set(GRANULARITIES) == {grid["granularity"] for grid in GRIDS}
+
+
+def test_a_name_that_ends_another_name_is_loaded_as_itself(tmp_path: Path) -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.fc, self.block = nn.Linear(8, 8), nn.ModuleDict({"fc": nn.Linear(8, 8)})
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.block["fc"](torch.tanh(self.fc(x)))
+
+    settings = LoraConfig(r=2, lora_alpha=6, target_modules="fc")
+    model = randomize(inject(Block(), settings, QuantizedLoRALinear, bits=4))
+    save_quantized(model, tmp_path)
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(load_quantized(Block(), tmp_path)(x), model(x), atol=0, rtol=0)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lora_course.files import replace_file
 from lora_course.lab.tasks import task
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,9 +68,7 @@ class Record:
                 "commit": head.stdout.strip(),
                 "date": datetime.date.today().isoformat(),
             }
-            part = self.path.with_suffix(".part")
-            part.write_text(json.dumps(self.content, indent=1) + "\n")
-            part.replace(self.path)
+            replace_file(self.path, (json.dumps(self.content, indent=1) + "\n").encode())
             print(f"{time.perf_counter() - began:6.1f} s  {key}  {brief(runs[key])}", flush=True)
         return runs[key]
 

@@ -35,14 +35,16 @@ def texts(domain: str, split: str, max_bytes: int) -> list[str]:
     return lab.excerpt(lab.load_text(domain, split), max_bytes)
 
 
-def score(model: nn.Module, domain: str, split: str = "test", size: str = "test_bytes") -> float:
+def score_domain(
+    model: nn.Module, domain: str, split: str = "test", size: str = "test_bytes"
+) -> float:
     """Bits a byte."""
     sample = texts(domain, split, SETTINGS[size])
     return round(lab.bits_per_byte(model, tokenizer(), sample), 4)
 
 
 def scores(model: nn.Module) -> dict[str, float]:
-    return {domain: score(model, domain) for domain in SCORED}
+    return {domain: score_domain(model, domain) for domain in SCORED}
 
 
 def score_task(model: nn.Module, name: str) -> dict[str, float]:
@@ -111,10 +113,10 @@ def write_samples() -> None:
 
 
 def curve(state: AdapterState, domain: str) -> float:
-    return score(with_state(state), domain, size="curve_bytes")
+    return score_domain(with_state(state), domain, size="curve_bytes")
 
 
 def quantized(bits: int, granularity: str) -> float:
     model = inject(lab.load_base(SETTINGS["model"])[0], config(1, 1))
     use_adapter(quantized_base(model, bits, granularity), read_adapter(CUT))
-    return score(model, CUT, size="curve_bytes")
+    return score_domain(model, CUT, size="curve_bytes")

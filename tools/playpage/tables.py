@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+PLACES = ((0, -8), (0, 40), (2, -2))  # of a line's label: after which point, how far below it
+
 
 def tables(root: Path, results: list) -> str:
     """What was recorded of the adapters that the page that plays holds."""
@@ -27,7 +29,7 @@ def tables(root: Path, results: list) -> str:
         "",
         f"On {settings['test_bytes'] // 1000} kB of test text a domain:",
         "",
-        table(["", *domains], [[names[k], *(f"{runs[f'scores/{k}'][d]:.2f}" for d in domains)] for k in names]),
+        table(["", *(title(d) for d in domains)], [[names[k], *(f"{runs[f'scores/{k}'][d]:.2f}" for d in domains)] for k in names]),
         "",
         f"The {cut.title()} adapter on {settings['curve_bytes'] // 1000} kB of its own test text, cut to fewer components:",
         "",
@@ -45,16 +47,16 @@ def tables(root: Path, results: list) -> str:
         table(
             ["bits", *map(str, settings["bits"])],
             [
-                [f"{label}, one step a {per}", *(f"{runs[f'bits/{what}/{grid}/{b}']:.3f}" for b in settings["bits"])]
+                [f"{label}, one step for {per}", *(f"{runs[f'bits/{what}/{grid}/{b}']:.3f}" for b in settings["bits"])]
                 for what, label in (("adapter", "adapter"), ("base", "nano under it"))
-                for grid, per in (("tensor", "matrix"), ("group", f"{settings['group_size']} numbers"))
+                for grid, per in (("tensor", "each matrix"), ("group", f"{settings['group_size']} numbers"))
             ],
         ),
         "",
         "Two adapters, half and half:",
         "",
         table(
-            ["averaged", *(f"on {d}" for d in settings["merged"])],
+            ["averaged", *(f"on {d.title()}" for d in settings["merged"])],
             [[how, *(f"{runs[f'merge/{how}/{d}']:.3f}" for d in settings["merged"])] for how in ("updates", "factors")],
         ),
     ]  # fmt: skip
@@ -74,6 +76,10 @@ def tables(root: Path, results: list) -> str:
     return "\n".join(lines)
 
 
+def title(domain: str) -> str:
+    return "WordNet" if domain == "glosses" else domain.title()
+
+
 def tasks(root: Path, results: list) -> str:
     """The step that asks a task's adapter, once one is recorded; until then nothing."""
     folder = root / "book" / "_data" / "play"
@@ -86,7 +92,7 @@ def recorded_tasks(record: dict) -> list[str]:
 
 
 def chart(lines: dict[str, list[float]], ranks: list[int], alone: float) -> str:
-    """Bits a byte over the rank (log scale), a line a way to cut; labels stand where lines end, so that no colour is needed."""
+    """Bits a byte over the rank (log scale), a line a way to cut; labels stand beside the lines, so that no colour is needed."""
     low, high = min(min(line) for line in lines.values()) - 0.05, alone + 0.05
     x = {rank: 60 + 380 * i / (len(ranks) - 1) for i, rank in enumerate(ranks)}
 
@@ -94,7 +100,7 @@ def chart(lines: dict[str, list[float]], ranks: list[int], alone: float) -> str:
         return 20 + 220 * (high - bits) / (high - low)
 
     parts = [f'<line x1="60" x2="440" y1="{y(alone):.1f}" y2="{y(alone):.1f}" class="alone"/>',
-             f'<text x="450" y="{y(alone) + 4:.1f}">nano alone</text>']  # fmt: skip
+             f'<text x="440" y="{y(alone) - 7:.1f}" class="value">nano alone</text>']  # fmt: skip
     parts += [f'<text x="{x[rank]:.0f}" y="265" class="tick">{rank}</text>' for rank in ranks]
     steps = [round(low + (high - low) * i / 4, 1) for i in range(1, 4)]
     parts += [f'<text x="50" y="{y(bits) + 4:.1f}" class="value">{bits}</text>' for bits in steps]
@@ -105,12 +111,13 @@ def chart(lines: dict[str, list[float]], ranks: list[int], alone: float) -> str:
             f'<circle cx="{point.split(",")[0]}" cy="{point.split(",")[1]}" r="4" class="line-{number}"/>'
             for point in points
         ]
+        at, down = PLACES[number]
         parts.append(
-            f'<text x="{x[ranks[0]] + 10:.0f}" y="{y(line[0]) - 8:.1f}" class="label-{number}">{label}</text>'
+            f'<text x="{x[ranks[at]] + 10:.0f}" y="{y(line[at]) + down:.1f}">{label}</text>'
         )
     said = "; ".join(f"{label}: {line[0]:.2f} at rank {ranks[0]}" for label, line in lines.items())
     return (
-        f'```{{raw}} html\n<figure class="play-chart"><svg viewBox="0 0 540 290" role="img" aria-label="Bits a byte over the rank. {said}.">'
+        f'```{{raw}} html\n<figure class="play-chart"><svg viewBox="0 0 460 290" role="img" aria-label="Bits a byte over the rank. {said}.">'
         f'{"".join(parts)}<text x="250" y="285" class="tick">components that are kept</text></svg></figure>\n```'
     )
 

@@ -20,7 +20,7 @@ from lora_course.states import adapter_state, concatenate, factor_state, truncat
 from lora_course.training import AdapterTrainer
 from tools.playpage.adapters import config, first, mixture, read_adapter, with_state, write
 from tools.playpage.record import CUT, DOMAINS, SETTINGS, Record
-from tools.playpage.score import score, score_task
+from tools.playpage.score import score_domain, score_task
 
 
 @functools.cache
@@ -98,7 +98,9 @@ def train_all(record: Record) -> None:
                 state, losses = train_adapter(domain, rate, nested)
                 ranks = SETTINGS["nested_ranks"] if nested else [SETTINGS["r"]]
                 found = [
-                    score(with_state(first(state, r)), domain, "validation", "validation_bytes")
+                    score_domain(
+                        with_state(first(state, r)), domain, "validation", "validation_bytes"
+                    )
                     for r in ranks
                 ]
                 tried[f"{rate:g}"] = round(sum(found) / len(found), 4)

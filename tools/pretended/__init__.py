@@ -1,1 +1,1 @@
-"""Runs chapters as on a machine with GPUs where there is none: `device`, `four_bits`, `machine`, `chapters`."""
+"""Runs chapters as on a machine with GPUs where there is none: `device`, `four_bits`, `machine`, `held`, `live`, `chapters`."""

@@ -13,22 +13,26 @@ import argparse
 import multiprocessing
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Any
 
 import jupytext
 
+from lora_course.lab.estimate import Shape
+from tools.pretended.held import Meter
 from tools.pretended.live import live
 from tools.run_chapters import chapters
 
-NARROW = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
+# No matrix of it has the shape of one of nano's, which don't count as bases (`held`).
+NARROW = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
 CORNER = (slice(2), slice(24))  # rows and tokens
 ON_HUB = {"Qwen/Qwen2.5-0.5B": {"tie_word_embeddings": True}, "Qwen/Qwen2.5-7B": {"tie_word_embeddings": False}}  # fmt: skip
 
 
-def stand_in(folder: Path, **settings: Any) -> None:
-    """A random model of Qwen2.5's kind, narrower, with nano's tokenizer, saved in fp16's twin on the hub: bf16."""
+def stand_in(folder: Path, **settings: Any) -> Shape:
+    """A random model of Qwen2.5's kind, narrower, with nano's tokenizer, saved in fp16's twin on the hub: bf16; its shape."""
     import torch
     from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
@@ -39,14 +43,14 @@ def stand_in(folder: Path, **settings: Any) -> None:
     config = Qwen2Config(vocab_size=len(tokenizer), **NARROW, **settings)
     Qwen2ForCausalLM(config).bfloat16().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return Shape.from_config(config.to_dict())
 
 
-def redirect(folder: Path) -> None:
-    """Whatever is loaded from the hub by name comes from the folder instead."""
+def redirect(folder: Path) -> Shape:
+    """Whatever is loaded from the hub by name comes from the folder instead; the shape of one of these models."""
     import transformers
 
-    for name, settings in ON_HUB.items():
-        stand_in(folder / name, **settings)
+    shapes = [stand_in(folder / name, **settings) for name, settings in ON_HUB.items()]
     for auto in (
         transformers.AutoModelForCausalLM,
         transformers.AutoTokenizer,
@@ -60,10 +64,14 @@ def redirect(folder: Path) -> None:
             return load(cls, folder / name if name in ON_HUB else name, *args, **kwargs)
 
         auto.from_pretrained = classmethod(from_pretrained)
+    return shapes[0]
 
 
-def train_on_corners() -> None:
-    """A `Trainer` whose model is on the device takes two short rows a step: every step is made, and costs next to nothing."""
+def train_on_corners(step: Callable[[int], None] = lambda tokens: None) -> None:
+    """A `Trainer` whose model is on the device takes two short rows a step: every step is made, and costs next to nothing.
+
+    step: is told how many tokens each would have had.
+    """
     from torch import Tensor
     from transformers import Trainer
 
@@ -71,6 +79,7 @@ def train_on_corners() -> None:
 
     def _prepare_inputs(self: Any, inputs: Any) -> Any:
         if self.args.device.type == "cuda":
+            step(inputs["input_ids"].numel())
             inputs = {
                 key: value[CORNER[: value.dim()]] if isinstance(value, Tensor) else value
                 for key, value in inputs.items()
@@ -80,8 +89,9 @@ def train_on_corners() -> None:
     Trainer._prepare_inputs = _prepare_inputs
 
 
-def run(chapter: Path, live_only: bool = False) -> list[str]:
-    """Runs the cells of a chapter in this process, past those that fail; what failed, the cause before what it causes.
+def run(chapter: Path, meter: Meter, live_only: bool = False) -> list[str]:
+    """Runs the cells of a chapter in this process, past those that fail; what failed, the cause before what it causes, and
+    whether the chapter held as many bases on the device as it announced.
 
     live_only: only the cells that the profile changes, and what they need (`live`).
     """
@@ -93,6 +103,7 @@ def run(chapter: Path, live_only: bool = False) -> list[str]:
     for number in live(sources) if live_only else range(len(sources)):
         source = sources[number]
         result = shell.run_cell(source, silent=True)
+        meter.look()
         error = result.error_before_exec or result.error_in_exec
         if error is not None:
             line = text[: text.find(source)].count("\n") + 1
@@ -100,6 +111,9 @@ def run(chapter: Path, live_only: bool = False) -> list[str]:
             failures.append(
                 f"notebooks/{chapter.name}:{line}: code cell {number + 1}: {type(error).__name__}: {message}"
             )
+    profile = shell.user_ns.get("profile")
+    if profile is not None and profile.device == "cuda":
+        failures += [f"notebooks/{chapter.name}: {wrong}" for wrong in meter.unlike(profile)]
     return failures
 
 
@@ -111,12 +125,12 @@ def run_here(stem: str, gpus: int, bf16: bool, live_only: bool) -> list[str]:
     qlora.optimizer_name = lambda device, bits=32: "adamw_torch"  # paged memory is CUDA's own
     with TemporaryDirectory() as folder:
         os.environ["LORA_COURSE_CLAIMS"] = f"{folder}/claims"
-        redirect(Path(folder))
-        train_on_corners()
+        meter = Meter(redirect(Path(folder)))
+        train_on_corners(meter.step)
         pretend(gpus, bf16, 80 * GIB if bf16 else 15 * GIB)
         os.chdir(folder)
         (chapter,) = [path for path in chapters() if path.stem == stem]
-        return run(chapter, live_only)
+        return run(chapter, meter, live_only)
 
 
 def run_apart(stem: str, gpus: int, bf16: bool, live_only: bool) -> list[str]:

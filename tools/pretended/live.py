@@ -25,12 +25,25 @@ class Cell:
 
 def read(source: str) -> Cell:
     cell = Cell()
-    for statement in ast.parse(source).body:
-        uses, binds = read_statement(ast.unparse(statement), cell)
+    read_block(ast.parse(source).body, cell)
+    return cell
+
+
+def read_block(statements: Sequence[ast.stmt], cell: Cell) -> None:
+    """Adds to the cell what the statements use before they bind it, one after another, also within an `if`."""
+    for statement in statements:
+        branches = (statement.body, statement.orelse) if isinstance(statement, ast.If) else ()
+        part = statement.test if isinstance(statement, ast.If) else statement
+        uses, binds = read_statement(ast.unparse(part), cell)
         loops = isinstance(statement, ast.For | ast.With)  # these bind a name before they use it
         cell.uses |= uses - cell.binds - (binds if loops else set())
         cell.binds |= binds
-    return cell
+        before, after = cell.binds, set(cell.binds)
+        for branch in branches:
+            cell.binds = set(before)
+            read_block(branch, cell)
+            after |= cell.binds
+        cell.binds = after
 
 
 def read_statement(source: str, cell: Cell) -> tuple[set[str], set[str]]:

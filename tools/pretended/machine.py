@@ -16,7 +16,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 
-from tools.pretended.device import Pretended, apply_to_module, backward_under
+from lora_course import linears
+from tools.pretended.device import CudaTensor, Pretended, apply_to_module, backward_under
 from tools.pretended.four_bits import pretend_four_bits
 
 GIB = 2**30
@@ -47,6 +48,7 @@ def pretend(gpus: int = 1, bf16: bool = False, memory: int = 15 * GIB) -> TorchF
     cuda.random.set_rng_state_all = lambda *_: None
     cuda.stream = contextlib.nullcontext
     torch.nn.Module._apply = apply_to_module
+    linears.PLAIN.add(CudaTensor)
     _pretend_autocast()
     _read_files_on_the_cpu()
     _without_devices(torch.random)

@@ -54,7 +54,10 @@ function prepareBench(engine, jobs) {
   const look = () => {
     showForm(form);
     const settings = readForm(form);
-    const ids = [0, ...engine.tokenizer.encode(prompt.value).slice(-200)];
+    const { ids, left } = engine.prompt(prompt.value);
+    byId("play-left").textContent = left
+      ? `Long: the model reads the last ${READ} of its ${READ + left} tokens.`
+      : "";
     looks.start(async (signal) => {
       await new Promise((resolve) => setTimeout(resolve, 60)); // a slider sends many values
       await breathe(signal);
@@ -103,7 +106,6 @@ function prepareBench(engine, jobs) {
   form.addEventListener("keydown", (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey))
       (event.preventDefault(), write());
-    if (event.key === "Escape") jobs.stop();
   });
   byId("play-stop").addEventListener("click", () => jobs.stop());
   for (const button of form.querySelectorAll("[data-prompt]")) {

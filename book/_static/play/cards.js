@@ -27,7 +27,7 @@ function describe(settings) {
   const s = { ...DEFAULTS, ...settings };
   const parts = [];
   const grid = (bits, per) =>
-    `${bits} bits, one step a ${per === "tensor" ? "matrix" : `group of ${GROUP}`}`;
+    `${bits} bits, one step for ${per === "tensor" ? "each matrix" : `${GROUP} numbers`}`;
   if (s.mode === "none") parts.push("nano alone");
   else if (s.mode === "routed") parts.push("all four, routed");
   else if (s.mode === "one") parts.push(LABELS[s.adapter]);
@@ -135,6 +135,7 @@ class Card {
     const piece = textStream(this.engine.tokenizer);
     const all = [];
     const prompted = element("b");
+    if (this.engine.prompt(prompt).left) prompted.append("… ");
     this.text.append(prompted);
     let written = "";
     const token = ({ id, gates, given }) => {
@@ -144,12 +145,12 @@ class Card {
       (given ? prompted : this.text).append(gates ? gatedSpan(text, gates) : text);
     };
     const speed = await this.engine.write(nano, prompt, { ...options, token });
-    if (all.length)
-      this.score.before(
-        legend(
-          EXPERTS.map((_, e) => all.reduce((sum, g) => sum + g[e], 0) / all.length),
-        ),
-      );
+    if (all.length) {
+      const means = EXPERTS.map((_, e) => all.reduce((sum, g) => sum + g[e], 0) / all.length);
+      const note = element("p", { className: "play-note", role: "status" });
+      this.score.before(legend(means), note);
+      pointable(this.text, note);
+    }
     const scores = {};
     for (const domain of this.domains) {
       scores[domain] = (
@@ -169,18 +170,19 @@ function scoreBar(perByte, domain) {
   const base = PLAY.record.runs["sample/base"][domain];
   const full = 4.5;
   const share = (bits) => `${Math.min(100, (100 * bits) / full)}%`;
-  const change = perByte - base,
-    word =
-      Math.abs(change) < 0.005
-        ? "as nano alone"
-        : `${Math.abs(change).toFixed(2)} ${change < 0 ? "better" : "worse"} than nano alone`;
+  const change = perByte - base;
+  const side = Math.abs(change) < 0.005 ? "same" : change < 0 ? "better" : "worse";
+  const word =
+    side === "same"
+      ? "as nano alone"
+      : `${Math.abs(change).toFixed(2)} ${side} than nano alone`;
   return [
     element(
       "span",
       { className: "play-bar", "aria-hidden": "true" },
       element("span", {
         style: `inline-size: ${share(perByte)}`,
-        className: change < 0 ? "better" : "worse",
+        className: side,
       }),
       element("span", {
         style: `inset-inline-start: ${share(base)}`,

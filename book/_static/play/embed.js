@@ -6,7 +6,7 @@
   const folder = new URL(".", document.currentScript.src);
   const FILES = [
     "data/index.js",
-    ...["tokenizer", "math", "model", "adapters", "load", "engine", "cards", "words", "tour"].map(
+    ...["tokenizer", "math", "model", "adapters", "load", "engine", "cards", "words", "tour", "teachers"].map(
       (name) => `${name}.js`,
     ),
   ];
@@ -17,7 +17,7 @@
       const script = document.createElement("script");
       script.src = new URL(name, folder);
       script.onload = resolve;
-      script.onerror = () => reject(new Error(`${name} could not be loaded`));
+      script.onerror = () => reject(new Error(`${name} is missing. Reload the page to try again.`));
       document.head.append(script);
     });
 
@@ -36,6 +36,7 @@
     prepareTour(engine, new Jobs(), () => {
       location.href = new URL("../../book/play.html#your-own-try", folder);
     });
+    prepareTeachers(engine);
   }
 
   for (const place of document.querySelectorAll(".play-here")) {
@@ -49,10 +50,10 @@
         await (loading ??= load(say));
         for (const other of document.querySelectorAll(".play-here > button, .play-here > [role=status]"))
           other.remove();
-        place.querySelector("[data-try] button").click();
-        place.querySelector("[data-try] button").focus({ preventScroll: true });
+        place.querySelector("[data-try] button")?.click();
+        place.querySelector("[data-try] :is(button, input)").focus({ preventScroll: true });
       } catch (error) {
-        status.textContent = `It did not load: ${error.message}. Reload the page to try again.`;
+        status.textContent = `It did not load. ${error.message}`;
         throw error;
       }
     });

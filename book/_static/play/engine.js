@@ -19,6 +19,9 @@ const DEFAULTS = {
   basePer: "group",
 };
 
+/** nano was trained on pieces of 256 tokens: of a longer prompt the end is read. */
+const READ = 200;
+
 class Engine {
   constructor({ tokenizer, weights, adapters, routers }) {
     Object.assign(this, { tokenizer, weights, adapters, routers });
@@ -82,6 +85,12 @@ class Engine {
     return nano;
   }
 
+  /** A text as token ids, after a start token; left: how many at its start are not read. */
+  prompt(text) {
+    const ids = this.tokenizer.encode(text);
+    return { ids: [0, ...ids.slice(-READ)], left: Math.max(0, ids.length - READ) };
+  }
+
   /**
    * Runs a prompt from the start of a document. Returns the last logits, the cache, and
    * the gates of each token.
@@ -106,7 +115,7 @@ class Engine {
    * Returns how many tokens a second it wrote.
    */
   async write(nano, prompt, { count, temperature, seed, signal, token }) {
-    const ids = [0, ...this.tokenizer.encode(prompt).slice(-400)];
+    const { ids } = this.prompt(prompt);
     const random = randomFrom(seed);
     let { logits, cache, gates } = await this.read(nano, ids, signal);
     ids.slice(1).forEach((id, i) => token({ id, gates: gates[i + 1], given: true }));
@@ -145,10 +154,10 @@ class Engine {
 
   /**
    * Bits of each token of a text, as `lab.bits_per_byte` counts: after a start token,
-   * in windows of 256 that don't overlap.
+   * in windows of 256 that don't overlap. progress: called with the share that is done.
    * Returns { ids, bits, bytes, perByte }.
    */
-  async score(nano, text, signal) {
+  async score(nano, text, signal, progress = () => {}) {
     const ids = [0, ...this.tokenizer.encode(text)];
     const bits = [];
     const size = PLAY.config.vocab_size;
@@ -163,6 +172,7 @@ class Engine {
             bitsOf(logits.subarray(i * size, (i + 1) * size), ids[from + i + 1]),
           ),
         );
+        progress(end / (ids.length - 1));
         await breathe(signal);
       }
     }

@@ -16,7 +16,7 @@ function loadScript(name) {
     const script = document.createElement("script");
     script.src = new URL(name, playFolder);
     script.onload = () => resolve(script.remove());
-    script.onerror = () => reject(new Error(`${name} could not be loaded`));
+    script.onerror = () => reject(new Error(`${name} is missing. Reload the page to try again.`));
     document.head.append(script);
   });
 }
@@ -68,6 +68,8 @@ async function unpackBundle(name) {
 
 /** All that the page needs. progress: called with the share that has come, 0 … 1. */
 async function loadPlay(progress) {
+  if (!globalThis.DecompressionStream)
+    throw new Error("This browser can't unpack it: one of May 2023 or later can.");
   const names = [
     "tokenizer-0.js",
     ...Object.values(PLAY.bundles).flatMap((bundle) => bundle.pieces),

@@ -17,42 +17,6 @@ const TASKS = {
   },
 };
 
-function prepareTeachers(engine) {
-  const form = byId("play-teachers");
-  const jobs = new Jobs();
-  let logits = null;
-  let asked = "";
-  const show = () => {
-    const { first, second, share, temperature, text } = Object.fromEntries(
-      new FormData(form),
-    );
-    const T = 2 ** Number(temperature);
-    const w = Number(share);
-    byId("play-teachers-share").textContent =
-      `${Math.round(100 * w)}% / ${Math.round(100 * (1 - w))}%`;
-    byId("play-teachers-temperature").textContent = T.toFixed(2);
-    jobs.start(async (signal) => {
-      const key = JSON.stringify([first, second, text]);
-      if (key !== asked) {
-        const ids = [0, ...engine.tokenizer.encode(text).slice(-200)];
-        const read = [];
-        for (const adapter of [first, second])
-          read.push((await engine.read(engine.model({ adapter }), ids, signal)).logits);
-        [logits, asked] = [read, key];
-      }
-      teacherTable(
-        byId("play-teachers-table"),
-        engine.tokenizer,
-        teachersAt(...logits, w, T),
-        [LABELS[first], LABELS[second]],
-      );
-    });
-  };
-  form.addEventListener("input", show);
-  form.addEventListener("submit", (event) => event.preventDefault());
-  show();
-}
-
 function prepareScoring(engine, bench) {
   const form = byId("play-scoring");
   const jobs = new Jobs();
@@ -65,10 +29,17 @@ function prepareScoring(engine, bench) {
     result.textContent = "scoring …";
     jobs.start(async (signal) => {
       const settings = bench.settings();
-      const alone = await engine.score(engine.model({ mode: "none" }), text, signal);
-      const now = await engine.score(engine.model(settings), text, signal);
+      const say = (done) => (result.textContent = `scoring, ${Math.round(100 * done)}% …`);
+      const half = (from) => (share) => say(from + share / 2);
+      const nano = engine.model({ mode: "none" });
+      const alone = await engine.score(nano, text, signal, half(0));
+      const now = await engine.score(engine.model(settings), text, signal, half(0.5));
       shown.replaceChildren(...costlyText(engine.tokenizer, now));
-      result.textContent = `${now.perByte.toFixed(3)} bits a byte with “${describe(settings)}”, ${alone.perByte.toFixed(3)} with nano alone (${now.bytes} bytes, ${now.ids.length} tokens).`;
+      pointable(shown, byId("play-cost"));
+      result.textContent =
+        `${now.perByte.toFixed(3)} bits a byte with “${describe(settings)}”, ` +
+        `${alone.perByte.toFixed(3)} with nano alone (bytes: ${now.bytes}, tokens: ${now.ids.length}).` +
+        (now.perByte > 8 ? " More than 8: guessing each byte would be better." : "");
     }, shown);
   });
 }
@@ -88,7 +59,7 @@ function prepareTasks(engine) {
     const { exact } = PLAY.record.runs[`task/${choice.value}`];
     byId("play-gender").hidden = !TASKS[choice.value].gender;
     byId("play-task-score").textContent =
-      `Of 100 words that it had not seen it got ${Math.round(100 * exact)} right, from the first sound to the last.`;
+      `It got ${Math.round(100 * exact)}% of ${PLAY.record.settings.task_words} unseen words right as a whole.`;
   };
   choice.addEventListener("input", () => {
     form.elements.word.value = TASKS[choice.value].example;
@@ -150,12 +121,16 @@ async function start() {
     document.querySelector("[data-try] button").focus({ preventScroll: true });
     document.querySelector("[data-try] button").click();
   } catch (error) {
-    status.textContent = `The model did not load: ${error.message}. Reload the page to try again.`;
+    status.textContent = `The model did not load. ${error.message}`;
     throw error;
   }
 }
 
 byId("play-load-button").textContent =
   `Load the model (${(PLAY.bytes / 1e6).toFixed(1)} MB)`;
-byId("play-load-button").disabled = false;
 byId("play-load-button").addEventListener("click", start);
+if (!globalThis.playFault) {
+  byId("play-load-button").disabled = false;
+  byId("play-status").textContent =
+    "Once, for as long as this page is open. Nothing that you type leaves it.";
+}

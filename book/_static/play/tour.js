@@ -49,12 +49,17 @@ const TOUR = {
       { mode: "two", second: "bible", merge: "updates" },
       { mode: "two", second: "bible", merge: "factors" },
     ],
+    title: ({ second, merge }) =>
+      second
+        ? `with ${second === "bible" ? "the Bible’s" : "its flipped copy"}: ${merge} averaged`
+        : "Shakespeare’s adapter",
   },
   routing: {
     prompt: DEEDS,
     runs: [{ mode: "routed" }],
     domains: () => EXPERTS,
     count: 40,
+    seed: 2,
   },
 };
 
@@ -63,8 +68,11 @@ const TOUR = {
  * with settings to go on with.
  */
 function prepareTour(engine, jobs, use) {
+  document.addEventListener("keydown", ({ key }) => key === "Escape" && jobs.stop());
   for (const place of document.querySelectorAll("[data-try]")) {
-    const { prompt, runs, domains, count = 48, title: named } = TOUR[place.dataset.try];
+    if (!(place.dataset.try in TOUR)) continue; // the teachers have knobs of their own
+    const step = TOUR[place.dataset.try];
+    const { prompt, runs, domains, count = 48, seed = 7, title: named } = step;
     const title =
       place
         .closest("section")
@@ -76,12 +84,13 @@ function prepareTour(engine, jobs, use) {
       "▶ Try it",
     );
     const cards = element("div", {
-      className: runs.length > 1 ? "play-cards" : "play-cards wide",
+      className: `play-cards ${runs.length === 1 ? "wide" : runs.length > 4 ? "rows" : ""}`,
     });
     button.addEventListener("click", () => {
       cards.replaceChildren();
       jobs.start(async (signal) => {
         const results = [];
+        let wrote = "";
         for (const settings of runs) {
           const card = new Card(
             engine,
@@ -98,20 +107,21 @@ function prepareTour(engine, jobs, use) {
             },
             "change these settings",
           );
-          more.addEventListener("click", () => use(card.settings, prompt));
+          more.addEventListener("click", () => use({ ...card.settings, seed }, prompt));
           card.node.append(more);
           cards.append(card.node);
-          const { scores } = await card.run(prompt, {
+          const { text, scores } = await card.run(prompt, {
             count,
             temperature: 0.8,
-            seed: 3,
+            seed,
             signal,
           });
+          announce((wrote = `${card.title} wrote: ${text}.`));
           results.push(
             `${card.title}: ${Object.values(scores)[0].toFixed(2)} bits a byte.`,
           );
         }
-        announce(`${title}. ${results.join(" ")}`);
+        announce(`${wrote} ${title}. ${results.join(" ")}`);
       }, cards);
     });
     place.replaceChildren(button, cards);

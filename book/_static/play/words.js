@@ -1,6 +1,5 @@
 "use strict";
-// Three views of single words: what comes next, what two teachers would say, and what
-// each word of a text costs.
+// Two views of single words: what comes next, and what each word of a text costs.
 
 /** The likeliest tokens of a distribution: [[id, probability], …]. */
 function likeliest(probabilities, count) {
@@ -10,10 +9,15 @@ function likeliest(probabilities, count) {
     .map((id) => [id, probabilities[id]]);
 }
 
-/** A token as one can see it: spaces and line ends are shown. */
+/**
+ * A token as one can see it: spaces and line ends are shown, and the bytes of a part of
+ * a character.
+ */
 function visible(tokenizer, id) {
   if (id === 0) return "⟨end⟩";
   const text = tokenizer.decode([id]);
+  if (text.includes("\ufffd"))
+    return `⟨${Array.from(tokenizer.toBytes([id]), (b) => b.toString(16)).join(" ")}⟩`;
   return text.replace(/^ /, "␣").replaceAll("\n", "⏎").replaceAll("\t", "⇥");
 }
 
@@ -34,7 +38,7 @@ function nextWords(list, tokenizer, logits, temperature, choose) {
         {
           type: "button",
           "aria-label": `add ${visible(tokenizer, id)}, ${percent}`,
-          disabled: id === 0,
+          disabled: id === 0 || text.includes("\ufffd"), // a text can't end in a part of a character
         },
         element("code", {}, visible(tokenizer, id)),
         element(
@@ -50,85 +54,48 @@ function nextWords(list, tokenizer, logits, temperature, choose) {
   );
 }
 
-/** softmax(z / T). */
-function atTemperature(logits, temperature) {
-  return softmax(Float64Array.from(logits, (value) => value / temperature));
+/**
+ * Tells the numbers of a word, its title, to one who taps it or walks the text with the
+ * arrow keys: a title alone is for a mouse.
+ */
+function pointable(text, note) {
+  const words = [...text.querySelectorAll("[title]")];
+  let at = -1;
+  const point = (to) => {
+    if (!(to in words)) return;
+    words[at]?.classList.remove("play-pointed");
+    at = to;
+    words[at].classList.add("play-pointed");
+    note.textContent = `“${words[at].textContent.trim() || "⏎"}”: ${words[at].title}`;
+  };
+  text.tabIndex = 0;
+  text.onclick = ({ target }) => point(words.indexOf(target));
+  text.onkeydown = (event) => {
+    const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+    if (step) (event.preventDefault(), point(at + step));
+  };
+  note.textContent = "Tap a word, or walk with the arrow keys, for its numbers.";
 }
 
 /**
- * What a student of two teachers would be trained on, w being the first one's weight:
- * the mixture  w softmax(z₁ / T) + (1 − w) softmax(z₂ / T),  and  softmax((w z₁ + (1 −
- * w) z₂) / T)  of averaged logits.
+ * A text whose words are tinted by their bits: none for 0, full for 12 and more. The
+ * tokens of one character count together.
  */
-function teachersAt(first, second, w, temperature) {
-  const p1 = atTemperature(first, temperature);
-  const p2 = atTemperature(second, temperature);
-  return {
-    first: p1,
-    second: p2,
-    mixture: p1.map((p, i) => w * p + (1 - w) * p2[i]),
-    logits: atTemperature(
-      first.map((z, i) => w * z + (1 - w) * second[i]),
-      temperature,
-    ),
-  };
-}
-
-/** A table of the tokens that matter in any of the four distributions. */
-function teacherTable(table, tokenizer, distributions, names) {
-  const { first, second, mixture } = distributions;
-  const ids = [
-    ...new Set(
-      [...likeliest(first, 4), ...likeliest(second, 4), ...likeliest(mixture, 5)].map(
-        ([id]) => id,
-      ),
-    ),
-  ];
-  ids.sort((a, b) => mixture[b] - mixture[a]);
-  const bar = (p) =>
-    element(
-      "td",
-      {},
-      element(
-        "span",
-        { className: "play-share", "aria-hidden": "true" },
-        element("span", { style: `inline-size: ${100 * p}%` }),
-      ),
-      `${(100 * p).toFixed(1)}%`,
-    );
-  table.tHead.replaceChildren(
-    element(
-      "tr",
-      {},
-      ...["next word", ...names, "their mixture", "averaged logits"].map((name) =>
-        element("th", { scope: "col" }, name),
-      ),
-    ),
-  );
-  table.tBodies[0].replaceChildren(
-    ...ids.map((id) =>
-      element(
-        "tr",
-        {},
-        element("th", { scope: "row" }, element("code", {}, visible(tokenizer, id))),
-        ...Object.values(distributions).map((p) => bar(p[id])),
-      ),
-    ),
-  );
-}
-
-/** A text whose words are tinted by their bits: none for 0, full for 12 and more. */
 function costlyText(tokenizer, { ids, bits }) {
   const piece = textStream(tokenizer);
-  return ids.map((id, i) =>
-    element(
-      "span",
-      {
-        className: "play-cost",
-        title: `${bits[i].toFixed(1)} bits`,
-        style: `--cost: ${Math.round(Math.min(100, (100 * bits[i]) / 12))}%`,
-      },
-      piece(id),
-    ),
-  );
+  const spans = [];
+  let cost = 0;
+  ids.forEach((id, i) => {
+    const text = piece(id);
+    cost += bits[i];
+    if (!text) return;
+    const options = {
+      className: "play-cost",
+      title: `${cost.toFixed(1)} bits`,
+      style: `--cost: ${Math.round(Math.min(100, (100 * cost) / 12))}%`,
+    };
+    spans.push(element("span", options, text));
+    cost = 0;
+  });
+  return spans;
 }

@@ -76,12 +76,12 @@ def check_conv1d(draw: Draw):
         ({}, False, "nf4", "With a base without a bias it goes wrong: b is zero then."),
         ({"lora_dropout": 0.5}, True, "nf4", "With dropout it goes wrong: it is not merged."),
     ]
-    for arguments, bias, kind, hint in cases:
+    for place, (arguments, bias, kind, hint) in enumerate(cases):
         inputs, outputs = (64 * n for n in draw.sizes(2, 1, 3))
         r = draw.integer(2, 6)
         base = bnb.nn.Linear4bit(
             inputs, outputs, bias=bias, compute_dtype=torch.float32, quant_type=kind,
-            compress_statistics=draw.choice([True, False]),
+            compress_statistics=place % 2 == 0,  # NF4 comes with and without double quantisation
         )  # fmt: skip
         state = {"weight": draw.normal(outputs, inputs, std=0.1)}
         base.load_state_dict(state | ({"bias": draw.normal(outputs)} if bias else {}))
@@ -89,4 +89,6 @@ def check_conv1d(draw: Draw):
         layer = LoRALinear(base.to("cpu"), r=r, lora_alpha=alpha, **arguments)
         layer.A = nn.Parameter(draw.normal(r, inputs, std=0.2))
         layer.B = nn.Parameter(draw.normal(outputs, r, std=0.05))
-        yield case(layer.train(draw.choice([True, False])), hint=hint)
+        yield case(
+            layer.train(place != 2), hint=hint
+        )  # with dropout it trains: there a random mask shows

@@ -90,6 +90,11 @@ def check_quantizer(draw: Draw):
             given, codes, block, hint="With another codebook and another block size it goes wrong."
         )
     hint = "With a block of zeros it goes wrong: its largest magnitude is 0, and 0 / 0 is not a number."
-    yield case(weight(6, 64, nf4, 64, zeros=True), nf4, 64, hint=hint)
+    yield case(weight(8, 64, nf4, 64, zeros=True), nf4, 64, hint=hint)
     codes = codebook(4)
     yield case(weight(8, 12, codes, 12, zeros=True), codes, 12, hint=hint)
+    codes = codebook(draw.integer(24, 40))
+    hint = "With a codebook of more than sixteen entries it goes wrong."
+    yield case(weight(8, 32, codes, 32), codes, 32, hint=hint)
+    hint = "With small weights it goes wrong: what bounds a magnitude from below, or is added to it, changes them."
+    yield case(1e-4 * weight(8, 64, nf4, 64), nf4, 64, hint=hint)

@@ -112,6 +112,9 @@ def check_allocation_floor(draw: Draw):
             budget,
             hint="".join(hint[place : place + 1]),
         )
+        if place == 3:
+            again = "With other averages of the same shapes it goes wrong."
+            yield case(averages(shapes, scales), averages(shapes, scales), budget, hint=again)
         if place < 2:
             shapes = {
                 name: (draw.integer(17, 24), 4, 3) for name in names
@@ -124,3 +127,12 @@ def check_allocation_floor(draw: Draw):
             }
             ties = "Where scores are equal it goes wrong: the first of the equal ones are kept, `budget` in all."
             yield case(equal, equal, draw.integer(4, 50), hint=ties)
+    # before the first gradient all averages are 0; and here names are in no order but the dictionary's
+    for number in (0.0, 1.0):
+        names = draw.choice([("k", "v", "down"), ("o", "q", "k")])
+        alike = {
+            name: {key: torch.full(shape, number) for key, shape in (("A", (r, 5)), ("E", (r, 1)), ("B", (4, r)))}
+            for name, r in zip(names, draw.sizes(3, 5, 9), strict=True)
+        }  # fmt: skip
+        hint = "Where all scores are equal it goes wrong: layers and triplets that come first win, `budget` in all."
+        yield case(alike, alike, draw.integer(7, 13), hint=hint)

@@ -64,17 +64,28 @@ def check_budget_up(draw: Draw):
     """b(t) with any power, rounded up. No b(t) between the phases is nearly whole."""
     before = "During the first tinit steps the budget is init_r · layers."
     after = "From step total_step - tfinal on the budget is target_r · layers."
-    for power, tinit, tfinal in ((3, 5, 8), (1, 3, 6), (2, 0, 4), (1.5, 9, 0), (5, 2, 11)):
+    for power, tinit, tfinal in (
+        (3, 5, 8),
+        (1, 3, 6),
+        (2, 0, 4),
+        (1.5, 9, 0),
+        (5, 2, 11),
+        (0.5, 4, 7),
+    ):
         target_r, init_r = sorted(draw.sizes(2, 3, 16))
         layers, total = draw.integer(5, 40), draw.integer(40, 90)
         last = total - tfinal
-        schedule = (layers, init_r, target_r, tinit, tfinal, total)
+        rest = (init_r, target_r, tinit, tfinal, total)
         middle = draw.random.sample(range(tinit + 1, last), 6)
-        for t in sorted({1, max(tinit, 1), *middle, last, total}):
-            exact = value(t, *schedule, power)
+        steps = sorted({1, max(tinit, 1), *middle, last, total})
+        calls = [(t, layers, power) for t in steps]
+        # one argument changed at a time, so that what is kept from an earlier call shows
+        calls += [(middle[0], layers, power + 1), (middle[0], layers + 1, power)]
+        for t, layers, power in calls:
+            exact = value(t, layers, *rest, power)
             if tinit < t < last and abs(exact - round(exact)) < 1e-6:
                 continue
             hint = before if t <= tinit else after if t >= last else ""
             hint = hint or (f"With a power of {power:g} it goes wrong." if power != 3 else "")
             given: dict[str, Any] = {} if power == 3 else {"power": power}
-            yield case(t, *schedule, **given, hint=hint)
+            yield case(t, layers, *rest, **given, hint=hint)

@@ -1,9 +1,9 @@
 """Exercise 1.2-c: a triplet layer as plain LoRA."""
 
-import torch
 from torch import nn
 
 from lora_course.adalora import AdaLoRALinear
+from lora_course.classroom.comparison import as_tensor
 from lora_course.classroom.exercises import Draw, case, exercise, mistake
 
 
@@ -18,7 +18,9 @@ def _use_fold(found, layer):
         not isinstance(found, (tuple, list)) or len(found) != 3,
         "Three things are expected: A, B and lora_alpha.",
     )
-    A, B = (torch.as_tensor(t).detach().double() for t in found[:2])
+    factors = [as_tensor(t) for t in found[:2]]
+    mistake(any(t is None for t in factors), "A and B are expected first, as tensors.")
+    A, B = (t.double() for t in factors)
     kept, shape = int(layer.mask.sum()), (layer.out_features, layer.in_features)
     mistake(
         A.shape == layer.A.shape and kept != len(layer.mask),
@@ -44,7 +46,7 @@ FOLD_MISTAKES = {
     "λ counts by its size only; its sign belongs to it.": _fold(A=lambda layer: layer.E.abs() * layer.A),
     "The scale has changed: a plain layer divides lora_alpha by the rank that is left, this one by its first rank.":
         _fold(alpha=lambda layer: layer.lora_alpha),
-    "You return the scale; lora_alpha is the scale times the rank that is left.":
+    "The update is too small by the rank that is left: a plain layer divides lora_alpha by it.":
         _fold(alpha=lambda layer: layer.scaling),
     "The scale is missing: lora_alpha is the scale times the rank that is left.":
         _fold(alpha=lambda layer: int(layer.mask.sum())),
@@ -63,13 +65,15 @@ FOLD_MISTAKES = {
 )
 def check_fold(draw: Draw):
     """A plain LoRA layer of an AdaLoRA layer with a mask."""
-    for count, hint in [
-        (None, ""),
-        (None, ""),
-        (1, "With one triplet left it goes wrong."),
-        (0, "With no triplet masked it goes wrong."),
-        (-1, "With a kept triplet whose λ is 0 it goes wrong: it stays, the mask decides."),
-    ]:
+    for place, (count, hint) in enumerate(
+        [
+            (None, ""),
+            (None, ""),
+            (1, "With one triplet left it goes wrong."),
+            (0, "With no triplet masked it goes wrong."),
+            (-1, "With a kept triplet whose λ is 0 it goes wrong: it stays, the mask decides."),
+        ]
+    ):
         r, inputs, outputs = draw.integer(5, 9), draw.integer(10, 20), draw.integer(21, 30)
         alpha = draw.choice([a for a in range(2, 40) if a % r])
         layer = AdaLoRALinear(nn.Linear(inputs, outputs), r=r, lora_alpha=alpha)
@@ -81,4 +85,4 @@ def check_fold(draw: Draw):
         layer.E.data.masked_fill_(~layer.mask[:, None], 0.0)
         if count == -1:
             layer.E.data[chosen[0]] = 0.0
-        yield case(layer.train(draw.choice([True, False])), hint=hint)
+        yield case(layer.train(place % 2 == 0), hint=hint)

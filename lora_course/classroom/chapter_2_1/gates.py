@@ -71,7 +71,12 @@ def check_spread_rest(draw: Draw):
     )
     yield case(logits(B, T, E), E, hint="With as many chosen as there are experts it goes wrong.")
     yield case(
-        100 + 60 * logits(T, B, E),
+        100 + 3 * logits(T, B, E),
         2,
         hint="With large logits it goes wrong: exp() of them overflows.",
     )
+    heights = 120.0 * (draw.order(B * T) % 2).reshape(B, T, 1)
+    hint = (
+        "Where the tokens' logits lie far apart it goes wrong: each token has a softmax of its own."
+    )
+    yield case(logits(B, T, E) - heights, 2, hint=hint)

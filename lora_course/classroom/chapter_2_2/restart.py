@@ -28,7 +28,7 @@ def _use_restart(found, layer, optimizer, note):
     x, moved = note["x"], (layer.base_layer.weight - was.base_layer.weight).detach().float()
     delta = was.delta_weight().detach()
     near = lambda a, b: bool((a - b).abs().max() <= 1e-4 * b.abs().max())  # noqa: E731
-    A, B = layer.A.detach(), layer.B.detach()
+    A, B, base = layer.A.detach(), layer.B.detach(), layer.base_layer
     untouched = A.shape == was.A.shape and torch.equal(A, was.A)
     mistake(
         not moved.any() and untouched,
@@ -50,10 +50,17 @@ def _use_restart(found, layer, optimizer, note):
         "The base's bias has changed; it is no part of the update.",
     )
     mistake(
-        bool(B.any()) or not B.isfinite().all(),
+        not (A.isfinite().all() and B.isfinite().all()),
+        "There are NaN or infinite numbers in A or B.",
+    )
+    mistake(
+        bool(A.any() and B.any()),
         "B is not zero, so the function jumps: the merged update is applied a second time, or something random is.",
     )
-    mistake(not A.any(), "A and B are both zero: neither will ever get a gradient. Draw A afresh.")
+    mistake(
+        not (A.any() or B.any()),
+        "A and B are both zero: neither will ever get a gradient. Draw A afresh.",
+    )
     mistake(
         untouched,
         "A is the old one: the next update would read the same directions again. Draw it afresh.",
@@ -62,20 +69,35 @@ def _use_restart(found, layer, optimizer, note):
         A.shape != was.A.shape or B.shape != was.B.shape or {A.dtype, B.dtype} != {torch.float32},
         "The new factors must have the old ones' shapes and their type, float32.",
     )
-    cosines = nn.functional.normalize(A, dim=1) @ nn.functional.normalize(was.A.detach(), dim=1).T
+    # usually A is drawn and B is zero; the other way round the layer starts as its base too
+    drawn, old, kind = (A, was.A, "row of A") if A.any() else (B.T, was.B.T, "column of B")
+    cosines = nn.functional.normalize(drawn, dim=1) @ nn.functional.normalize(old.detach(), dim=1).T
     mistake(
-        bool((cosines.abs() > 0.95).any()),
-        "A row of A points where an old one did: all of A is to be drawn afresh.",
+        bool((cosines.abs() > 0.7).any()),
+        "A {} points where an old one did: all of them are to be drawn afresh.",
+        kind,
     )
-    rank = torch.linalg.svdvals(A / A.norm())
+    rank = torch.linalg.svdvals(drawn / drawn.norm())
     mistake(
-        bool(rank[-1] < 1e-3), "Rows of the new A are multiples of each other: draw them at random."
+        bool(rank[-1] < 1e-3),
+        "Each new {} is a multiple of another: draw them at random.",
+        kind,
     )
     mistake(
         layer.merged,
         "layer.merged is set: the layer would leave its new factors out. The old ones are merged.",
     )
-    base = layer.base_layer
+    mistake(
+        layer.training != was.training or base.training != was.base_layer.training,
+        "The layer is in train or eval mode, as it was not before: leave that as it was.",
+    )
+    kept = ("scaling", "enabled", "r", "lora_alpha", "use_rslora")
+    other = [name for name in kept if getattr(layer, name, None) != getattr(was, name)]
+    mistake(bool(other), "`layer.{}` has changed: the layer keeps its settings.", *other[:1])
+    mistake(
+        not isinstance(base.weight, nn.Parameter),
+        "The base's weight is no nn.Parameter any more: it would be missing when the model is saved.",
+    )
     mistake(
         any(p.requires_grad for p in base.parameters()),
         "The base requires gradients now: it stays frozen.",
@@ -145,20 +167,22 @@ def _step_twice(layer, optimizer, x):
 )
 def check_restart(draw: Draw):
     """ReLoRA's restart, in place."""
-    for arguments in ({}, {"use_rslora": True}, {"bias": False}):
-        inputs, outputs = draw.sizes(
-            2, 16, 28
-        )  # in so many dimensions no new row is like an old one
+    for place, arguments in enumerate(({}, {"use_rslora": True}, {"bias": False})):
+        # in so many dimensions no new row is like an old one
+        inputs, outputs = draw.sizes(2, 40, 56)
         r = draw.integer(3, 5)
         # never a scale of 1, with rsLoRA neither: there "the scale is missing" would be right
         alpha = draw.choice([a for a in range(3, 30) if a not in (r, 2 * r, r * r)])
         layer = draw.lora(inputs, outputs, r, lora_alpha=alpha, **arguments)
         rate = draw.number(0.01, 0.1)
-        optimizer = torch.optim.AdamW([layer.A, layer.B], lr=rate, weight_decay=0)
+        optimizer = torch.optim.AdamW([layer.A, layer.B], lr=2 * rate, weight_decay=0.02)
         x = draw.normal(6, inputs)
         for _ in range(3):
             layer(x).square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
+        # as a schedule does: it is no longer the optimiser's default
+        optimizer.param_groups[0]["lr"] = rate
+        layer.train(place != 1)
         note = {"layer": copy.deepcopy(layer), "x": x, "settings": _settings(optimizer)}
         yield case(layer, optimizer, note=note)

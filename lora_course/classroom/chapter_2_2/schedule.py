@@ -83,10 +83,12 @@ def check_jagged_cosine(draw: Draw):
         total = stages * length
         inside = draw.random.sample(range(warmup + 1, total), 4)
         again = [s * length + draw.integer(1, warmup) for s in range(1, stages)]
-        for step in [*inside, *again, 0, (stages - 1) * length, draw.integer(0, warmup), total - 1]:
+        last = range((stages - 1) * length, (stages - 1) * length + warmup + 1)
+        for step in [*inside, *again, *range(warmup + 1), *last, total - 1]:
             hint = ""
             if step % length == 0:
                 hint = "At the first step of a stage it goes wrong: its rate is 0."
             elif step < warmup:
                 hint = "In the first warm-up it goes wrong: the decay is 1 there."
             yield case(step, stages, length, warmup, floor, hint=hint)
+        yield case(inside[0], stages, length, warmup, floor / 2 + 0.1)

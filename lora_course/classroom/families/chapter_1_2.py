@@ -128,8 +128,7 @@ allocation = Family(
     statement="""
     You get the sensitivity and the uncertainty of each entry, by layer, and a budget of triplets for all layers together,
     at least as many as there are layers. An entry's importance is {importance} A triplet's score is the importance of its
-    $\\lambda$, plus a number for its row of `A`, plus a number for its column of `B`: each is {reduce} {floor} The rest
-    goes to the highest scores of all layers. {ties} Return a mask for each layer.
+    $\\lambda$, plus a number for its row of `A`, plus a number for its column of `B`: each is {reduce} {floor} {ties} Return a mask for each layer.
     """,
     answer='''
     def keep(sensitivity, uncertainty, budget):
@@ -161,13 +160,13 @@ allocation = Family(
             "smaller": ("the smaller one of sensitivity and uncertainty.", "torch.minimum(s, u)"),
         },
         "reduce": {
-            "mean": ("the mean over the entries.", "A.mean(1) + B.mean(1)"),
-            "sum": ("the sum over the entries.", "A.sum(1) + B.sum(1)"),
-            "max": ("the largest entry.", "A.amax(1) + B.amax(1)"),
+            "mean": ("the mean importance of the entries in it.", "A.mean(1) + B.mean(1)"),
+            "sum": ("the sum of the importances of the entries in it.", "A.sum(1) + B.sum(1)"),
+            "max": ("the largest importance of an entry in it.", "A.amax(1) + B.amax(1)"),
         },
         "floor": {
-            "none": ("No layer is certain of a triplet.", "False"),
-            "one": ("First, each layer keeps the triplet of its highest score.", "True"),
+            "none": ("The whole budget goes to the highest scores of all layers; a layer may get nothing.", "False"),
+            "one": ("First, each layer keeps the triplet of its highest score; the rest of the budget goes to the highest scores among all others.", "True"),
         },
         "ties": {
             "first": ("Among equal scores those come first that are listed first: by layer, then within the layer.", "1"),

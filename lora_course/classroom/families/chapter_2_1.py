@@ -13,17 +13,18 @@ def _gate_cases(draw: Draw, choice: Choices) -> list[tuple]:
         # equal logits: which experts are chosen is then the rule's to say
         equal = torch.randint(0, 3, (7, experts), generator=draw.generator).float()
         made.append((equal, draw.integer(2, experts - 2)))
+        made.append((draw.normal(7, experts), made[-1][1]))  # the same shape again
     return made
 
 
 gates = Family(
     id="2.1-gates",
-    title="Gates with a shared expert",
+    title="Gates of another kind",
     points=4,
     minutes=20,
     statement="""
-    From a router's logits make gates of the same shape, with zeros for the experts that are not asked. {shared} Among the
-    others the largest logits win. {ties} {weights}
+    From a router's logits make gates of the same shape, with zeros for the experts that are not asked. {shared}
+    {ties} {weights}
     {temperature}
     """,
     answer='''
@@ -43,7 +44,7 @@ gates = Family(
     conventions={
         "shared": {
             "none": ("The k experts of the largest logits are asked.", "0"),
-            "one of k": ("Expert 0 is always asked, and is one of the k experts that are.", "1"),
+            "one of k": ("Expert 0 is always asked, and with it the k - 1 others of the largest logits.", "1"),
         },
         "ties": {
             "low": ("Of equal logits the expert of the lower index wins.", "others.argsort(dim=-1, descending=True, stable=True)"),
@@ -80,8 +81,9 @@ def _balance_cases(draw: Draw, choice: Choices) -> list[tuple]:
     made.append(
         ((draw.normal(2, 3, 3) * 2).softmax(-1), torch.tensor([[True] * 3, [False, True, True]]), 2)
     )
-    for _ in range(4):
-        rows, length, experts = draw.sizes(3, 3, 8)
+    for number in range(4):
+        if number % 2 == 0:  # each shape twice: what is kept from an earlier call shows
+            rows, length, experts = draw.sizes(3, 3, 8)
         real = (
             torch.arange(length)[None]
             >= torch.tensor([draw.integer(0, length - 1 - 1) for _ in range(rows)])[:, None]

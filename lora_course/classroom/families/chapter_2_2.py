@@ -71,7 +71,7 @@ schedule = Family(
         },
         "floor": {
             "none": ("Return the product of the two.", "warm * decay"),
-            "floor": ("Return the product of the two, but never less than 0.3 outside a warm-up; inside one the product counts.", "warm * decay if warm < 1 else max(0.3, decay)"),
+            "floor": ("Return the product of the two, but never less than 0.3 where the warm-up is 1; where it is less than 1 the product counts.", "warm * decay if warm < 1 else max(0.3, decay)"),
         },
     },
     book={"first": "zero", "again": "same", "start": "warm", "decay": ("line", "cosine"), "floor": "none"},

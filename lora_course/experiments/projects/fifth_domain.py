@@ -65,7 +65,7 @@ def experts_of(seed: int) -> list[AdapterState]:
 
 def singles(seed: int) -> dict[str, Any]:
     """Each expert alone on the text that none has seen."""
-    scores = {s: [first.score_state(state, s, [LEFT_OUT])[LEFT_OUT] for state in experts_of(seed)] for s in ("validation", "test")}  # fmt: skip
+    scores = {s: [first.score(state, s, [LEFT_OUT])[LEFT_OUT] for state in experts_of(seed)] for s in ("validation", "test")}  # fmt: skip
     return {f"each on {split}": values for split, values in scores.items()}
 
 
