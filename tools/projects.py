@@ -85,10 +85,10 @@ def other_zero() -> dict[str, Any]:
 def codebook() -> dict[str, Any]:
     runs, run = (study.load_study(name)["runs"] for name in ("1_1_formats", "1_1_project"))
     error = {kind: runs[f"{kind}/all"]["error"] for kind in ("int4", "fp4", "nf4")}
-    lost = {kind: {text: fmean(differences(windows, runs["base"]["loss"][text])) for text, windows in runs[f"{kind}/all"]["loss"].items()}
+    lost = {kind: {text: fmean(differences(losses, runs["base"]["loss"][text])) for text, losses in runs[f"{kind}/all"]["loss"].items()}
             for kind in error}  # fmt: skip
     said = {f"error_{kind}": f"{100 * value:.2f}%" for kind, value in error.items()}
-    said |= {f"lost_{kind}": f"{fmean(by.values()):.3f}" for kind, by in lost.items()}
+    said["lost_nf4"] = f"{fmean(lost['nf4'].values()):.3f}"
     ahead = [text for text in lost["fp4"] if lost["fp4"][text] < lost["int4"][text]]
     before, after = run["fit/nf4"]["others"]
     windows = [Pair(losses, runs["nf4/all"]["loss"][text][: len(losses)], "nats a token")
@@ -105,14 +105,26 @@ def codebook() -> dict[str, Any]:
 
 
 def parameters_kept() -> dict[str, Any]:
-    record = study.load_study("1_2_adalora")
-    count = {arm: study.series(record, arm, "parameters") for arm in ("lora", "adalora", "random")}
-    chosen, drawn = pair(record, "adalora", "lora"), pair(record, "random", "adalora")
+    record, run = (study.load_study(name) for name in ("1_2_adalora", "1_2_project"))
+    count = {arm: study.series(record, arm, "parameters") for arm in ("lora", "adalora")}
+    half = pair(record, "adalora", "lora").half
     most, least = max(count["adalora"]), min(count["adalora"])
+    kept = fmean(sum(ranks.values()) for ranks in study.series(run, "charged", "ranks"))
     return {
-        "adalora": chosen, "random": drawn, "half": f"{chosen.half:.3f}", "parameters": f"{count['lora'][0]:,}",
-        "most": f"{most:,}", "least": f"{least:,}", "drawn": f"{fmean(count['random']):,.0f}",
+        "half": f"{half:.3f}", "parameters": f"{count['lora'][0]:,}", "most": f"{most:,}", "least": f"{least:,}",
+        "charged": across(run, "charged", record, "adalora"), "charged_lora": across(run, "charged", record, "lora"),
+        "lot": pair(run, "by lot", "charged"), "used": f"{fmean(study.series(run, 'charged', 'parameters')):,.0f}",
+        "triplets": f"{kept:.0f}", "narrow": in_attention(run, "charged", run),
+        "narrow_adalora": in_attention(record, "adalora", run),
     }  # fmt: skip
+
+
+def in_attention(record: Record, arm: str, like: Record) -> str:
+    """The share of an arm's triplets that attention's matrices, the narrow ones, keep; the mean over the seeds of `like`."""
+    ranks = study.series(record, arm, "ranks")[: len(like["settings"]["seeds"])]
+    shares = [sum(r for name, r in of_seed.items() if "self_attn" in name) / sum(of_seed.values())
+              for of_seed in ranks]  # fmt: skip
+    return f"{100 * fmean(shares):.0f}%"
 
 
 def fifth_domain() -> dict[str, Any]:
