@@ -62,11 +62,16 @@ def decode(message: bytes) -> Any:
 
 
 def native(array: np.ndarray) -> np.ndarray | list:
-    """A copy that torch takes: read forwards, in this machine's byte order, of 64 bits at most; a list for one of objects."""
+    """`array` if torch takes it, else a copy: read forwards, in this machine's byte order, of 64 bits at most, to be written to.
+
+    An array of objects becomes a list.
+    """
     if array.dtype == object:
         return array.tolist()
     wide = array.dtype.kind == "f" and array.dtype.itemsize > 8
-    return np.array(array, np.float64 if wide else array.dtype.newbyteorder("="), order="C")
+    kind = np.dtype(np.float64) if wide else array.dtype.newbyteorder("=")
+    taken = kind == array.dtype and array.flags.writeable and min(array.strides, default=0) >= 0
+    return array if taken else np.array(array, kind, order="C")
 
 
 def _down(value: Any, tensors: dict[str, Tensor], depth: int) -> list:

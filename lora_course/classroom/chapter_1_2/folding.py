@@ -1,9 +1,9 @@
 """Exercise 1.2-c: a triplet layer as plain LoRA."""
 
-import torch
 from torch import nn
 
 from lora_course.adalora import AdaLoRALinear
+from lora_course.classroom.comparison import as_tensor
 from lora_course.classroom.exercises import Draw, case, exercise, mistake
 
 
@@ -18,7 +18,7 @@ def _use_fold(found, layer):
         not isinstance(found, (tuple, list)) or len(found) != 3,
         "Three things are expected: A, B and lora_alpha.",
     )
-    A, B = (torch.as_tensor(t).detach().double() for t in found[:2])
+    A, B = (as_tensor(t).double() for t in found[:2])
     kept, shape = int(layer.mask.sum()), (layer.out_features, layer.in_features)
     mistake(
         A.shape == layer.A.shape and kept != len(layer.mask),

@@ -2,6 +2,7 @@
 
 import torch
 
+from lora_course.classroom.comparison import as_tensor
 from lora_course.classroom.exercises import Draw, case, exercise, mistake
 
 
@@ -16,7 +17,7 @@ def _use_adapter(found, stages, scaling):
         not isinstance(found, (tuple, list)) or len(found) != 2,
         "Two tensors are expected: A and B.",
     )
-    A, B = (torch.as_tensor(t).detach().double() for t in found)
+    A, B = (as_tensor(t).double() for t in found)
     outputs, inputs = len(stages[0][1]), stages[0][0].shape[1]
     ranks = [len(A) for A, _, _ in stages]
     full = (outputs, inputs)
