@@ -31,14 +31,12 @@ threshold = Family(
     def close(gates, gradient, lr, penalty):
         """gates, gradient [layers, r], two numbers → new gates [layers, r]"""
         limit = $size
-        x = gates - lr * gradient if $order else gates
-        x = $kind
-        return x if $order else x - lr * gradient
+        $order
     ''',
     conventions={
         "order": {
-            "gradient": ("The gradient step comes first.", "True"),
-            "threshold": ("The threshold comes first; then `lr` times the gradient is taken off.", "False"),
+            "gradient": ("The gradient step comes first.", "x = gates - lr * gradient\nreturn $kind"),
+            "threshold": ("The threshold comes first; then `lr` times the gradient is taken off.", "x = gates\nreturn $kind - lr * gradient"),
         },
         "size": {
             "rate": ("The threshold $\\tau$ is `lr * penalty`.", "lr * penalty"),
