@@ -89,11 +89,11 @@ def check_seeds_needed(draw: Draw):
         (3, 5, "Where few seeds are needed it goes wrong."),
         (6, 20, ""),
         (2, 2, "Where two seeds are enough it goes wrong: an interval needs two."),
-        (1050, 1150, "Where a thousand seeds are needed it goes wrong."),
+        (110, 150, "Where more than a hundred seeds are needed it goes wrong."),
     ]:
         seeds, n = draw.integer(3, 6), draw.integer(low, high)
-        # a thousand of pairs, and no millions where somebody does not pair
-        method, both = _pilot(draw, seeds, 1.0 if high < 1000 else 0.1)
+        # more than a hundred pairs, and no thousands where somebody does not pair
+        method, both = _pilot(draw, seeds, 1.0 if high < 100 else 0.1)
         s = _of_differences(method, both)
         width = lambda n: stats.t.ppf(0.975, n - 1) * s / math.sqrt(n)  # noqa: B023, E731
         share = draw.number(0.6, 0.9) if high < 6 else draw.number(0.2, 0.8)
