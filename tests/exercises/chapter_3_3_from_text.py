@@ -538,12 +538,12 @@ span.right(
     ),
 )
 span.right(
-    "gelsy, with a threshold",
+    "gelsd, with a threshold",
     lambda past, g: (
         g
         - (
             torch.linalg.lstsq(
-                torch.cat(past).double().T, g.double().T, driver="gelsy", rcond=1e-9
+                torch.cat(past).double().T, g.double().T, driver="gelsd", rcond=1e-9
             ).solution.T
             @ torch.cat(past).double()
         ).float()
