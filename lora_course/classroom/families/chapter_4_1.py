@@ -34,12 +34,14 @@ threshold = Family(
     def close(gates, gradient, lr, penalty):
         """gates, gradient [layers, r], two numbers → new gates [layers, r]"""
         limit = $size
-        $order
+        before, after = $order
+        x = gates - before
+        return $kind - after
     ''',
     conventions={
         "order": {
-            "gradient": ("The gradient step comes first.", "x = gates - lr * gradient\nreturn $kind"),
-            "threshold": ("The threshold comes first; then `lr` times the gradient is taken off.", "x = gates\nreturn $kind - lr * gradient"),
+            "gradient": ("The gradient step comes first.", "lr * gradient, 0"),
+            "threshold": ("The threshold comes first; then `lr` times the gradient is taken off.", "0, lr * gradient"),
         },
         "size": {
             "rate": ("The threshold $\\tau$ is `lr * penalty`.", "lr * penalty"),
