@@ -15,6 +15,8 @@ X = torch.tensor([[1.0, -2.0], [0.5, 300.0]])
 @pytest.mark.parametrize(
     ("found", "expected"),
     [
+        (X.numpy()[::-1][::-1], X), (X.flip(0).numpy()[::-1], X), (list(X.flip(1).numpy()[:, ::-1]), X), (X.numpy().astype(">f4"), X),
+        (X.numpy().astype(np.longdouble), X), (np.array(list(X) + [None], dtype=object)[:-1], X),
         (X.numpy(), X), (X.tolist(), X), (X.double(), X), (X.bfloat16(), X), (list(X), X), (X.clone().requires_grad_(), X),
         (X + 1e-6, X), (np.float32(0.5), 0.5), (torch.tensor(0.5), 0.5), (torch.tensor([[3]]), 3), (np.int64(3), 3), (3.0, 3),
         (Decimal("0.5"), 0.5), (Fraction(1, 2), 0.5), ([1, 2], (1, 2)), ((i for i in (1, 2)), [1, 2]), (np.array([1, 2]), [1, 2]), ({"b": 2, "a": 1}, {"a": 1, "b": 2}),

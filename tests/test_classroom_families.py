@@ -13,6 +13,9 @@ from lora_course.classroom.comparison import difference
 from lora_course.classroom.draws import Draw
 from lora_course.classroom.families import Family, families, find, of_chapter
 from lora_course.classroom.judge import gradients_of
+from lora_course.classroom.remote import put_back
+from lora_course.classroom.snapshots import changed, snapshot
+from lora_course.classroom.wire import decode, encode
 from lora_course.lab import evidence
 
 SEEDS = [f"class {number}" for number in range(50)]
@@ -218,3 +221,14 @@ def test_what_the_package_computes_is_no_answer(id: str) -> None:
         cases = family.cases(Draw(1), book)
         right = [outcome(family, family.function(book), case) for case in cases]
         assert not differs(family, PACKAGE[id][0], cases, right)
+
+
+@each_family
+def test_arguments_that_nobody_changed_come_back_from_a_sandbox_unchanged(family: Family) -> None:
+    check = family.exercise(family.draw(SEEDS[0]), explain=False)
+    for this in check.cases(Draw(0)):
+        arguments = check.arguments(this)
+        before = snapshot(arguments, "given")
+        for name, value in decode(encode(arguments)).items():
+            put_back(arguments[name], value)
+        assert not changed(before, snapshot(arguments, "given"))

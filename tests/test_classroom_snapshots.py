@@ -76,3 +76,13 @@ def test_shared_memory_is_found_through_views_and_layers() -> None:
     memory = storages({"x": x, "layer": layer})
     assert set(storages(x.T[1:])) <= set(memory) and set(storages([layer.bias])) <= set(memory)
     assert not set(storages(x.clone())) & set(memory)
+
+
+def test_what_stands_in_two_places_may_stand_in_two_copies() -> None:
+    pair, loop = (1.0, 2.0), []
+    loop.append(loop)
+    one, two = (
+        {"a": pair, "b": pair, "loop": loop},
+        {"a": pair, "b": tuple([1.0, 2.0]), "loop": loop},
+    )
+    assert not changed(snapshot(one, "given"), snapshot(two, "given"))

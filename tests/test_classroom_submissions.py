@@ -174,6 +174,22 @@ def test_values_go_over_the_wire_and_forged_bytes_do_not() -> None:
     assert back["a"] == value["a"] and back["big"] == 10**30 and back["s"] == 0.5
     assert back[("t", 1)][0].dtype == torch.bfloat16 and torch.equal(back["n"], torch.arange(3))
     assert back["empty"].shape == (0, 2) and back["flag"].item() is True
+    arrays = [
+        np.arange(3.0)[::-1],
+        np.array(2.0),
+        np.array([1.5], ">f8"),
+        np.ones(1, np.longdouble),
+        np.longdouble(3),
+    ]
+    back = wire.decode(wire.encode(arrays))
+    assert (
+        back[0].tolist() == [2, 1, 0]
+        and back[1].shape == ()
+        and [b.item() for b in back[2:4]] == [1.5, 1]
+    )
+    assert back[4] == 3 and isinstance(wire.decode(wire.encode(1 / 0 for _ in "a")), wire.Opaque)
+    several = [{"q": 1}.keys(), (i for i in (1, 2)), {"v"}, np.array(["a", "b"]), range(2)]
+    assert wire.decode(wire.encode(several)) == [["q"], [1, 2], ["v"], ["a", "b"], [0, 1]]
     leaf = wire.decode(wire.encode(torch.ones(2, requires_grad=True)))
     assert leaf.requires_grad and leaf.is_leaf
     assert isinstance(wire.decode(wire.encode(object())), wire.Opaque)

@@ -188,6 +188,11 @@ def _use_layer(found, base, branches, scaling, note):
         not isinstance(found, nn.Linear),
         "A new nn.Linear is expected: one layer, into which the branches are merged.",
     )
+    mistake(
+        found.weight.shape != base.weight.shape,
+        "The weight of the new layer has the shape {}; that of the base has {}.",
+        list(found.weight.shape), list(base.weight.shape),
+    )  # fmt: skip
     with torch.no_grad():
         return [found(note), found(torch.zeros_like(note[:1]))]  # fmt: skip
 
@@ -226,6 +231,7 @@ def check_merge_branches(draw: Draw):
         (False, True, True, "Where the base has no bias it goes wrong."),
         (True, True, False, "Where the branches' second layers have no bias it goes wrong."),
         (False, False, False, "Where nothing has a bias it goes wrong."),
+        (True, False, False, "Where the branches have no bias it goes wrong."),
         (True, True, True, "With a single branch it goes wrong."),
     ]:
         inputs, outputs = draw.sizes(2, 6, 11)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lora_course.classroom.wire import Opaque
+from lora_course.classroom.wire import Opaque, native
 
 PRECISION = {torch.bfloat16: 2e-2, torch.float16: 4e-3}
 """Relative tolerance of a result in a type of fewer bits than 32: a few of its steps."""
@@ -133,9 +133,11 @@ def as_tensor(value: Any) -> Tensor | None:
 
 
 def _plain(value: Any) -> Any:
-    """Lists of tensors become lists of numbers, which `as_tensor` understands."""
+    """What torch understands: arrays as it takes them, and lists of numbers for lists of tensors and arrays."""
+    if isinstance(value, np.ndarray):
+        value = native(value)
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [item.tolist() if isinstance(item, np.ndarray) else _plain(item) for item in value]
     return value.detach().cpu().tolist() if isinstance(value, Tensor) else value
 
 

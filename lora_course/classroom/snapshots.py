@@ -60,7 +60,7 @@ def _take(value: Any, place: str, found: Snapshot, seen: set[int], visit=None) -
     if not simple:
         if id(value) in seen:
             return
-        seen.add(id(value))
+        seen = seen | {id(value)}  # those it lies in: what stands in two places is noted in both
     if isinstance(value, torch.Tensor):
         if visit:
             visit(value, place)

@@ -2,12 +2,14 @@
 
 import importlib
 import sys
+from pathlib import Path
 
 from tests.exercises import ANSWERS
 
 
 def main(chapter: str, seeds: int = 1) -> None:
-    importlib.import_module(f"tests.exercises.chapter_{chapter}")
+    for path in sorted(Path(__file__).parent.glob(f"chapter_{chapter}*.py")):
+        importlib.import_module(f"tests.exercises.{path.stem}")
     for id, answers in ANSWERS.items():
         print(f"{id}: {len(answers.wrongs)} wrong answers, {len(answers.rights)} right ones")
         judge = answers.check.exercise.judge

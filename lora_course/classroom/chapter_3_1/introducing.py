@@ -61,6 +61,7 @@ def _use_introduced(_, optimizer, old, new, note):
     pairs = [(p, q) for one, other in zip(groups, before, strict=True) for p, q in zip(one, other, strict=False)]  # fmt: skip
     mistake(
         not new.requires_grad
+        or new.grad is not None
         or any(
             p.requires_grad != q.requires_grad or p.grad is None or not torch.equal(p.grad, q.grad)
             for p, q in pairs

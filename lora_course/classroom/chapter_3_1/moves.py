@@ -89,8 +89,12 @@ def check_move_ranks(draw: Draw):
         (4, 2, "full", "Where nobody has room, or nobody can spare a rank, it goes wrong."),
         (4, 0, "roomy", "With no pairs at all it goes wrong: nothing changes."),
         (9, 4, "tight", "Near `min_r` and `max_r` it goes wrong."),
+        (8, 3, "stuck", "Where a pair can't move a rank it goes wrong: nobody steps in for it."),
+        (6, 2, "negative", "With negative scores it goes wrong: −1 is lower than 0."),
     ]:  # fmt: skip
         names = [f"layers.{i}.{draw.choice(['q_proj', 'up_proj'])}" for i in range(number)]
+        draw.random.shuffle(names)  # listed in no order of names, and two of them against it
+        names[0], names[1] = max(names[:2]), min(names[:2])
         scores = dict(zip(names, [draw.number(0, 1) for _ in names], strict=True))
         step, min_r = draw.integer(2, 4), draw.integer(1, 3)
         max_r = min_r + 3 * step
@@ -107,6 +111,11 @@ def check_move_ranks(draw: Draw):
                 (-3, min_r + 1),
             ]:
                 ranks[ordered[place]] = rank
+        elif kind == "stuck":
+            ordered = sorted(names, key=lambda name: -scores[name])
+            ranks[ordered[0]], ranks[ordered[-2]] = max_r, min_r
+        elif kind == "negative":
+            scores = {name: score - 1.2 * (i % 2) for i, (name, score) in enumerate(scores.items())}
         elif kind == "ties":
             levels = [1.0] * number if count > 1 else [1.0, 2.0, 1.0, 2.0, 1.0, 1.0]
             scores = dict(zip(names, levels, strict=True))

@@ -53,11 +53,13 @@ def check_reverse_gradient(draw: Draw):
     for leading, far, hint in [
         ((), 0, ""),
         ((), 0, ""),
+        ((2,), -1, "Where the target is tiny it goes wrong: it has no zeros, so add nothing to it."),
         ((4,), 0, "With several tokens, [N, V], it goes wrong: sums run over the vocabulary."),
         ((2, 3), 0, "With logits [B, T, V] it goes wrong: sums run over the vocabulary."),
         ((3,), 500, "Where a probability of the student underflows it goes wrong: stay in logarithms."),
     ]:  # fmt: skip
         words, T = draw.integer(5, 12), draw.choice([0.6, 1.6, 2.5, 4.0])
         z = draw.normal(*leading, words) * 2
-        z[..., ::3] -= far  # the others stay as near to each other as they are
-        yield case(z, F.softmax(2 * draw.normal(*leading, words), -1), T, hint=hint)
+        z[..., ::3] -= max(far, 0)  # the others stay as near to each other as they are
+        target = F.softmax((12 if far < 0 else 2) * draw.normal(*leading, words), -1)
+        yield case(z, target, T, hint=hint)

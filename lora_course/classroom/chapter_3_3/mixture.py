@@ -83,6 +83,7 @@ def check_best_weights(draw: Draw):
         ("mixture", 3, "Where the target is exactly a mixture, written in other factors, it goes wrong."),
         ("zero", 2, "Where the target is zero it goes wrong: so are the weights."),
         ("", 1, "With a single adapter it goes wrong."),
+        ("small", 2, "Where updates are small it goes wrong: add nothing to the equations, not even a little."),
     ]:  # fmt: skip
         inputs, outputs = draw.sizes(2, 160, 220)
         ranks = draw.sizes(number + 1, 2, 6 + number)
@@ -101,4 +102,6 @@ def check_best_weights(draw: Draw):
             target = (M @ A, torch.cat(parts, 1) @ torch.linalg.inv(M) / -s, -s)
         elif kind == "zero":
             target = (A, 0 * B, s)
+        elif kind == "small":
+            *adapters, target = [(A / 50, B / 1000, s) for A, B, s in (*adapters, target)]
         yield case(adapters, target, hint=hint, largest=inputs * outputs - 1)

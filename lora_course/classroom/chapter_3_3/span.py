@@ -67,17 +67,22 @@ def check_out_of_span(draw: Draw):
         (2, "dependent", "Where past rows depend on each other it goes wrong: the span has fewer dimensions than there are rows."),
         (2, "equal", "Where an adapter is there twice it goes wrong."),
         (2, "zero", "Where a past row is zero it goes wrong."),
+        (2, "small", "Where past rows are small it goes wrong: their directions count, not their sizes."),
         (0, "", "Before the second task there is no past: the gradient stays what it is."),
     ]:  # fmt: skip
         inputs, r = draw.integer(24, 32), draw.integer(2, 4)
         past = [draw.normal(rank, inputs) * 2 for rank in draw.sizes(number, 2, 6)]
         if kind == "dependent":
-            past = [1e3 * A for A in past]  # what rounding leaves is not small by itself
-            past[1][:2] = draw.normal(2, len(past[0])) @ past[0]
+            # few bits, so that they depend exactly; so large that what rounding leaves is not small by itself
+            past = [1024 * (8 * A).round() / 8 for A in past]
+            mixed = torch.randint(-3, 4, (2, len(past[0])), generator=draw.generator).float()
+            past[1][:2] = mixed @ past[0]
         elif kind == "equal":
             past[1] = past[0].clone()
         elif kind == "zero":
             past[1][0] = 0
+        elif kind == "small":
+            past = [3e-5 * A for A in past]
         gradient = draw.normal(r, inputs)
         for A in past:  # a good part of it lies in their span
             gradient += draw.normal(r, len(A)) @ A / A.norm() * 5

@@ -97,6 +97,7 @@ def check_offer(draw: Draw):
         (4, 4, "", "Where the memory is full it goes wrong."),
         (5, 5, "below", "Where the new key is smaller than all it goes wrong: nothing changes then."),
         (2, 5, "below", "While there is room every row is kept, whatever its key."),
+        (4, 5, "below", "The last free place is taken as the first one was, whatever the key."),
         (1, 1, "above", "With a capacity of 1 it goes wrong."),
         (1, 1, "below", "With a capacity of 1 it goes wrong."),
         (6, 6, "light", "With a small weight it goes wrong: u^(1/w) is 0 there, its logarithm is not."),

@@ -43,12 +43,12 @@ def _use_codes(found, x, bits):
     )
     mistake(not 0 < scale < torch.inf, "The scale must be positive, and finite.")
     mistake(
-        bool((codes != codes.round()).any()),
-        "The codes are no whole numbers: divide by the scale, then round.",
-    )
-    mistake(
         bool(zero != zero.round()),
         "`zero` is no whole number: no code is read back as 0 then, and zeros of the factor become others.",
+    )
+    mistake(
+        bool((codes != codes.round()).any()),
+        "The codes are no whole numbers: divide by the scale, then round.",
     )
     mistake(
         bool((codes < 0).any() or (codes > 2**bits - 1).any()),
@@ -106,7 +106,7 @@ def check_affine(draw: Draw):
         )
         shape = draw.choice([(24,), (4, 6), (2, 3, 4)])
         inside = torch.tensor([draw.integer(1, top - 1) - zero for _ in range(24)])
-        x = inside + 0.35 * draw.uniform(24, low=-1)
+        x = inside + 0.45 * draw.uniform(24, low=-1)
         x[:3] = torch.tensor([-zero - off, top - zero - off, 0.0])
         if kind in ("positive", "negative"):  # the end at 0 is of the grid, and not of x
             x[[2, int(kind == "negative")]] = float(x[3])

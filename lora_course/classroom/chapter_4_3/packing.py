@@ -27,7 +27,7 @@ def _use_bytes(found, codes, block):
         "One row of bytes is expected, a tensor with one dimension.",
     )
     mistake(
-        len(tensor) == len(codes) and len(codes) > 1,
+        len(tensor) == len(codes) > 1 and int(tensor.max()) < 16,
         "{0} codes take {0} bytes: nothing is packed. Two go into each byte.", len(codes),
     )  # fmt: skip
     mistake(

@@ -78,8 +78,9 @@ def check_flat_updates(draw: Draw):
     for lengths, names, hint in cases:
         inputs, outputs = draw.sizes(2, 150, 200)
         adapters = {
-            name: (draw.normal(r, inputs), draw.normal(outputs, r), draw.number(0.3, 3))
-            for name, r in zip("abc", draw.sizes(3, 1, 5), strict=True)
+            # scales of one size: an answer in bf16 is as precise in every row as in all of them
+            name: (draw.normal(r, inputs), draw.normal(outputs, r), draw.number(1.2, 3))
+            for name, r in zip("abc", draw.sizes(3, 2, 5), strict=True)
         }
         places = range(len(lengths)) if 0 in lengths else draw.order(len(lengths)).tolist()
         lengths, names = [lengths[i] for i in places], [names[i] for i in places]

@@ -87,6 +87,7 @@ def check_fair_differences(draw: Draw):
         ("equal, smaller first", "Where two rates are equally good it goes wrong: the smaller is taken."),
         ("equal, larger first", "Where two rates are equally good it goes wrong: the smaller is taken."),
         ("fewer", "Where a rate has fewer seeds it goes wrong: means are compared."),
+        ("one far better", "Where one run is far better than others of its rate it goes wrong: the mean over all of a rate's seeds decides."),
     ]:  # fmt: skip
         seeds = draw.random.sample(range(100), draw.integer(4, 6))
         runs = {}
@@ -110,6 +111,19 @@ def check_fair_differences(draw: Draw):
                     seed: (v, t + draw.number(0.1, 0.5)) for seed, (v, t) in scores
                 }
                 runs[arm] = dict(sorted(runs[arm].items(), reverse=kind == "equal, larger first"))
+            elif kind == "one far better":
+                odd = draw.choice(seeds)  # without it another rate is best, as it is by the median
+                for rate, level in zip(rates, (2.1, 2.0, 2.4, 2.6), strict=True):
+                    runs[arm][rate] = {
+                        seed: (
+                            level
+                            + draw.number(-0.02, 0.02)
+                            - 1.1 * (rate == rates[0] and seed == odd),
+                            test,
+                        )
+                        for seed, (_, test) in runs[arm][rate].items()
+                    }
+                del runs[arm][rates[2]][odd]
             elif kind == "fewer":
                 del runs[arm][others[0]][draw.choice(list(runs[arm][others[0]])[1:])]
         method, reference = draw.random.sample(list(runs), 2)

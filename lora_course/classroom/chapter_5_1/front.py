@@ -90,4 +90,6 @@ def check_sure_front(draw: Draw):
                 points[name] = [(x - draw.integer(0, 1), y - draw.integer(0, 1)) for x, y in old]
         if number % 2:
             points[names[-1]] = list(points[names[0]])
+        unit = draw.choice([1, 2**-12])  # small differences count as large ones do
+        points = {name: [(x * unit, y * unit) for x, y in p] for name, p in points.items()}
         yield case(points, hint=equal if number % 2 else "")

@@ -76,6 +76,13 @@ def check_equal_rank(draw: Draw):
                 dora,
                 hint=hint or ("With `dora` it goes wrong." if dora else ""),
             )
+        wide = [(1500, 1200), (900, 2000)]
+        yield case(
+            wide,
+            cost(wide, draw.integer(300, 600), dora) + draw.integer(0, 5000),
+            dora,
+            hint="Where a rank of some hundreds fits it goes wrong.",
+        )
         yield case(
             [shapes[1]],
             cost(shapes[1:2], r, dora) + 3,

@@ -116,12 +116,11 @@ mixture = Family(
     def mix(logits, weights, T):
         """logits [teachers, V], weights [teachers] > 0, a number → log probabilities [V]"""
         w = $weights
-        each = $before
+        before, after = $temperature
+        each = (logits / before).log_softmax(-1)
         both = $kind
-        return ($after).log_softmax(-1)
-    '''.replace("$before", "(logits / (T if $temperature else 1)).log_softmax(-1)").replace(
-        "$after", "both / (1 if $temperature else T)"
-    ),
+        return (both / after).log_softmax(-1)
+    ''',
     conventions={
         "weights": {
             "share": ("The weights are divided by their sum.", "weights / weights.sum()"),
@@ -134,10 +133,10 @@ mixture = Family(
             "largest": ("Each word gets the largest of its weighted probabilities.", "(each + w.log()[:, None]).amax(0)"),
         },
         "temperature": {
-            "before": ("Each teacher's logits are divided by $T$ before its softmax.", "True"),
+            "before": ("Each teacher's logits are divided by $T$ before its softmax.", "T, 1"),
             "after": (
                 "The teachers' softmax is at temperature 1; the logarithms of the mixture are divided by $T$ before they are normalised.",
-                "False",
+                "1, T",
             ),
         },
     },

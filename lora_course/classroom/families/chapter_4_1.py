@@ -15,7 +15,10 @@ def _threshold_cases(draw: Draw, choice: Choices) -> list[tuple]:
         layers, r = draw.sizes(2, 2, 7)
         rate, penalty = draw.choice([0.1, 0.2, 0.3]), draw.choice([1.0, 2.0, 3.0])
         made.append((draw.normal(layers, r), draw.normal(layers, r), rate, penalty))
-    return made  # fmt: skip
+    small = draw.normal(3, 4) * torch.tensor(
+        [[0.01], [1.0], [0.02]]
+    )  # whole layers below the threshold
+    return [*made, (small, draw.normal(3, 4), 0.2, 2.0)]  # fmt: skip
 
 
 threshold = Family(
@@ -31,14 +34,14 @@ threshold = Family(
     def close(gates, gradient, lr, penalty):
         """gates, gradient [layers, r], two numbers → new gates [layers, r]"""
         limit = $size
-        x = gates - lr * gradient if $order else gates
-        x = $kind
-        return x if $order else x - lr * gradient
+        before, after = $order
+        x = gates - before
+        return $kind - after
     ''',
     conventions={
         "order": {
-            "gradient": ("The gradient step comes first.", "True"),
-            "threshold": ("The threshold comes first; then `lr` times the gradient is taken off.", "False"),
+            "gradient": ("The gradient step comes first.", "lr * gradient, 0"),
+            "threshold": ("The threshold comes first; then `lr` times the gradient is taken off.", "0, lr * gradient"),
         },
         "size": {
             "rate": ("The threshold $\\tau$ is `lr * penalty`.", "lr * penalty"),
@@ -73,6 +76,11 @@ def _mask_cases(draw: Draw, choice: Choices) -> list[tuple]:
             torch.randint(-2, 3, (outputs, inputs), generator=draw.generator) / 2 for _ in "wg"
         ]
         made.append((*values, sparsity))
+    for sparsity in (
+        0.25,
+        0.75,
+    ):  # a count that is nearest to the one above, and to the one below, in each scope
+        made.append((draw.normal(5, 9), draw.normal(5, 9), sparsity))
     return made  # fmt: skip
 
 

@@ -19,7 +19,9 @@ def _grid_cases(draw: Draw, choice: Choices) -> list[tuple]:
         made.append((exact, bits))
     zeros = draw.normal(3, 4)
     zeros[1], zeros[:, 2] = 0, 0
-    return [*made, (zeros, 3)]
+    # of the largest magnitude is a negative entry, in each row and column
+    negative = draw.normal(5, 5) - 4 * torch.eye(5)
+    return [*made, (zeros, 3), (negative, 4), (torch.zeros(2, 3), 3)]
 
 
 grid = Family(

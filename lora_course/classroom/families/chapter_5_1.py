@@ -22,7 +22,8 @@ difference = Family(
     points=3,
     minutes=20,
     statement="""
-    A method and a reference have a score for each seed, in the same order, four seeds or more. {pair} Return two numbers: {centre} and {spread}
+    A method and a reference have a score for each seed, in the same order, four seeds or more. {pair} Return two numbers. The
+    first is {centre}. The second is {spread}
     """,
     answer='''
     def difference(method, reference):
@@ -50,7 +51,7 @@ difference = Family(
             "error": ("the standard error of their plain mean (deviation with $n - 1$, divided by $\\sqrt n$).", "deviation / math.sqrt(n)"),
             "range": ("half the distance from the smallest to the largest.", "(d[-1] - d[0]) / 2"),
             "leave out": (
-                "the largest change of their plain mean if one seed is left out.",
+                "the largest change, up or down, of their plain mean if one seed is left out.",
                 "max(abs((mean * n - x) / (n - 1) - mean) for x in d)",
             ),
         },
@@ -90,7 +91,7 @@ front = Family(
         found = []
         for name, p in points.items():
             beaten = any(beats(q, p) for q in points.values())
-            if not beaten and $equal:
+            if $equal:
                 found.append(name)
         return $order
     ''',
@@ -105,8 +106,8 @@ front = Family(
             "sum": ("A point beats another if it is nowhere worse, and its two gains together are more than `margin`.", "sum(gains) > margin"),
         },
         "equal": {
-            "all": ("Of equal points all are listed that no other beats.", "True"),
-            "first": ("Of equal points only the first in `points` may be listed.", "p not in [points[other] for other in found]"),
+            "all": ("Of equal points all are listed that no other beats.", "not beaten"),
+            "first": ("Of equal points only the first in `points` may be listed.", "not beaten and p not in [points[other] for other in found]"),
         },
         "order": {
             "given": ("The list keeps the order of `points`.", "found"),
