@@ -134,5 +134,5 @@ def check_allocation_floor(draw: Draw):
             name: {key: torch.full(shape, number) for key, shape in (("A", (r, 5)), ("E", (r, 1)), ("B", (4, r)))}
             for name, r in zip(names, draw.sizes(3, 5, 9), strict=True)
         }  # fmt: skip
-        hint = "Where all scores are equal it goes wrong: layers and triplets that come first win, `budget` in all."
-        yield case(alike, alike, draw.integer(7, 13), hint=hint)
+        alike_said = "Where all scores are equal it goes wrong: layers and triplets that come first win, `budget` in all."
+        yield case(alike, alike, draw.integer(7, 13), hint=alike_said)
