@@ -19,7 +19,7 @@ from lora_course.targets import check_names
 
 
 def read_factors(adapter: AdapterState | str | Path) -> AdapterState:
-    """The plain factors of a folder that `save_adapter`, `export_peft` or PEFT wrote; a state is given back as it is.
+    """The plain factors of a folder that `save_adapter`, `export_peft` or PEFT wrote; a state is checked and given back.
 
     Raises:
         FileNotFoundError: no adapter there.    ValueError: a layer whose tensors are no plain factors, or another method

@@ -220,16 +220,15 @@ def answer(claims: Claims, *ids: str) -> list[tuple[str, str, str]]:
         one, two = values.values()
         apart = [a - b for a, b in zip(one, two, strict=True)]
         effect = f"{statistics.fmean(apart):+.3f} bits an answer token ({min(apart):+.3f} to {max(apart):+.3f})"
-        nano = next(claim for claim in claims.claims if claim.id == question.nano)
+        nano = claims[question.nano]
         claims.add(
             id, question.statement, f"this course, as {question.nano} on nano", "stated before the runs", values,
             question.rule, f"On nano {question.nano}: {nano.verdict}.", kind="observation", evidence="smol", effect=effect,
         )  # fmt: skip
         first, second = (right(record, paths[0]) for paths in question.arms.values())
         exact = f"{first} and {second} of unseen words exactly right, " if first and second else ""
-        holds = claims.claims[-1].holds
-        same = (
-            f"the claim {'holds' if holds else 'fails'}, {LIKE if holds == nano.holds else UNLIKE}"
-        )
+        holds = claims[id].holds
+        seen = "seen" if holds else "not seen"
+        same = f"the claim was {seen}, {LIKE if holds == nano.holds else UNLIKE}"
         rows.append((asked, f"{exact}{effect}, {len(one)} seeds ({claims.link(id)})", same))
     return rows

@@ -65,7 +65,7 @@ def anchor_of(id: str) -> str:
 
 
 class Claims:
-    """The claims of one chapter, in the order they were added.
+    """The claims of one chapter, in the order of their ids.
 
     chapter: the chapter's file name without ending, such as "1_1_qlora". profile: name of the profile they were measured on.
     """
@@ -130,7 +130,11 @@ class Claims:
         if id in ids:
             self.claims[ids.index(id)] = claim
         else:
-            self.claims = sorted([*self.claims, claim], key=lambda kept: kept.id)
+            self.claims = sorted([*self.claims, claim], key=lambda kept: (len(kept.id), kept.id))
+
+    def __getitem__(self, id: str) -> Claim:
+        """A claim that was added. Raises KeyError for another id."""
+        return {claim.id: claim for claim in self.claims}[id]
 
     def save(self) -> Path:
         """Writes `<chapter>.json` into the folder LORA_COURSE_CLAIMS, ./claims by default; whole or not at all."""

@@ -50,19 +50,19 @@ def test_a_row_says_whether_the_verdict_is_nanos(record: Path) -> None:
     for holds, said in ((True, LIKE), (False, UNLIKE)):
         claims = with_nano(holds, "5.1-s")
         (row,) = answer(claims, "5.1-s")
-        assert row[2] == f"the claim holds, {said}"
+        assert row[2] == f"the claim was seen, {said}"
         assert "60% and 50% of unseen words" in row[1] and "-0.050 bits" in row[1]
         assert ", 2 seeds (" in row[1]  # the table's head speaks of nano's
         assert claims.claims[-1].holds and claims.claims[-1].evidence == "smol"
     assert (
-        answer(with_nano(False, "1.2-s"), "1.2-s")[0][2] == f"the claim fails, {LIKE}"
+        answer(with_nano(False, "1.2-s"), "1.2-s")[0][2] == f"the claim was not seen, {LIKE}"
     )  # lower with one seed of two
 
 
 def test_values_inside_a_run_are_averaged_seed_by_seed(record: Path) -> None:
     claims = with_nano(False, "4.2-s")
     (row,) = answer(claims, "4.2-s")
-    assert row[2] == f"the claim holds, {UNLIKE}" and "words" not in row[1]
+    assert row[2] == f"the claim was seen, {UNLIKE}" and "words" not in row[1]
     assert claims.claims[-1].values["svd"] == pytest.approx([0.4, 0.5])
 
 
