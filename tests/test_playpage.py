@@ -68,6 +68,11 @@ def test_a_result_is_computed_once_and_kept(tmp_path: Path) -> None:
     assert Record(tmp_path / "record.json").run("key", lambda: 2) == 1
 
 
+def test_the_code_is_as_small_as_the_page_says() -> None:
+    code = sum(path.stat().st_size for path in (ROOT / "book/_static/play").glob("*.js"))
+    assert code < 70_000 and "less than 70 kB" in (ROOT / "book/play.md").read_text()
+
+
 def test_packed_tensors_come_back_bit_for_bit() -> None:
     content = {"a": ([3, 5], torch.randn(3, 5).bfloat16().view(torch.uint8).numpy().tobytes())}
     entry, scripts = pack.bundle("x", content)
