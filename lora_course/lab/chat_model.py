@@ -166,12 +166,9 @@ def results(record: Mapping[str, Any], names: Mapping[str, str]) -> pd.DataFrame
         }
         for key, title in LEVELS.items():
             gaps = [run[key] - lora[key] for run, lora in zip(runs, loras, strict=True)]
-            row[title] = f"{statistics.fmean(run[key] for run in runs):.3f}"
-            row[f"{title}, less LoRA's"] = (
-                ""
-                if arm == "lora"
-                else f"{statistics.fmean(gaps):+.3f} ({min(gaps):+.3f} to {max(gaps):+.3f})"
-            )
+            level = f"{statistics.fmean(lora[key] for lora in loras):.3f}"
+            apart = f"{statistics.fmean(gaps):+.3f} ({min(gaps):+.3f} to {max(gaps):+.3f})"
+            row[f"{title}: LoRA's, and less LoRA's"] = level if arm == "lora" else apart
         rows[names.get(arm, arm)] = row
     return pd.DataFrame(rows).T
 
