@@ -1,4 +1,4 @@
-"""A class of forty graded end to end, every grade known in advance; and what surrounds it: resume, regrade, rosters."""
+"""A class of fifty graded end to end, every grade known in advance; and what surrounds it: resume, regrade, rosters."""
 
 import csv
 import os
@@ -11,9 +11,9 @@ from lora_course.classroom import confinement
 from lora_course.classroom.assign import assign
 from lora_course.classroom.confinement import Limits
 from lora_course.classroom.grade import grade
-from tests.class_of_forty import STORAGE, submissions
+from tests.class_of_fifty import STORAGE, submissions
 
-SEED = "what a class of forty is graded with"
+SEED = "what a class of fifty is graded with"
 LIMITS = Limits(seconds=4, memory=1 << 30, patience=20)
 
 

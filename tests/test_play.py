@@ -406,7 +406,7 @@ def test_the_bench_obeys_the_keyboard_and_its_knobs(
     browser.wait(f"!!{card}")
     browser.wait("!document.querySelector('#play-bench-cards[aria-busy]')")
     text = browser.evaluate(f"{card}.querySelector('.play-text').innerText")
-    assert text.startswith("The king") and len(text) > 40
+    assert text.startswith("The king") and len(text) > 20
     speed = browser.evaluate("document.getElementById('play-speed').innerText")
     record_property("speed", speed)  # told, and not asserted: a slow machine passes
     print(speed)

@@ -284,7 +284,7 @@ def test_every_module_has_its_test_file() -> None:
             if name.parts[:2] == ("classroom", "families"):
                 names = ["test_classroom_families.py"]  # which tries all of them over fifty seeds
             if name.parts[0] == "classroom" and path.name in GRADING:
-                names = ["test_classroom_grade.py"]  # a class of forty goes through all of these
+                names = ["test_classroom_grade.py"]  # a class of fifty goes through all of these
             assert any((ROOT / "tests" / test).exists() for test in names), (
                 f"lora_course/{name} has none of tests/{', tests/'.join(names)}"
             )

@@ -170,5 +170,5 @@ def submissions(assignment: Assignment) -> list[Submission]:
     add("200 MB", 0, large, "200 MB")
     for kind, (body, says) in ATTACKS.items():
         add(kind, without(STORAGE), changed(STORAGE, f"def stored(rows, columns, bits, block):\n    {body}\n"), says)  # fmt: skip
-    assert len(made) == 40, len(made)
+    assert len(made) == 50, len(made)
     return made
