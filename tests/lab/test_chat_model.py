@@ -59,6 +59,39 @@ def test_a_row_says_whether_the_verdict_is_nanos(record: Path) -> None:
     )  # lower with one seed of two
 
 
+def test_a_row_has_its_own_claims_verdict_whatever_claims_stand_behind_it(record: Path) -> None:
+    claims = with_nano(True, "5.1-s")
+    claims.add("5.1-z", "later in the order", "here", "higher", {"x": [1.0]}, "x[0] < 0", "why")
+    (row,) = answer(claims, "5.1-s")
+    assert row[2] == f"the claim was seen, {LIKE}"
+    assert claims["5.1-s"].holds and not claims["5.1-z"].holds
+    with pytest.raises(KeyError):
+        claims["5.1-y"]
+
+
+def test_the_table_has_loras_level_and_the_others_paired_differences(record: Path) -> None:
+    path = record / "smol_past.json"
+    text = json.loads(path.read_text())
+    for key, found in text["runs"].items():
+        arm, _, seed, _ = key.split("/")
+        lost = {
+            "lora": [1.1, 1.3],
+            "dora": [1.0, 1.25],
+            "adalora": [1.2, 1.1],
+            "nested": [1.2, 1.5],
+        }
+        found |= {"irregular": 0.25, "own_text": lost[arm][int(seed)]}
+    text["runs"]["gates/0.002/0/test"] = run(0.3, 0.5)  # its second seed has not run
+    found = chat_model.results(text, {"dora": "DoRA"})
+    assert list(found.index) == ["lora", "DoRA", "adalora", "nested"]
+    exact, irregular, bits, lost = (found[title] for title in found.columns)
+    assert exact["DoRA"] == "60.0%" and irregular["lora"] == "25.0%"
+    assert bits["lora"] == "0.350" and bits["DoRA"] == "-0.050 (-0.050 to -0.050)"
+    assert lost["adalora"] == "-0.050 (-0.200 to +0.100)"
+    assert chat_model.one_sided(text, "bits_per_token", {"dora": "DoRA"}) == ("DoRA", "none")
+    assert chat_model.one_sided(text, "own_text", {}) == ("dora", "nested")
+
+
 def test_values_inside_a_run_are_averaged_seed_by_seed(record: Path) -> None:
     claims = with_nano(False, "4.2-s")
     (row,) = answer(claims, "4.2-s")
