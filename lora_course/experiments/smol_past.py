@@ -40,14 +40,12 @@ METHODS: dict[str, Callable[[Settings, int], Arm]] = {
     "adalora": methods.adalora,
     "lora-2": functools.partial(methods.lora, r=2),
     "nested": functools.partial(methods.nested, ranks=SETTINGS["cuts"]),
-    "factors-4bit": functools.partial(methods.quantized, bits=4),
     "factors-2bit": functools.partial(methods.quantized, bits=2),
     "gates": methods.gates,
     "adaptive": methods.adaptive,
     "progressive": methods.in_stages,
     "delta": methods.delta,
     "dora": functools.partial(from_loras_start, use_dora=True),
-    "rslora": functools.partial(from_loras_start, use_rslora=True),
 }
 
 
