@@ -32,9 +32,8 @@ def arms_of(name: str) -> dict[str, nn.Module]:
         adapter = export_peft(inject(copy.deepcopy(base), config_of(8)), folder)
         base.config.use_cache = False  # X-LoRA needs it off, and its adapters named by number
         adapters = {str(i): str(adapter) for i in range(8)}
-        settings = XLoraConfig(
-            hidden_size=base.config.hidden_size, task_type="CAUSAL_LM", adapters=adapters
-        )
+        width, task = base.config.hidden_size, "CAUSAL_LM"
+        settings = XLoraConfig(hidden_size=width, task_type=task, adapters=adapters)
         theirs = get_peft_model(copy.deepcopy(base), settings)
     ours = {}
     for count in (1, 8):

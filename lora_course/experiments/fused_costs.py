@@ -34,11 +34,8 @@ def injected(kind: str, r: int, dropout: float = 0.0, seed: int = 0) -> nn.Modul
     """The base with an adapter whose B is not zero: "plain", "fused" or "peft"."""
     model = base_of(SETTINGS)
     torch.manual_seed(seed)
-    model = (
-        get_peft_model(model, config(r, dropout))
-        if kind == "peft"
-        else inject(model, config(r, dropout), layer=LAYERS[kind])
-    )
+    how = config(r, dropout)
+    model = get_peft_model(model, how) if kind == "peft" else inject(model, how, LAYERS[kind])
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and ("lora_B" in name or name.endswith(".B")):
             nn.init.normal_(parameter, std=0.02)
@@ -122,11 +119,8 @@ def step_times(r: int, dropout: float) -> dict[str, list[float]]:
 
         return run
 
-    return race(
-        {kind: arm(model) for kind, model in models.items()}
-        | {"B as it lies": arm(models["plain"], 0)},
-        SETTINGS["step_rounds"],
-    )
+    arms = {kind: arm(model) for kind, model in models.items()}
+    return race(arms | {"B as it lies": arm(models["plain"], 0)}, SETTINGS["step_rounds"])
 
 
 def order_times(r: int) -> dict[str, list[float]]:
@@ -135,15 +129,9 @@ def order_times(r: int) -> dict[str, list[float]]:
     torch.manual_seed(0)
     g, h, B = torch.randn(s["rows"], s["out"]), torch.randn(s["rows"], r), torch.randn(s["out"], r)
     Bt = B.t().contiguous()
-    return race(
-        {
-            "gᵀh": lambda: g.t() @ h,
-            "(hᵀg)ᵀ": lambda: (h.t() @ g).t(),
-            "gB": lambda: g @ B,
-            "g(Bᵀ)ᵀ": lambda: g @ Bt.t(),
-        },
-        s["rounds"],
-    )
+    first = {"gᵀh": lambda: g.t() @ h, "(hᵀg)ᵀ": lambda: (h.t() @ g).t()}
+    second = {"gB": lambda: g @ B, "g(Bᵀ)ᵀ": lambda: g @ Bt.t()}
+    return race(first | second, s["rounds"])
 
 
 def layer_times() -> dict[str, list[float]]:

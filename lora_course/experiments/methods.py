@@ -130,9 +130,8 @@ def adaptive(settings: Settings, seed: int) -> Arm:
     )  # fmt: skip
 
     def finish(model: nn.Module) -> dict[str, Any]:
-        return {
-            "ranks": rank_summary({name: layer.r for name, layer in adapter_layers(model).items()})
-        }
+        ranks = {name: layer.r for name, layer in adapter_layers(model).items()}
+        return {"ranks": rank_summary(ranks)}
 
     return Arm(model, [RankGrower(model, schedule)], finish=finish)
 
@@ -143,25 +142,13 @@ def in_stages(settings: Settings, seed: int) -> Arm:
     steps, share = settings["steps"] // stages, settings["steps"] * settings["batch"] // stages
 
     def fit(rows: datasets.Dataset, learning_rate: float, seed: int) -> list[float]:
-        stage = progressive.Stage(
-            settings["r"] // stages, "all-linear", learning_rate, steps, warmup=0.1
-        )
-        common = {
-            key: value
-            for key, value in recipe(settings, learning_rate, seed).items()
-            if key not in progressive.SET_BY_STAGES
-        }
+        r, fields = settings["r"] // stages, recipe(settings, learning_rate, seed)
+        plan = [progressive.Stage(r, "all-linear", learning_rate, steps, warmup=0.1)] * stages
+        common = {key: fields[key] for key in fields if key not in progressive.SET_BY_STAGES}
+        common |= {"scaling": settings["scaling"], "seed": seed}
         parts = [rows.select(range(k * share, (k + 1) * share)) for k in range(stages)]
         with tempfile.TemporaryDirectory() as folder:
-            results = progressive.train_stages(
-                model,
-                [stage] * stages,
-                parts,
-                folder,
-                scaling=settings["scaling"],
-                seed=seed,
-                **common,
-            )
+            results = progressive.train_stages(model, plan, parts, folder, **common)
         return [entry["loss"] for result in results for entry in result["history"]]
 
     def parameters(model: nn.Module) -> int:
