@@ -15,7 +15,7 @@ from lora_course.classroom.calls import Answer
 from lora_course.classroom.exercises import Draw, Result
 from tests.exercises import ANSWERS, Answers
 from tests.exercises.mutants import mutants
-from tools.run_chapters import ROOT
+from tools.chapters import ROOT
 
 SEEDS = (0, 1)
 MUTANT_SECONDS = 10

@@ -7,8 +7,8 @@ from statistics import fmean
 import pytest
 
 from lora_course.lab import study
-from tools import crosslinks, pages, projects
-from tools.run_chapters import ROOT, chapters
+from tools import crosslinks, pages, project_numbers, projects
+from tools.chapters import ROOT, chapters
 
 STEMS = [path.stem for path in chapters(ROOT) if path.stem != "5_1_comparison"]
 PROJECTS = {project["chapter"]: project for project in projects.projects(ROOT)}
@@ -32,7 +32,7 @@ def open_exercise(stem: str) -> re.Match[str]:
 
 def test_every_chapter_has_its_project_in_order() -> None:
     assert list(PROJECTS) == STEMS
-    assert list(projects.NUMBERS) == [project["number"] for project in PROJECTS.values()]
+    assert list(project_numbers.NUMBERS) == [project["number"] for project in PROJECTS.values()]
 
 
 @pytest.mark.parametrize("stem", STEMS)
@@ -78,12 +78,12 @@ def test_numbers_come_from_records_and_each_is_used(stem: str) -> None:
     typed = re.compile(r"\d[.,]\d{2,}|\d ?%|\d nats")
     assert not any(typed.search(text) for text in texts)
     names = set(re.findall(r"\{(\w+)\}", " ".join(texts)))
-    assert names == set(projects.NUMBERS[project["number"]]())
+    assert names == set(project_numbers.NUMBERS[project["number"]]())
 
 
 def test_what_the_answers_say_of_the_records_holds() -> None:
     """Sentences that lean on a sign or an order, which a new record could change."""
-    of = {number: numbers() for number, numbers in projects.NUMBERS.items()}
+    of = {number: numbers() for number, numbers in project_numbers.NUMBERS.items()}
     zero = of["0.1"]
     assert zero["zero"].verdict == "higher" and float(zero["half"]) < fmean(
         zero["zero"].differences
@@ -125,7 +125,7 @@ def test_what_the_answers_say_of_the_records_holds() -> None:
 
 
 def test_a_pair_is_the_first_less_the_second() -> None:
-    lower = projects.Pair([1.0, 1.1, 1.2], [2.0, 2.2, 2.1])
+    lower = project_numbers.Pair([1.0, 1.1, 1.2], [2.0, 2.2, 2.1])
     assert lower.verdict == "lower" and str(lower).startswith(
         "-1.000 bits a byte (95% interval -1."
     )
