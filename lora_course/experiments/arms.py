@@ -161,6 +161,13 @@ def base_score(settings: Mapping[str, Any], split: str) -> dict[str, float]:
 # ------------------------------------------------------------------------------------ what most studies do with their settings
 
 
+def recipe(settings: Mapping[str, Any], rate: float, seed: int, **overrides: Any) -> dict[str, Any]:
+    """Fields of `TrainingArguments` as `lab.study.fit` sets them, for what is trained by a trainer of its own."""
+    plan = {"max_steps": settings["steps"], "per_device_train_batch_size": settings["batch"]}
+    common = {"learning_rate": rate, "seed": seed, "disable_tqdm": True}
+    return study.RECIPE | common | plan | overrides
+
+
 def train_as(
     settings: Mapping[str, Any], arm: Arm, rate: float, seed: int, domain: str | None = None
 ) -> Trained:

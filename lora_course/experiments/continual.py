@@ -22,10 +22,9 @@ from lora_course import continual, lab
 from lora_course.arguments import training_arguments
 from lora_course.continual import Isolated, Orthogonal, Replay, Sequential, Task
 from lora_course.experiments import ROUNDING, Arm, Runs, Study, Witness
-from lora_course.experiments.arms import adapted, config_of, rows_of, tokenizer_of, train
+from lora_course.experiments.arms import adapted, config_of, recipe, rows_of, tokenizer_of, train
 from lora_course.experiments.continual_merges import merged_states
 from lora_course.experiments.rates import choose
-from lora_course.lab import study
 from lora_course.lora import AdapterState
 from lora_course.merging import Merged
 from lora_course.states import concatenate, relative_error, use_adapter
@@ -78,10 +77,7 @@ def sequence(
     if split == "validation":  # of which the last row is all that counts
         tasks = [dataclasses.replace(one, evaluate=lambda model: 0.0) for one in tasks]
     with tempfile.TemporaryDirectory() as folder:
-        args = training_arguments(
-            folder, "cpu", learning_rate=rate, seed=seed, max_steps=SETTINGS["steps"], disable_tqdm=True,
-            per_device_train_batch_size=SETTINGS["batch"], **study.RECIPE,
-        )  # fmt: skip
+        args = training_arguments(folder, "cpu", **recipe(SETTINGS, rate, seed))
         results = continual.learn(model, tasks, strategy, args)
     if split == "validation":
         scores = []

@@ -17,6 +17,7 @@ from lora_course.distillation import DistillationConfig, Teachers
 from lora_course.experiments import adapted, base_of, config_of
 from lora_course.experiments import distillation_models as made
 from lora_course.experiments.distillation_models import DOMAINS, SETTINGS, R, teacher_states
+from lora_course.experiments.timing import race
 from lora_course.injection import merge, unload
 from lora_course.states import adapter_state, use_adapter
 
@@ -63,13 +64,10 @@ def latency(seed: int) -> dict[str, Any]:
         "mixture of experts": mixed,
         "all four teachers": ensemble(seed, "probabilities"),
     }
-    times: dict[str, list[float]] = {name: [] for name in models}
-    for _ in range(how["repeats"] + 1):  # the first turn warms up
-        for name, model in models.items():
-            start = time.perf_counter()
-            model.eval()(input_ids=ids, use_cache=False)
-            times[name].append(1000 * (time.perf_counter() - start))
-    medians = {name: round(statistics.median(values[1:]), 2) for name, values in times.items()}
+    forward = {"input_ids": ids, "use_cache": False}
+    arms = {name: functools.partial(model.eval(), **forward) for name, model in models.items()}
+    seconds = race(arms, how["repeats"], time.perf_counter)
+    medians = {name: round(1000 * statistics.median(seconds[name]), 2) for name in arms}
     return {"milliseconds": medians, "threads": torch.get_num_threads()}
 
 

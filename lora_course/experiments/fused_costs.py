@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import gc
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import nn
 
 from lora_course import lab, lora
 from lora_course.experiments import base_of, config_of
+from lora_course.experiments.timing import race
 from lora_course.fused import FusedLoRALinear
 from lora_course.injection import inject
 from lora_course.lora import LoRALinear
@@ -90,19 +90,6 @@ def process_step(kind: str, dropout: float) -> None:
 def process(kind: str, dropout: float) -> dict[str, int]:
     """By how many bytes a process grows that runs a step."""
     return {"grown": lab.process_peak(f"{__name__}:process_step", kind, dropout).grown}
-
-
-def race(arms: Mapping[str, Callable[..., Any]], rounds: int) -> dict[str, list[float]]:
-    """Processor seconds of each arm in each round, after one that isn't counted; the order turns with the rounds."""
-    times: dict[str, list[float]] = {name: [] for name in arms}
-    names = list(arms)
-    for i in range(rounds + 1):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
-            start = time.thread_time()
-            arms[name]()
-            if i:
-                times[name].append(time.thread_time() - start)
-    return {name: [round(t, 7) for t in values] for name, values in times.items()}
 
 
 def step_times(r: int, dropout: float) -> dict[str, list[float]]:

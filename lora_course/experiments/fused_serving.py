@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from lora_course.experiments.arms import base_of, in_peft
-from lora_course.experiments.fused_costs import config, injected, race, tokens
+from lora_course.experiments.fused_costs import config, injected, tokens
+from lora_course.experiments.timing import race
 from lora_course.injection import merge, unload
 from lora_course.lora import AdapterState
 from lora_course.serving import load_adapters, row_adapters
