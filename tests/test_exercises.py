@@ -2,8 +2,10 @@
 
 import ast
 import importlib
+import math
 import pickle
 import signal
+import time
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -18,7 +20,7 @@ from tests.exercises.mutants import mutants
 from tools.chapters import ROOT
 
 SEEDS = (0, 1)
-MUTANT_SECONDS = 3  # of computing, some of which never end; a right answer takes less than one
+MUTANT_SECONDS, TIMES_THE_SOLUTION = 1, 10  # of computing: some mutants never end
 
 for path in sorted(Path(__file__).with_name("exercises").glob("chapter_*.py")):
     importlib.import_module(f"tests.exercises.{path.stem}")
@@ -124,9 +126,12 @@ def test_a_named_mistake_is_called_by_its_name(id: str) -> None:
 def test_no_mutant_of_the_solution_passes_unless_it_is_right_too(id: str) -> None:
     answers = ANSWERS[id]
     source, name, namespace = solution(id)
+    start = time.process_time()
+    assert _passes(answers, source, name, namespace, math.inf)
+    most = max(MUTANT_SECONDS, TIMES_THE_SOLUTION * (time.process_time() - start))
     survived = {}
     for label, mutant in mutants(source):
-        if label not in answers.equivalents and _passes(answers, mutant, name, namespace):
+        if label not in answers.equivalents and _passes(answers, mutant, name, namespace, most):
             survived[label] = mutant
     assert not survived, "\n".join(survived)
 
@@ -161,12 +166,16 @@ def test_what_goes_to_the_learner_and_back_can_be_sent_to_another_process(id: st
         pickle.dumps(Answer(exercise.right).call(sent, exercise.draws))
 
 
-def _passes(answers: Answers, mutant: str, name: str, namespace: dict[str, Any]) -> bool:
+def _passes(
+    answers: Answers, mutant: str, name: str, namespace: dict[str, Any], seconds: float
+) -> bool:
+    """Within so many seconds of computing."""
+
     def stop(*_: Any) -> None:
         raise TimeoutError
 
     before = signal.signal(signal.SIGPROF, stop)
-    signal.setitimer(signal.ITIMER_PROF, MUTANT_SECONDS)
+    signal.setitimer(signal.ITIMER_PROF, seconds if seconds < math.inf else 0)
     try:
         function = defined(mutant, name, namespace)
         return all(judged(answers, function, seed).status == "right" for seed in SEEDS)
