@@ -1,4 +1,4 @@
-"""The page of the open projects: book/_data/projects.yml, with every number in it read from the studies' records."""
+"""The page of the open projects: book/_data/projects.yml, its numbers filled in."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
