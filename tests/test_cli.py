@@ -19,7 +19,7 @@ from lora_course.checkpoint import load_adapter, save_adapter
 from lora_course.injection import adapter_layers, inject
 from lora_course.sparse import SparseDeltaLinear
 from tests.models import randomize
-from tools.run_chapters import ROOT
+from tools.chapters import ROOT
 
 
 def logits(model: nn.Module) -> torch.Tensor:

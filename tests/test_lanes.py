@@ -6,8 +6,8 @@ import re
 import pytest
 import yaml
 
+from tools.chapters import ROOT
 from tools.lanes import image, refresh
-from tools.run_chapters import ROOT
 
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import jupytext
 import pytest
 
+from tools.chapters import ROOT, chapters
 from tools.pretended.live import live
-from tools.run_chapters import ROOT, chapters
 
 
 def on_a_gpu(code: str, gpus: int = 1, bf16: bool = False) -> str:

@@ -8,7 +8,7 @@ import pytest
 
 from lora_course.lab import study
 from tools import crosslinks, pages, project_numbers, projects
-from tools.run_chapters import ROOT, chapters
+from tools.chapters import ROOT, chapters
 
 STEMS = [path.stem for path in chapters(ROOT) if path.stem != "5_1_comparison"]
 PROJECTS = {project["chapter"]: project for project in projects.projects(ROOT)}

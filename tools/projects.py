@@ -8,8 +8,8 @@ import yaml
 
 from lora_course import experiments
 from lora_course.lab import study
+from tools.chapters import Result, title
 from tools.project_numbers import NUMBERS
-from tools.run_chapters import Result, title
 
 LINES = ("question", "measurement", "evidence", "conclusion")  # of the rubric, 0 to 3 points each
 MOST = 3

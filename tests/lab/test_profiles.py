@@ -24,7 +24,7 @@ from lora_course.lab.profiles import (
     profiles,
     usable_gpu,
 )
-from tools.run_chapters import chapters
+from tools.chapters import chapters
 
 WITHIN = 1.15  # the factor that estimate and measurement may differ by
 

@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 from lora_course.machine.environment import wanting
 from tests.images import Image, course_wheel, wheel
 from tools import facts
-from tools.run_chapters import chapters
+from tools.chapters import chapters
 
 CELL = jupytext.read(chapters()[0]).cells[[c.cell_type for c in jupytext.read(chapters()[0]).cells].index("code")].source  # fmt: skip
 NEEDED = [Requirement(text) for text in facts.project()["dependencies"]]

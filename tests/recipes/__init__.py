@@ -3,7 +3,7 @@
 import re
 
 from lora_course import lab
-from tools.run_chapters import ROOT
+from tools.chapters import ROOT
 
 LARGE = '"Qwen/Qwen2.5-7B-Instruct"'
 

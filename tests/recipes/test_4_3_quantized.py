@@ -14,7 +14,7 @@ from lora_course.injection import adapter_layers, inject, unload
 from lora_course.quantized import QuantizedLoRALinear, load_quantized
 from tests.models import config, randomize, relative
 from tests.recipes import LARGE, recipe
-from tools.run_chapters import ROOT
+from tools.chapters import ROOT
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from lora_course.experiments.neighbours import LINES
 from lora_course.lab import study
 from lora_course.lab.evidence import differences, interval, verdict
 from tests.recipes import recipe, small
-from tools.run_chapters import ROOT
+from tools.chapters import ROOT
 
 CHAPTER = ROOT / "notebooks" / "5_1_comparison.md"
 

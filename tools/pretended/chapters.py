@@ -21,9 +21,9 @@ from typing import Any
 import jupytext
 
 from lora_course.lab.estimate import Shape
+from tools.chapters import chapters
 from tools.pretended.held import Meter
 from tools.pretended.live import live
-from tools.run_chapters import chapters
 
 # No matrix of it has the shape of one of nano's, which don't count as bases (`held`).
 NARROW = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
