@@ -148,3 +148,14 @@ def test_peft_leaves_a_merge_as_it_is_under_a_name_that_is_taken(two: Path) -> N
     before = copy.deepcopy(layer.get_delta_weight("both"))
     model.add_weighted_adapter([*DOMAINS], [-1.0, 2.0], "both", combination_type="svd", svd_rank=6)
     assert torch.equal(layer.get_delta_weight("both"), before)
+
+
+def test_peft_saves_nothing_where_another_adapter_is_called_as_a_part_of_a_layers_path(
+    two: Path,
+) -> None:
+    """As "What goes wrong" says (issue 3584): every layer's name has `.0.` or `.1.` in it."""
+    model = PeftModel.from_pretrained(qwen(), two / "law", adapter_name="0")
+    model.load_adapter(two / "code", adapter_name="1")
+    model.add_weighted_adapter(["0", "1"], [0.75, 0.5], "both", combination_type="cat")
+    model.save_pretrained(two, selected_adapters=["both"])
+    assert not load_file(two / "both" / "adapter_model.safetensors")
