@@ -101,7 +101,8 @@ def test_0_1_trains_on_chats_here_and_with_peft_alone(base: Any) -> None:
     assert len(set(given["losses"].values())) == 3
     ours = json.loads(Path("adapters/mine/adapter_config.json").read_text())
 
-    exec(alone, given)
+    on_cpu = alone.replace("bf16=True", "bf16=True, use_cpu=True")  # Trainer wants to be told
+    exec(on_cpu.replace("warmup_steps=10", "warmup_steps=1"), given)  # of two steps
     assert len(set(given["losses"].values())) == 3
     theirs = json.loads(Path(f"adapters/peft-{given['best']}/adapter_config.json").read_text())
     for field in ("r", "lora_alpha", "task_type"):
@@ -112,5 +113,5 @@ def test_0_1_trains_on_chats_here_and_with_peft_alone(base: Any) -> None:
         before = base(input_ids=ids).logits
         adapted = PeftModel.from_pretrained(base, f"adapters/peft-{given['best']}")(ids).logits
         merged = AutoModelForCausalLM.from_pretrained("merged-peft")(input_ids=ids).logits
-    assert (adapted - before).abs().max() > 1e-3  # two steps of a rate below 4e-4
+    assert (adapted - before).abs().max() > 2e-3  # twenty times what is allowed below
     torch.testing.assert_close(merged, adapted, atol=1e-4, rtol=1e-4)

@@ -55,10 +55,12 @@ def test_1_1_trains_on_four_bits_and_exports_what_peft_loads_on_the_same_base(
     # bf16 has 8 bits for each weight of the sum
     assert (merged - wanted).norm() < 0.05 * wanted.norm()
 
-    # With PEFT alone; a CPU has nothing to page.
-    exec("import torch\n" + alone.replace("paged_adamw_32bit", "adamw_torch"), given)
+    # With PEFT alone. Trainer wants to be told of a CPU, which has nothing to page.
+    on_cpu = alone.replace("bf16=True", "bf16=True, use_cpu=True")
+    exec("import torch\n" + on_cpu.replace("paged_adamw_32bit", "adamw_torch"), given)
     twins = {n: m for n, m in given["model"].named_modules() if isinstance(m, Linear4bitLora)}
-    assert len(twins) == 28 and given["model"].is_gradient_checkpointing
+    assert len(twins) == 28
+    assert any(getattr(m, "gradient_checkpointing", False) for m in given["model"].modules())
     assert all(t.lora_B["default"].weight.abs().max() > 1e-5 for t in twins.values())
     assert 2 < float(capsys.readouterr().out.split()[-1]) < math.log(4096)
     again = PeftModel.from_pretrained(base, tmp_path / "adapters" / "plain-peft")
