@@ -1,10 +1,16 @@
-"""The recipe of chapter 4.4."""
+"""The recipe of chapter 4.4: from a folder to a server's answers, merged, in one call, trained fused."""
 
+import json
 import re
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_course import lab
@@ -15,6 +21,8 @@ from tests.models import config, randomize, relative
 from tests.recipes import recipe, small
 from tools.chapters import ROOT
 
+TEMPLATE = "<|endoftext|>{% for message in messages %}{{ message['content'] }}{% endfor %}"
+
 
 def use_it(stem: str) -> str:
     """The section "Use it" of a chapter's source."""
@@ -22,54 +30,143 @@ def use_it(stem: str) -> str:
     return source[source.index("\n## Use it") : source.index("\n## The idea")]
 
 
-@pytest.mark.slow
-def test_4_4_trains_fused_exports_and_serves_three_tenants_in_one_call(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", use_it("4_4_fused"), re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder, the current one, with nano that has a chat template and two adapters that change its answers."""
     monkeypatch.chdir(tmp_path)
-    base = lab.load_base("nano")[0]
-    export_peft(randomize(inject(base, config(r=2)), 1), "adapters/code")
-    given = {"texts": lab.load_text("bible", "train")[:40]}
-    code = recipe("4_4_fused")
-    exec(small(code, steps=2), given)
-    model, batch = given["model"], given["batch"]
-    with row_adapters(model, ["law", "code", None]), torch.no_grad():
-        logits = model(**batch).logits[:, -1]
-    with disabled(model), torch.no_grad():
-        without = model(**batch).logits[:, -1]
-    assert relative(logits[0], without[0]) > 1e-3 and relative(logits[1], without[1]) > 0.05
+    model, tokenizer = lab.load_base("nano")
+    tokenizer.chat_template = TEMPLATE
+    model.save_pretrained("nano")
+    tokenizer.save_pretrained("nano")
+    for seed, (tenant, rank) in enumerate({"law": 4, "code": 2}.items()):
+        given = config(r=rank, lora_alpha=3 * rank)
+        export_peft(randomize(inject(model, given), seed), f"trained/{tenant}")
+        unload(model)
+    return tmp_path
+
+
+class Server(ThreadingHTTPServer):
+    """Chat completions as PEFT loads the adapters; `confused` answers everybody as the base."""
+
+    confused = False
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.tokenizer = AutoTokenizer.from_pretrained("nano")
+
+    def answer(self, body: dict[str, Any]) -> str:
+        assert body["temperature"] == 0
+        model = AutoModelForCausalLM.from_pretrained("nano")
+        folder = Path("adapters") / body["model"]
+        if folder.exists() and not self.confused:
+            model = PeftModel.from_pretrained(model, str(folder))
+        ids = self.tokenizer.apply_chat_template(
+            body["messages"], add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )
+        tokens = model.generate(**ids, max_new_tokens=body["max_tokens"], do_sample=False)[0]
+        return self.tokenizer.decode(tokens[ids["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_POST(self) -> None:
+        assert self.path == "/v1/chat/completions"
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        reply = {"choices": [{"message": {"content": self.server.answer(body)}}]}
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(reply).encode())
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def server(place: Path) -> Iterator[Server]:
+    made = Server()
+    threading.Thread(target=made.serve_forever, daemon=True).start()
+    yield made
+    made.shutdown()
+    made.server_close()
+
+
+def verdicts(printed: str) -> list[bool]:
+    return [line == "True" for line in printed.splitlines() if line in ("True", "False")]
+
+
+@pytest.mark.slow
+def test_4_4_folders_are_served_checked_merged_batched_and_trained_on(
+    server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = small(recipe("4_4_fused"), steps=2).replace(repr(str(lab.base_path("nano"))), "'nano'")
+    assert code.count("=60") == 2 and code.count(": 60") == 1
+    code = code.replace("=60", "=8").replace(": 60", ": 8")
+    code = code.replace("localhost:8000", f"127.0.0.1:{server.server_port}")
+    load, check, *rest = split_as(code)
+    given: dict[str, Any] = {"texts": lab.load_text("bible", "train")[:40]}
+    exec(load, given)
+    for tenant, rank in {"law": 4, "code": 2}.items():
+        written = json.loads((Path("adapters") / tenant / "adapter_config.json").read_text())
+        assert written["r"] == rank and not written["rank_pattern"]
+    exec(check, given)
+    assert verdicts(capsys.readouterr().out) == [True, True, True]
+
+    unload(given["model"])
+    server.confused = True
+    exec(check, given)
+    assert verdicts(capsys.readouterr().out) == [True, False, False]
+
+    merge, batch, train = rest
+    exec(merge, given)
+    exec(batch, given)
+    model, rows = given["model"], given["batch"]
+    with torch.no_grad():
+        with row_adapters(model, ["law", "code", None]):
+            logits = model(**rows).logits[:, -1]
+        with disabled(model):
+            without = model(**rows).logits[:, -1]
+    assert relative(logits[0], without[0]) > 0.05 and relative(logits[1], without[1]) > 0.05
     torch.testing.assert_close(logits[2], without[2])
-
-
-@pytest.mark.slow
-def test_4_4_merges_one_adapter_into_a_plain_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    model, ids = lab.load_base("nano")[0], torch.arange(12)[None]
-    adapted = randomize(inject(model, config(r=2)), 1).eval()
-    export_peft(adapted, "adapters/law")
-    expected = adapted(ids).logits
-    code = re.findall(r"^```python\n(.*?)^```", use_it("4_4_fused"), re.MULTILINE | re.DOTALL)[1]
-    name = str(lab.base_path("nano"))
-    given = {
-        "AutoModelForCausalLM": AutoModelForCausalLM,
-        "name": name,
-        "tokenizer": AutoTokenizer.from_pretrained(name),
-        "unload": unload,
-    }
-    exec(code.replace('dtype="auto"', "dtype=torch.float32"), given | {"torch": torch})
-    served = AutoModelForCausalLM.from_pretrained("served")
-    assert not any("lora" in name for name, _ in served.named_parameters())
+    exec(train, given)
+    fused = json.loads(Path("trained/law/adapter_config.json").read_text())
+    assert fused["r"] == 16, "the last block trained and wrote a new one"
+    ids = torch.arange(12)[None]
+    plain = AutoModelForCausalLM.from_pretrained("merged")
+    assert not any("lora" in parameter for parameter, _ in plain.named_parameters())
+    beside = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("nano"), "adapters/law")
     # the merged weights are rounded once more, 6e-8 of each; logits are of the order of ten
-    torch.testing.assert_close(served(ids).logits, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(plain(ids).logits, beside(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def split_as(code: str) -> list[str]:
+    """The recipe in its blocks again, after it was made small."""
+    found, start = [], 0
+    for block in blocks("python"):
+        length = block.count("\n") + 1
+        found.append("\n".join(code.split("\n")[start : start + length]))
+        start += length
+    assert "\n".join(found) == code
+    return found
 
 
 def test_4_4_the_server_is_told_what_the_recipe_made() -> None:
-    section = use_it("4_4_fused")
-    code = recipe("4_4_fused")
-    assert re.search(r"--max-lora-rank (\d+)", section)[1] == re.search(r"\br=(\d+)", code)[1]
-    modules = re.search(r"--lora-modules (.+)", section)[1].split()
-    served = re.findall(r'"(\w+)": "(adapters/\w+)"', code)
-    assert [tuple(module.split("=")) for module in modules] == served
-    assert '"model": "law"' in section
+    code, (start, asked) = recipe("4_4_fused"), blocks("bash")
+    ranks = re.findall(r"\br=(\d+)", code)
+    assert re.findall(r"--max-lora-rank (\d+)", start) == ranks
+    tenants = re.search(r"for tenant in \((.+?)\):", code)[1]
+    assert re.findall(r"--lora-modules (\S+)", start) == ["law=adapters/law"] and '"law"' in tenants
+    chat, added = (json.loads(body) for body in re.findall(r"-d '(.*?)'", asked, re.DOTALL))
+    assert added == {"lora_name": "code", "lora_path": "adapters/code"} and '"code"' in tenants
+    assert chat.pop("model") == "law"
+    given: dict[str, Any] = {}
+    exec(re.search(r"^question = .*\nhow = .*\n", code, re.MULTILINE)[0], given)
+    assert given["how"] == chat, "curl and the check ask the same"
+    addresses = re.findall(r"localhost:8000/\S+", asked + code)
+    assert {a.strip('",') for a in addresses} == {
+        "localhost:8000/v1/models", "localhost:8000/v1/chat/completions", "localhost:8000/v1/load_lora_adapter",
+    }  # fmt: skip
