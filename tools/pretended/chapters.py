@@ -6,7 +6,8 @@
 
 Models of the hub stand in as random ones of the same configuration, narrower, with nano's tokenizer, and what lies on the
 device trains on a corner of each batch: what is tested is on which device and in which precision things are, and not what
-comes out. What lies on the CPU runs as it is, as its numbers are compared with records.
+comes out. What lies on the CPU runs as it is, as its numbers are compared with records; under a larger profile only outside
+of the cells that the profile changes.
 """
 
 import argparse
@@ -22,7 +23,7 @@ import jupytext
 
 from lora_course.lab.estimate import Shape
 from tools.pretended.held import Meter
-from tools.pretended.live import live
+from tools.pretended.live import changed, live, read_all
 from tools.run_chapters import chapters
 
 # No matrix of it has the shape of one of nano's, which don't count as bases (`held`).
@@ -67,10 +68,12 @@ def redirect(folder: Path) -> Shape:
     return shapes[0]
 
 
-def train_on_corners(step: Callable[[int], None] = lambda tokens: None) -> None:
+def train_on_corners(
+    step: Callable[[int], None] = lambda tokens: None, on_cpu: Callable[[], bool] = lambda: False
+) -> None:
     """A `Trainer` whose model is on the device takes two short rows a step: every step is made, and costs next to nothing.
 
-    step: is told how many tokens each would have had.
+    step: is told how many tokens each would have had. on_cpu: whether one on the CPU takes such rows too.
     """
     from torch import Tensor
     from transformers import Trainer
@@ -78,8 +81,10 @@ def train_on_corners(step: Callable[[int], None] = lambda tokens: None) -> None:
     prepare = Trainer._prepare_inputs
 
     def _prepare_inputs(self: Any, inputs: Any) -> Any:
-        if self.args.device.type == "cuda":
+        there = self.args.device.type == "cuda"
+        if there:
             step(inputs["input_ids"].numel())
+        if there or on_cpu():
             inputs = {
                 key: value[CORNER[: value.dim()]] if isinstance(value, Tensor) else value
                 for key, value in inputs.items()
@@ -89,19 +94,27 @@ def train_on_corners(step: Callable[[int], None] = lambda tokens: None) -> None:
     Trainer._prepare_inputs = _prepare_inputs
 
 
-def run(chapter: Path, meter: Meter, live_only: bool = False) -> list[str]:
+def run(
+    chapter: Path,
+    meter: Meter,
+    live_only: bool = False,
+    enter: Callable[[bool], None] = lambda changed: None,
+) -> list[str]:
     """Runs the cells of a chapter in this process, past those that fail; what failed, the cause before what it causes, and
     whether the chapter held as many bases on the device as it announced.
 
-    live_only: only the cells that the profile changes, and what they need (`live`).
+    live_only: only the cells that the profile changes, and what they need (`live`). enter: is told before each cell whether
+    the profile changes it.
     """
     from IPython.core.interactiveshell import InteractiveShell
 
     shell, text, failures = InteractiveShell.instance(), chapter.read_text(), []
     code = [cell for cell in jupytext.read(chapter).cells if cell.cell_type == "code"]
     sources = [cell.source for cell in code]
+    under_profile = changed(read_all(sources))
     for number in live(sources) if live_only else range(len(sources)):
         source = sources[number]
+        enter(number in under_profile)
         result = shell.run_cell(source, silent=True)
         meter.look()
         error = result.error_before_exec or result.error_in_exec
@@ -126,11 +139,15 @@ def run_here(stem: str, gpus: int, bf16: bool, live_only: bool) -> list[str]:
     with TemporaryDirectory() as folder:
         os.environ["LORA_COURSE_CLAIMS"] = f"{folder}/claims"
         meter = Meter(redirect(Path(folder)))
-        train_on_corners(meter.step)
+        cheap = {"cell": False}
+        larger = os.environ["LORA_COURSE_PROFILE"] != "tiny"
+        train_on_corners(meter.step, on_cpu=lambda: cheap["cell"])
         pretend(gpus, bf16, 80 * GIB if bf16 else 15 * GIB)
         os.chdir(folder)
         (chapter,) = [path for path in chapters() if path.stem == stem]
-        return run(chapter, meter, live_only)
+        return run(
+            chapter, meter, live_only, enter=lambda changed: cheap.update(cell=larger and changed)
+        )
 
 
 def run_apart(stem: str, gpus: int, bf16: bool, live_only: bool) -> list[str]:
