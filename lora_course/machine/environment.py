@@ -13,10 +13,10 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 COURSE = "lora-course"
-# PEFT raises ImportError at the first plain linear where it finds an older torchao; Colab and Kaggle preinstall 0.10.
-# Where torchao is not installed, nobody needs it. A newer one than asked for may need a newer torch: 0.18 imports names
-# that torch has since 2.10.
-REFUSED_WHEN_OLDER = (Requirement("torchao>=0.16.0"),)
+# PEFT raises ImportError at the first plain linear where it finds an older one of these; Colab and Kaggle preinstall
+# torchao 0.10. Where they are not installed, nobody needs them. A newer torchao than asked for may need a newer torch:
+# 0.18 imports names that torch has since 2.10.
+REFUSED_WHEN_OLDER = (Requirement("torchao>=0.16.0"), Requirement("gptqmodel>=7.0.0"))
 KEPT = ("torch", "numpy")  # an image's own builds: nothing may replace them
 RESTART = (
     "restart the session (Colab: Runtime > Restart session; Kaggle: Run > Restart) and run it again"

@@ -1,16 +1,18 @@
 """The set-up cell and what it rests on, in small environments that have the images' versions."""
 
 import importlib.metadata
+import importlib.util
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import jupytext
+import peft.import_utils
 import pytest
 from packaging.requirements import Requirement
 
-from lora_course.machine.environment import wanting
+from lora_course.machine.environment import installed, wanting
 from tests.images import Image, course_wheel, wheel
 from tools import facts
 from tools.run_chapters import chapters
@@ -186,6 +188,28 @@ def test_the_ranges_are_met_by_the_images_but_for_what_the_cell_installs(
     pins = [line.split("==") for line in lines if "==" in line]
     versions = {name.lower().replace("_", "-"): version for name, version in pins}
     assert {need.name for need in wanting(versions)} == {"peft", "bitsandbytes", "torchao"} | more
+
+
+@pytest.mark.parametrize(
+    ("name", "older", "accepted"),
+    [("torchao", "0.15.0", "0.16.0"), ("gptqmodel", "6.0.3", "7.0.0")],
+)
+def test_what_peft_refuses_is_what_its_own_check_refuses(
+    name: str, older: str, accepted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = getattr(peft.import_utils, f"is_{name}_available").__wrapped__
+    monkeypatch.setattr(importlib.util, "find_spec", lambda found: found == name or None)
+    monkeypatch.setattr(peft.import_utils, "is_optimum_available", lambda: True)
+    here = installed()
+    for version, refused in ((older, True), (accepted, False)):
+        there = here | {name: version, "optimum": "2.0.0"}
+        monkeypatch.setattr(importlib.metadata, "version", there.__getitem__)
+        assert [need.name for need in wanting(there)] == [name] * refused
+        if refused:
+            with pytest.raises(ImportError, match=name):
+                check()
+        else:
+            check()
 
 
 def test_this_environment_wants_nothing() -> None:

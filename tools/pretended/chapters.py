@@ -94,27 +94,23 @@ def train_on_corners(
     Trainer._prepare_inputs = _prepare_inputs
 
 
-def run(
-    chapter: Path,
-    meter: Meter,
-    live_only: bool = False,
-    enter: Callable[[bool], None] = lambda changed: None,
-) -> list[str]:
+def run(chapter: Path, meter: Meter, live_only: bool = False) -> list[str]:
     """Runs the cells of a chapter in this process, past those that fail; what failed, the cause before what it causes, and
     whether the chapter held as many bases on the device as it announced.
 
-    live_only: only the cells that the profile changes, and what they need (`live`). enter: is told before each cell whether
-    the profile changes it.
+    live_only: only the cells that the profile changes, and what they need (`live`).
     """
     from IPython.core.interactiveshell import InteractiveShell
 
     shell, text, failures = InteractiveShell.instance(), chapter.read_text(), []
     code = [cell for cell in jupytext.read(chapter).cells if cell.cell_type == "code"]
     sources = [cell.source for cell in code]
-    under_profile = changed(read_all(sources))
+    larger = os.environ["LORA_COURSE_PROFILE"] != "tiny"
+    under_profile = changed(read_all(sources)) if larger else set()
+    number = 0
+    train_on_corners(meter.step, on_cpu=lambda: number in under_profile)
     for number in live(sources) if live_only else range(len(sources)):
         source = sources[number]
-        enter(number in under_profile)
         result = shell.run_cell(source, silent=True)
         meter.look()
         error = result.error_before_exec or result.error_in_exec
@@ -139,15 +135,10 @@ def run_here(stem: str, gpus: int, bf16: bool, live_only: bool) -> list[str]:
     with TemporaryDirectory() as folder:
         os.environ["LORA_COURSE_CLAIMS"] = f"{folder}/claims"
         meter = Meter(redirect(Path(folder)))
-        cheap = {"cell": False}
-        larger = os.environ["LORA_COURSE_PROFILE"] != "tiny"
-        train_on_corners(meter.step, on_cpu=lambda: cheap["cell"])
         pretend(gpus, bf16, 80 * GIB if bf16 else 15 * GIB)
         os.chdir(folder)
         (chapter,) = [path for path in chapters() if path.stem == stem]
-        return run(
-            chapter, meter, live_only, enter=lambda changed: cheap.update(cell=larger and changed)
-        )
+        return run(chapter, meter, live_only)
 
 
 def run_apart(stem: str, gpus: int, bf16: bool, live_only: bool) -> list[str]:
