@@ -16,7 +16,7 @@ from torch import nn
 
 from lora_course.experiments import ROUNDING, Runs, Study, Witness
 from lora_course.experiments import qlora as chapter
-from lora_course.experiments.arms import config_of
+from lora_course.experiments.arms import bits_of, config_of
 from lora_course.experiments.rates import run_key
 from lora_course.injection import inject
 from lora_course.states import adapter_state, use_adapter
@@ -33,8 +33,8 @@ def on_nf4(trained: nn.Module) -> nn.Module:
 def put(rate: float, seed: int) -> dict[str, float]:
     model = chapter.trained("lora", rate, seed).model
     return {
-        "bits_per_byte": chapter.bits(on_nf4(model), "test"),
-        "where_trained": chapter.bits(model, "test"),
+        "bits_per_byte": bits_of(chapter.SETTINGS, on_nf4(model), "test"),
+        "where_trained": bits_of(chapter.SETTINGS, model, "test"),
     }
 
 
