@@ -62,6 +62,19 @@ LINES: dict[str, str] = {
 }
 """What switches each on in PEFT, by group: start, scale and optimiser, form, memory. `plain` are LoRA's own fields, `model` a PEFT model."""
 
+SERVED: dict[str, str] = {
+    **dict.fromkeys(["eva", "rslora", "plus", "lora_fa"], "LoRA folder"),
+    **dict.fromkeys(["pissa", "olora", "loha", "vera"], "converted"),
+    **dict.fromkeys(["dora", "oft"], "merged"),
+    "beft": "by PEFT alone",
+}
+"""What a server of LoRA adapters can load: the folder as it is, what PEFT converts it to, or the merged model alone.
+
+BEFT merges into a bias, which the layers of most bases lack: PEFT refuses then."""
+
+OVER_4_BITS = frozenset(LINES) - {"pissa", "loha"}
+"""Those that PEFT 0.21 trains over bitsandbytes' 4-bit layers, starting from what the base says."""
+
 
 class Stated(NamedTuple):
     """What a claim says, by whom, what is expected, and the rule on values that the chapter names."""

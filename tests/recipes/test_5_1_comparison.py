@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from lora_course import lab
 from lora_course.experiments import comparison
-from lora_course.experiments.neighbours import LINES
+from lora_course.experiments.neighbours import LINES, OVER_4_BITS, SERVED
 from lora_course.lab import study
 from lora_course.lab.evidence import differences, interval, verdict
+from lora_course.qlora import load_4bit
 from tests.recipes import recipe, small
 from tools.chapters import ROOT
 
@@ -48,6 +49,7 @@ def test_5_1_compares_two_methods_by_pairs_each_at_its_own_rate(
 
 PLAIN = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
 IDS = torch.arange(5, 69).reshape(2, 32)
+STARTS = ("pissa", "olora")  # that change the base
 
 
 def evaluated(name: str, model: Any = None) -> Any:
@@ -79,6 +81,96 @@ def test_a_line_for_peft_gives_a_model_that_starts_as_the_base_and_learns(name: 
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.01
+
+
+def adapted(name: str, base: Any) -> Any:
+    """The base with the method on it, before any step."""
+    if name in ("plus", "lora_fa"):
+        return peft.get_peft_model(base, peft.LoraConfig(**PLAIN))
+    keywords = {"low_cpu_mem_usage": True} if name == "eva" else {}
+    model = peft.get_peft_model(base, evaluated(name), **keywords)
+    if name == "eva":
+        peft.initialize_lora_eva_weights(model, [{"input_ids": IDS}] * 8, show_progress_bar=False)
+    return model
+
+
+def stepped(name: str, model: Any, steps: int = 3) -> list[float]:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if name in ("plus", "lora_fa"):
+        optimizer = evaluated(name, model)
+    else:
+        optimizer = torch.optim.AdamW(trained, lr=3e-3)
+    losses = []
+    for _ in range(steps):
+        loss = model(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_what_a_server_can_load_is_what_the_table_says(name: str, tmp_path: Path) -> None:
+    """Each in its way gives the trained model again: on the untouched base as plain LoRA, or merged."""
+    base = lab.load_base("nano")[0]
+    start = logits(base)
+    model = adapted(name, base)
+    starts = {}
+    if name in STARTS:
+        starts = {"path_initial_model_for_weight_conversion": str(tmp_path / "start")}
+        model.peft_config["default"].init_lora_weights = True  # as PEFT's guide has it
+        model.save_pretrained(tmp_path / "start")
+        model.peft_config["default"].init_lora_weights = name
+    stepped(name, model)
+    trained = logits(model)
+    moved = (trained - start).abs().max()
+
+    def far(other: Any) -> float:
+        return float((logits(other) - trained).abs().max() / moved)
+
+    folder = tmp_path / "served"
+    if name in ("dora", *STARTS):  # the magnitudes are lost, or the changed base: PEFT is silent
+        assert model.supports_lora_conversion()
+        peft.save_as_lora(tmp_path / "wrong", model, rank=8)
+        assert far(peft.PeftModel.from_pretrained(lab.load_base("nano")[0], tmp_path / "wrong")) > 0.01  # fmt: skip
+    if SERVED[name] in ("merged", "by PEFT alone"):
+        assert model.supports_lora_conversion() == (name == "dora")
+        if SERVED[name] == "merged":
+            assert far(model.merge_and_unload()) < 1e-4
+        else:
+            with pytest.raises(ValueError, match="no bias"):
+                model.merge_and_unload()
+        return
+    if SERVED[name] == "LoRA folder" or starts:
+        model.save_pretrained(folder, **starts)
+    else:
+        peft.save_as_lora(folder, model, rank={"loha": 16, "vera": 128}[name])
+    config = peft.PeftConfig.from_pretrained(folder)
+    assert config.peft_type == "LORA" and not config.use_dora
+    assert config.init_lora_weights not in STARTS
+    off = far(peft.PeftModel.from_pretrained(lab.load_base("nano")[0], folder))
+    assert off < (0.1 if name == "vera" else 1e-4)  # VeRA's update is of rank 256, and cut at 128
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_which_run_over_a_4_bit_base_is_what_the_table_says(name: str) -> None:
+    base = load_4bit(lab.base_path("nano"), compute_dtype=torch.float32)
+    start = logits(base)
+    if name not in OVER_4_BITS:
+        with pytest.raises((TypeError, RuntimeError)):  # PiSSA at once, LoHa at the first batch
+            logits(adapted(name, base))
+        return
+    model = adapted(name, base)
+    if name != "olora":  # takes its start off the base, and rounds what is left
+        torch.testing.assert_close(logits(model), start, atol=1e-3, rtol=0)
+    losses = stepped(name, model)
     assert losses[-1] < losses[0] - 0.01
 
 
