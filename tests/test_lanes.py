@@ -6,7 +6,7 @@ import re
 import pytest
 import yaml
 
-from tools.lanes import image, refresh
+from tools.lanes import image, refresh, serve
 from tools.run_chapters import ROOT
 
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
@@ -76,3 +76,33 @@ def test_only_a_job_that_pushes_keeps_the_token(path) -> None:
             if "actions/checkout@" in step.get("uses", ""):
                 kept = step.get("with", {}).get("persist-credentials", True)
                 assert kept == pushes, f"{path.name}: {name}"
+
+
+def test_a_server_gets_what_it_needs_and_no_other_torch() -> None:
+    lines = [
+        "numpy", "torch==2.13.0+cpu; platform_machine == 'x86_64'", "torchvision", "fastapi[standard]<0.137",
+        "six; python_version < '3'", "boto3; extra == 's3'", "protobuf!=6.30.*,>=5.29",
+    ]  # fmt: skip
+    assert serve.wanted(lines) == ["numpy", "fastapi[standard]<0.137", "protobuf!=6.30.*,>=5.29"]
+
+
+def test_the_served_record_is_of_the_chapters_command() -> None:
+    """What was run has the flags that chapter 4.4 gives, one adapter at the start, one added, one refused."""
+    record = json.loads(serve.RECORD.read_text())
+    section = (ROOT / "notebooks" / "4_4_fused.md").read_text()
+    told = set(
+        re.findall(r"--[a-z-]*lora[a-z-]*", re.search(r"vllm serve .*?```", section, re.S)[0])
+    )
+    assert len(told) == 4 and told <= set(record["arguments"])
+    assert record["listed"] == ["base", "past"]
+    assert record["listed after"] == ["base", "past", "plural"] and record["added"][0] == 200
+    limit = record["arguments"][record["arguments"].index("--max-lora-rank") + 1]
+    status, message = record["refused"]
+    assert record["adapters"]["wide"]["r"] > int(limit) and status >= 400
+    assert "rank" in message and limit in message
+    asked = [(answer["model"], answer["question"]) for answer in record["answers"]]
+    assert asked == [(name, word) for name in ("base", "past", "plural") for word in serve.questions(name)]  # fmt: skip
+    first = {answer["model"]: answer["server"] for answer in reversed(record["answers"])}
+    assert len(set(first.values())) == 3, "each name is answered by a model of its own"
+    alike = [answer["server"] == answer["generate"] for answer in record["answers"]]
+    assert sum(alike) >= 0.9 * len(alike), "in fp32 few near-ties fall the other way"
