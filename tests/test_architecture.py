@@ -1,8 +1,9 @@
-"""book/architecture.md: the variant that it shows is one."""
+"""book/architecture.md: the variant that it shows is one, and what it names is there."""
 
 import re
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor  # noqa: F401  # for the page's code
 
@@ -51,3 +52,22 @@ def test_the_page_names_every_room() -> None:
     }
     text = PAGE.read_text()
     assert not sorted(name for name in rooms if f"`{name}`" not in text)
+
+
+@pytest.mark.parametrize("name", ["book/architecture.md", "CONTRIBUTING.md"])
+def test_the_files_and_commands_that_a_guide_names_are_there(name: str) -> None:
+    """But for what the reader is to write: `lora_course/mine.py`, chapter N_M, `<variant>`."""
+    root = PAGE.parents[1]
+    text = (root / name).read_text()
+    paths = set(re.findall(r"`([\w.-]+/[\w./-]+)`", text))
+    commands = set(re.findall(r"-m ((?:tools|tests|benchmarks)[\w.]*)", text))
+    assert len(paths) > 5 and len(commands) > 1
+    written = re.compile(r"mine|N_M|^build/|^\.venv/")
+    there = [*paths, *(command.replace(".", "/") for command in commands)]
+    missing = [
+        path
+        for path in there
+        if not written.search(path)
+        and not any((root / f"{path}{ending}").exists() for ending in ("", ".py"))
+    ]
+    assert not missing

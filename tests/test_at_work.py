@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from lora_course import cli, lab
 from lora_course.injection import adapter_layers
 from tests.talks import TALKS, TEMPLATE
-from tools.run_chapters import ROOT
+from tools.chapters import ROOT
 
 pytest.importorskip("trl", reason="TRL is not installed: pip install --no-deps trl")
 PAGE = (ROOT / "book" / "at-work.md").read_text()

@@ -7,18 +7,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bench, report
+from benchmarks import aims, bench, groups, measuring, report
+from benchmarks.arms import make
+from benchmarks.bases import NATIVE_BF16, base
+from benchmarks.step import Arm
 from lora_course import lora
 from lora_course.injection import trainable_parameters
 from tools import pages
 
-GROUPS = bench.groups(quick=True)
+GROUPS = groups.groups(quick=True)
 ARMS = {
     (name, tuple(more.items())) for group in GROUPS.values() for name, more in group.arms.values()
 }
 
 
-def logits(arm: bench.Arm) -> torch.Tensor:
+def logits(arm: Arm) -> torch.Tensor:
     with torch.no_grad():
         return arm.model.eval()(input_ids=arm.ids, use_cache=False).logits
 
@@ -27,8 +30,8 @@ def logits(arm: bench.Arm) -> torch.Tensor:
     ("name", "more"), sorted(ARMS), ids=lambda value: value if isinstance(value, str) else ""
 )
 def test_each_arm_runs_and_a_step_moves_what_it_trains(name: str, more: tuple) -> None:
-    before = {key: value.clone() for key, value in bench.base("quick", "fp32").state_dict().items()}
-    arm = bench.make(name, "quick", **dict(more))
+    before = {key: value.clone() for key, value in base("quick", "fp32").state_dict().items()}
+    arm = make(name, "quick", **dict(more))
     trained = [p for p in arm.model.parameters() if p.requires_grad] if arm.training else []
     start = [p.detach().clone() for p in trained]
     for _ in range(2):
@@ -36,31 +39,30 @@ def test_each_arm_runs_and_a_step_moves_what_it_trains(name: str, more: tuple) -
     assert arm.training == bool(trained) or name == "frozen base"
     assert not trained or any(not torch.equal(a, b) for a, b in zip(start, trained))
     assert all(
-        torch.equal(value, before[key])
-        for key, value in bench.base("quick", "fp32").state_dict().items()
+        torch.equal(value, before[key]) for key, value in base("quick", "fp32").state_dict().items()
     )
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "4bit"])
 def test_ours_and_pefts_train_as_many_numbers_on_the_same_weights(precision: str) -> None:
-    ours, theirs = (bench.make(name, "quick", precision) for name in ("LoRA", "PEFT LoRA"))
+    ours, theirs = (make(name, "quick", precision) for name in ("LoRA", "PEFT LoRA"))
     assert trainable_parameters(ours.model) == trainable_parameters(theirs.model) > 0
     torch.testing.assert_close(
         logits(ours), logits(theirs), atol=0, rtol=0
     )  # both start as the base
-    weight = bench.base("quick", precision).model.layers[0].mlp.up_proj.weight
+    weight = base("quick", precision).model.layers[0].mlp.up_proj.weight
     assert all(any(weight is p for p in arm.model.parameters()) for arm in (ours, theirs))
-    assert ours.autocast == theirs.autocast == (precision != "fp32" and bench.NATIVE_BF16)
+    assert ours.autocast == theirs.autocast == (precision != "fp32" and NATIVE_BF16)
     assert (
         ours.ids.numel()
         == theirs.ids.numel()
-        == (16 if precision == "bf16" and not bench.NATIVE_BF16 else 32)
+        == (16 if precision == "bf16" and not NATIVE_BF16 else 32)
     )
 
 
 def test_merged_arms_compute_what_the_adapter_does_without_touching_the_base() -> None:
     unmerged, merged, unloaded, base = (
-        bench.make(name, "quick") for name in ("unmerged", "merged", "merged and unloaded", "base")
+        make(name, "quick") for name in ("unmerged", "merged", "merged and unloaded", "base")
     )
     torch.testing.assert_close(logits(merged), logits(unmerged), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(logits(unloaded), logits(merged), atol=0, rtol=0)
@@ -73,7 +75,7 @@ def test_a_stopped_run_goes_on_and_another_machine_starts_anew(
 ) -> None:
     measured = []
 
-    def measure(group: bench.Group) -> dict:
+    def measure(group: groups.Group) -> dict:
         measured.append(group)
         return {
             "size": group.size,
@@ -99,7 +101,7 @@ def test_a_stopped_run_goes_on_and_another_machine_starts_anew(
 
 @pytest.mark.slow
 def test_a_quick_measurement_has_every_round_and_a_peak_of_each_process() -> None:
-    result = bench.measure(GROUPS["lora nano fp32"])
+    result = measuring.measure(GROUPS["lora nano fp32"])
     assert {label: len(times) for label, times in result["seconds"].items()} == {
         "PEFT LoRA": 2,
         "LoRA": 2,
@@ -111,7 +113,7 @@ def test_a_quick_measurement_has_every_round_and_a_peak_of_each_process() -> Non
 def record() -> dict:
     """Every group of a full run: arm i takes i + 1 seconds, and one round is twice as slow for all."""
     made = {}
-    for name, group in bench.groups().items():
+    for name, group in groups.groups().items():
         made[name] = {
             "size": group.size,
             "precision": group.precision,
@@ -138,15 +140,14 @@ def record() -> dict:
 
 def test_a_ratio_is_of_the_same_round_and_aims_are_met_or_not() -> None:
     group = {"seconds": {"a": [1.0, 4.0, 1.0, 3.0], "b": [2.0, 4.0, 4.0, 3.0]}}
-    assert report.ratios(group, "a", "b") == (0.75, 0.4375, 1.0)
+    assert aims.ratios(group, "a", "b") == (0.75, 0.4375, 1.0)
     found = {
-        text: (ratio, memory, aim)
-        for text, (ratio, _, _), memory, aim in report.headlines(record())
+        text: (ratio, memory, aim) for text, (ratio, _, _), memory, aim in aims.headlines(record())
     }
     assert found["LoRA against PEFT's, nano, fp32"] == (2.0, 0.75, 1.0)
     assert found["merged and unloaded against the base, smollm2"] == (2.0, None, 1.02)
     assert (
-        len(found) == len(report.HEADLINES) + 2 * (len(bench.VARIANTS) - 2)
+        len(found) == len(aims.HEADLINES) + 2 * (len(groups.VARIANTS) - 2)
         and "PEFT DoRA against LoRA, nano" not in found
     )
     better = copy.deepcopy(record())
@@ -173,13 +174,13 @@ def test_what_the_base_takes_is_taken_off_both_and_a_miss_comes_with_its_reason(
     tmp_path: Path,
 ) -> None:
     made = record()
-    assert report.shares(made) == []  # a base that takes longer than PEFT's step says nothing
+    assert aims.shares(made) == []  # a base that takes longer than PEFT's step says nothing
     made["groups"]["adalora nano"]["seconds"] = {
         "PEFT AdaLoRA": [2.0, 4.0, 2.0],
         "AdaLoRA": [1.75, 3.5, 1.75],
         "frozen base": [1.0, 2.0, 1.0],
     }
-    assert report.shares(made) == [("AdaLoRA, nano", 0.5, 0.75)]
+    assert aims.shares(made) == [("AdaLoRA, nano", 0.5, 0.75)]
     (tmp_path / "results.json").write_text(json.dumps(made))
     page = report.page(tmp_path / "results.json")
     assert "| AdaLoRA, nano | 0.50 | 0.75 |" in page

@@ -164,6 +164,29 @@ def test_equations_are_typeset(browser: chromium.Browser, address: str, stem: st
 
 @pytest.mark.browser
 @pytest.mark.parametrize("stem", CHAPTERS)
+def test_a_chapter_begins_with_its_picture(
+    browser: chromium.Browser, address: str, stem: str
+) -> None:
+    """What the set-up prints ("lora-course … is ready.", the profile) is there, in a fold."""
+    browser.open(f"{address}/notebooks/{stem}.html")
+    printed = browser.evaluate(PRINTED)
+    assert any("is ready." in text for text in printed["folded"]), printed
+    assert not printed["seen"]
+
+
+# What cells print above the first figure.
+PRINTED = """(() => {
+  const figure = document.querySelector('figure.plot, figure.moving');
+  const above = [...document.querySelectorAll('.cell_output pre')]
+    .filter(e => e.compareDocumentPosition(figure) & Node.DOCUMENT_POSITION_FOLLOWING);
+  const folded = above.filter(e => e.closest('details:not([open])'));
+  const text = list => list.map(e => e.textContent);
+  return {folded: text(folded), seen: text(above.filter(e => !folded.includes(e)))};
+})()"""
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("stem", CHAPTERS)
 def test_the_book_opens_from_files(browser: chromium.Browser, book: Path, stem: str) -> None:
     for name in ("book/intro", f"notebooks/{stem}"):
         browser.open((book / f"{name}.html").as_uri())

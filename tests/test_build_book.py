@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tools import build_book, run_chapters, stage
-from tools.run_chapters import ROOT, Result
+from tools.chapters import ROOT, Result
 
 
 @pytest.fixture

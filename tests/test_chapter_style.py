@@ -8,8 +8,8 @@ import pytest
 from tests.toy_chapter import FRONT_MATTER
 from tools import chapter_style
 from tools.chapter_style import CELL, COLUMNS, ORDER, TIME, WORDS, Chapter
+from tools.chapters import chapters
 from tools.crosslinks import OPAQUE
-from tools.run_chapters import chapters
 
 CHAPTERS = [Chapter(path) for path in chapters()]
 each = pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda chapter: chapter.path.stem)

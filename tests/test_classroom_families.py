@@ -13,6 +13,7 @@ from lora_course.classroom.comparison import difference
 from lora_course.classroom.draws import Draw
 from lora_course.classroom.families import Family, families, find, of_chapter
 from lora_course.classroom.judge import gradients_of
+from lora_course.classroom.plain import plain
 from lora_course.classroom.remote import put_back
 from lora_course.classroom.snapshots import changed, snapshot
 from lora_course.classroom.wire import decode, encode
@@ -114,7 +115,7 @@ def test_a_missed_rule_is_named(family: Family) -> None:
         result = check.judge(family.function(others[0]), 5)
         assert result.status == "wrong"
         if "one rule" in result.message:
-            assert family.sentence(choice, name) in result.message
+            assert plain(family.sentence(choice, name)) in result.message
         for line in family.solution(choice).splitlines():
             assert len(line.strip()) < 12 or line.strip() not in result.message
 
@@ -232,3 +233,18 @@ def test_arguments_that_nobody_changed_come_back_from_a_sandbox_unchanged(family
         for name, value in decode(encode(arguments)).items():
             put_back(arguments[name], value)
         assert not changed(before, snapshot(arguments, "given"))
+
+
+@each_family
+def test_a_message_names_the_missed_rule_without_tex(family: Family) -> None:
+    for choice in family.variants()[:20]:
+        messages = family.exercise(choice).mistakes
+        assert len(messages) >= len(family.conventions)
+        assert not any(sign in text for text in messages for sign in ("$", "\\"))
+
+
+def test_a_formula_in_a_message_keeps_its_meaning() -> None:
+    assert plain(r"By $\sqrt{in \cdot out}$, or $\lfloor u \rfloor$.") == "By √(in · out), or ⌊u⌋."
+    assert plain(r"$\mathrm{KL}(p\,\|\,q)$ costs 3") == "KL(p‖q) costs 3"
+    with pytest.raises(KeyError, match="frac"):
+        plain(r"$\frac{1}{2}$")

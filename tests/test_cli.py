@@ -19,7 +19,7 @@ from lora_course.checkpoint import load_adapter, save_adapter
 from lora_course.injection import adapter_layers, inject
 from lora_course.sparse import SparseDeltaLinear
 from tests.models import randomize
-from tools.run_chapters import ROOT
+from tools.chapters import ROOT
 
 
 def logits(model: nn.Module) -> torch.Tensor:
@@ -192,6 +192,8 @@ def test_a_study_is_run_listed_and_verified(
     assert cli.main(["study", "list"]) == 0
     assert "4 runs" in (listed := capsys.readouterr().out) and "not verified" in listed
     assert listed.endswith("a small one\n")
+    assert cli.main(["study", "verify", "--workers", "0"]) == 2
+    assert "at least one process" in capsys.readouterr().err
     value[0] = 2.1
     assert cli.main(["study", "verify", "tiny"]) == 2
     found = capsys.readouterr()

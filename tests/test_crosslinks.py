@@ -8,7 +8,7 @@ import pytest
 
 from lora_course.lab.claims import BOOK
 from tools import crosslinks, pages
-from tools.run_chapters import ROOT, chapters
+from tools.chapters import ROOT, chapters
 
 HOME = "https://book.example/home"
 THERE = {"0_1_lora", "2_1_experts"}

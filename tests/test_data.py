@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import re
 from pathlib import Path
@@ -12,6 +11,10 @@ import pytest
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tools.nano.measuring import SLICE
+from tools.nano.scores import bits_per_byte, order_n_bits
+from tools.nano.text import excerpt, read
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT, NANO = ROOT / "lora_course/data/text", ROOT / "lora_course/data/nano"
@@ -38,14 +41,6 @@ def nano() -> tuple:
     return AutoModelForCausalLM.from_pretrained(
         NANO, dtype=torch.float32
     ).eval(), AutoTokenizer.from_pretrained(NANO)
-
-
-def tool(name: str):
-    """A script of tools/, as a module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"tools/{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize("name", DOMAINS)
@@ -165,12 +160,12 @@ def test_the_tokenizer_round_trips_every_domain(nano, text):
 
 def test_nano_has_the_bits_per_byte_that_its_card_says(nano, provenance):
     """Recomputed on the first documents of each test split, and the card's table against the recorded figures."""
-    pretrain, measured = tool("pretrain_nano"), provenance["measured"]
+    measured = provenance["measured"]
     card = (NANO / "README.md").read_text()
     for name in DOMAINS:
         recorded = measured["domains"][name]
-        excerpt = pretrain.excerpt(pretrain.read(name, "test"), pretrain.SLICE)
-        assert pretrain.bits_per_byte(*nano, excerpt) == pytest.approx(recorded["slice"], abs=2e-3)
+        first = excerpt(read(name, "test"), SLICE)
+        assert bits_per_byte(*nano, first) == pytest.approx(recorded["slice"], abs=2e-3)
         assert f"| {name} | {recorded['bytes a token']:.2f} | {recorded['nano']:.2f} |" in card
 
 
@@ -198,7 +193,6 @@ def test_provenance_matches_the_files(provenance):
 
 def test_the_order_5_model_is_a_probability_distribution():
     """Summed over all next bytes its probabilities are 1, and on text without structure it can't beat 8 bits."""
-    order_n_bits = tool("pretrain_nano").order_n_bits
     train = b"abracadabra, abracadabra! " * 3
     probabilities = []
     for byte in range(256):

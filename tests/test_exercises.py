@@ -2,8 +2,10 @@
 
 import ast
 import importlib
+import math
 import pickle
 import signal
+import time
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -15,10 +17,10 @@ from lora_course.classroom.calls import Answer
 from lora_course.classroom.exercises import Draw, Result
 from tests.exercises import ANSWERS, Answers
 from tests.exercises.mutants import mutants
-from tools.run_chapters import ROOT
+from tools.chapters import ROOT
 
 SEEDS = (0, 1)
-MUTANT_SECONDS = 10
+MUTANT_SECONDS, TIMES_THE_SOLUTION = 1, 10  # of computing: some mutants never end
 
 for path in sorted(Path(__file__).with_name("exercises").glob("chapter_*.py")):
     importlib.import_module(f"tests.exercises.{path.stem}")
@@ -124,9 +126,12 @@ def test_a_named_mistake_is_called_by_its_name(id: str) -> None:
 def test_no_mutant_of_the_solution_passes_unless_it_is_right_too(id: str) -> None:
     answers = ANSWERS[id]
     source, name, namespace = solution(id)
+    start = time.process_time()
+    assert _passes(answers, source, name, namespace, math.inf)
+    most = max(MUTANT_SECONDS, TIMES_THE_SOLUTION * (time.process_time() - start))
     survived = {}
     for label, mutant in mutants(source):
-        if label not in answers.equivalents and _passes(answers, mutant, name, namespace):
+        if label not in answers.equivalents and _passes(answers, mutant, name, namespace, most):
             survived[label] = mutant
     assert not survived, "\n".join(survived)
 
@@ -161,17 +166,21 @@ def test_what_goes_to_the_learner_and_back_can_be_sent_to_another_process(id: st
         pickle.dumps(Answer(exercise.right).call(sent, exercise.draws))
 
 
-def _passes(answers: Answers, mutant: str, name: str, namespace: dict[str, Any]) -> bool:
+def _passes(
+    answers: Answers, mutant: str, name: str, namespace: dict[str, Any], seconds: float
+) -> bool:
+    """Within so many seconds of computing."""
+
     def stop(*_: Any) -> None:
         raise TimeoutError
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, MUTANT_SECONDS)
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds if seconds < math.inf else 0)
     try:
         function = defined(mutant, name, namespace)
         return all(judged(answers, function, seed).status == "right" for seed in SEEDS)
     except Exception:  # it can't even be defined
         return False
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)

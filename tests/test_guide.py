@@ -4,7 +4,7 @@ import re
 
 from lora_course.experiments import longer, neighbours
 from lora_course.lab import chat_model
-from tools.run_chapters import ROOT
+from tools.chapters import ROOT
 
 CHAPTER = ROOT / "notebooks" / "5_1_comparison.md"
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tools import pacing
-from tools.run_chapters import ROOT
+from tools.chapters import ROOT
 
 LESSONS = {lesson.number: lesson for lesson in pacing.lessons(ROOT)}
 

@@ -8,8 +8,8 @@ from docutils import nodes
 from docutils.utils import new_document
 
 from tools import pages
+from tools.chapters import ROOT, Result
 from tools.ledger import carried_over
-from tools.run_chapters import ROOT, Result
 from tools.sphinx_extension import Search, escape, first_sentences, mark_chinese, render
 
 CLAIM = {

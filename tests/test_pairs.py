@@ -8,7 +8,7 @@ import pytest
 from lora_course.lab.claims import BOOK
 from tests.toy_chapter import TOY
 from tools import pairs
-from tools.run_chapters import ROOT, chapters
+from tools.chapters import ROOT, chapters
 
 SOLUTION = (
     TOY

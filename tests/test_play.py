@@ -25,10 +25,10 @@ from lora_course.quantized import fake_quantize
 from lora_course.states import concatenate, use_adapter
 from tests import chromium
 from tools import pages
+from tools.chapters import ROOT
 from tools.playpage import adapters, pack
 from tools.playpage.record import DOMAINS, FOLDER, RECORD
 from tools.playpage.tables import recorded_tasks
-from tools.run_chapters import ROOT
 
 pytestmark = pytest.mark.browser
 SCRIPTS = (

@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import save_file
 
 from lora_course.states import relative_error, truncate
+from tools.chapters import ROOT
 from tools.playpage import adapters, pack
 from tools.playpage.record import CUT, DOMAINS, RECORD, SETTINGS, Record, base_sha256
 from tools.playpage.score import curve, score_domain
 from tools.playpage.tables import tables
-from tools.run_chapters import ROOT
 
 
 def test_the_adapters_were_trained_on_the_chapters_own_base() -> None:

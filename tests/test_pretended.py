@@ -9,8 +9,8 @@ from pathlib import Path
 import jupytext
 import pytest
 
-from tools.pretended.live import live
-from tools.run_chapters import ROOT, chapters
+from tools.chapters import ROOT, chapters
+from tools.pretended.live import changed, live, read_all
 
 
 def on_a_gpu(code: str, gpus: int = 1, bf16: bool = False) -> str:
@@ -130,14 +130,15 @@ def test_a_training_stays_where_its_model_is() -> None:
     assert [line for line in lines if line.startswith(("cpu", "cuda"))] == ["cpu cpu 2", "cuda:0 cuda:0 2"]  # fmt: skip
 
 
-def test_what_trains_on_the_device_takes_corners_and_what_trains_on_the_cpu_whole_batches() -> None:
+def test_what_trains_on_the_device_takes_corners_and_on_the_cpu_whole_batches_unless_told() -> None:
     code = """
     from peft import LoraConfig
     from lora_course import inject, lab
     from lora_course.lab import study
     from tools.pretended.chapters import train_on_corners
-    train_on_corners()
-    for device in ("cpu", "cuda"):
+    asked = iter([False, False, True, True])
+    train_on_corners(on_cpu=lambda: next(asked))
+    for device in ("cpu", "cuda", "cpu"):
         model, tokenizer = lab.load_base("nano", device=device)
         inject(model, LoraConfig(r=2, target_modules=["q_proj"]))
         seen = []
@@ -148,7 +149,7 @@ def test_what_trains_on_the_device_takes_corners_and_what_trains_on_the_cpu_whol
     """
     lines = on_a_gpu(code).splitlines()
     assert [line for line in lines if line.startswith(("cpu", "cuda"))] == [
-        "cpu [(4, 32), (4, 32)] 2", "cuda [(2, 24), (2, 24)] 2"
+        "cpu [(4, 32), (4, 32)] 2", "cuda [(2, 24), (2, 24)] 2", "cpu [(2, 24), (2, 24)] 2"
     ]  # fmt: skip
 
 
@@ -258,6 +259,11 @@ def test_live_cells_are_those_that_the_profile_changes_and_what_they_need() -> N
     changed_in_place = {"other": "inject(model, 4)", "clean": "print(model)"}
     assert chosen(CELLS | changed_in_place) == [*expected, "other", "clean"]
     assert chosen({"set-up": "import lab", "heavy": "lab.train()"}) == []
+
+
+def test_what_a_live_cell_only_needs_is_told_from_what_the_profile_changes() -> None:
+    names = list(CELLS)
+    assert [names[i] for i in sorted(changed(read_all(list(CELLS.values()))))] == ["live", "after"]
 
 
 @pytest.mark.parametrize("path", chapters(), ids=lambda path: path.stem)

@@ -7,8 +7,8 @@ from statistics import fmean
 import pytest
 
 from lora_course.lab import study
-from tools import crosslinks, pages, projects
-from tools.run_chapters import ROOT, chapters
+from tools import crosslinks, pages, project_numbers, projects
+from tools.chapters import ROOT, chapters
 
 STEMS = [path.stem for path in chapters(ROOT) if path.stem != "5_1_comparison"]
 PROJECTS = {project["chapter"]: project for project in projects.projects(ROOT)}
@@ -32,7 +32,7 @@ def open_exercise(stem: str) -> re.Match[str]:
 
 def test_every_chapter_has_its_project_in_order() -> None:
     assert list(PROJECTS) == STEMS
-    assert list(projects.NUMBERS) == [project["number"] for project in PROJECTS.values()]
+    assert list(project_numbers.NUMBERS) == [project["number"] for project in PROJECTS.values()]
 
 
 @pytest.mark.parametrize("stem", STEMS)
@@ -78,12 +78,12 @@ def test_numbers_come_from_records_and_each_is_used(stem: str) -> None:
     typed = re.compile(r"\d[.,]\d{2,}|\d ?%|\d nats")
     assert not any(typed.search(text) for text in texts)
     names = set(re.findall(r"\{(\w+)\}", " ".join(texts)))
-    assert names == set(projects.NUMBERS[project["number"]]())
+    assert names == set(project_numbers.NUMBERS[project["number"]]())
 
 
 def test_what_the_answers_say_of_the_records_holds() -> None:
     """Sentences that lean on a sign or an order, which a new record could change."""
-    of = {number: numbers() for number, numbers in projects.NUMBERS.items()}
+    of = {number: numbers() for number, numbers in project_numbers.NUMBERS.items()}
     zero = of["0.1"]
     assert zero["zero"].verdict == "higher" and float(zero["half"]) < fmean(
         zero["zero"].differences
@@ -101,31 +101,57 @@ def test_what_the_answers_say_of_the_records_holds() -> None:
     assert charged["lot"].verdict == "higher"
     assert charged["used"] < charged["parameters"] < charged["least"] < charged["most"]
     assert charged["narrow_adalora"] < charged["narrow"]
-    assert of["2.1"]["others"].verdict == of["2.1"]["mixed"].verdict == "higher"
+    fifth = of["2.1"]
+    assert {fifth[key].verdict for key in ("others", "token", "ceiling")} == {"higher"}
+    assert fifth["longer"].verdict == fifth["sequence"].verdict == "within noise"
+    assert fifth["three_shakespeare"] > max(fifth["three_bible"], fifth["three_python"])
     assert of["2.1"]["gate_shakespeare"] > of["2.1"]["gate_milton"]
-    assert (
-        of["2.2"]["stack"].verdict == "higher" and of["2.2"]["restarts"].verdict == "within noise"
-    )
-    assert of["3.1"]["random"].verdict == "lower"
+    stages = of["2.2"]
+    assert stages["restarts"].verdict == stages["full"].verdict == "within noise"
+    for key in ("stack", "full_large", "unequal", "first", "last"):
+        assert stages[key].verdict == "higher"
+    assert fmean(stages["first"].differences) > 5 * fmean(stages["last"].differences)
+    crowd = of["3.1"]
+    assert crowd["random"].verdict == "lower"
+    for key in ("anew", "capped", "level", "capped_chance"):
+        assert crowd[key].verdict == "within noise"
+    assert all(apart < 0 for apart in crowd["capped"].differences)
+    assert crowd["size_anew"] < crowd["size_capped"]
     alone = of["3.2"]
     assert {alone[key].verdict for key in ("taught", "new", "text")} == {"within noise"}
     assert alone["alone"].verdict == "higher" and alone["merged"].verdict == "lower"
     assert abs(fmean(alone["new"].differences)) < alone["new"].half
     assert float(alone["check"]) < 0.005  # the tolerance of a training's repetition
     assert not any(study.load_study("3_2_project")["runs"]["rows"]["both"].values())
-    assert of["3.3"]["ties"].verdict == of["3.3"]["summed"].verdict == "higher"
-    assert of["4.1"]["gates"].verdict == "lower"
-    assert of["4.2"]["own_8"].verdict == "higher" and of["4.2"]["own_1"].verdict == "within noise"
+    merged = of["3.3"]
+    assert merged["ties"].verdict == merged["summed"].verdict == "higher"
+    assert merged["tuned"].verdict == "within noise" and merged["untrimmed"].verdict == "higher"
+    assert float(merged["scale_ties"]) < 1 and merged["scale_mean"] == "1"
+    gates = of["4.1"]
+    assert gates["gates"].verdict == gates["found"].verdict == gates["dealt"].verdict == "lower"
+    assert gates["fast"].verdict == gates["places"].verdict == "within noise"
+    assert gates["anew"].verdict == "higher" and gates["few"] < gates["all"] / 2 < gates["many"]
+    assert gates["lora_size"] < gates["dealt_size"]
+    block = of["4.2"]
+    assert block["own_8"].verdict == "higher" and block["own_1"].verdict == "within noise"
+    assert {block[key].verdict for key in ("last_1", "last_8", "scaled_8")} == {"higher"}
+    assert block["scales_8"].verdict == "within noise" and block["rate"] == block["rate_scaled"]
     few = of["4.3"]
     assert few["bits_3"].verdict == few["bits_2"].verdict == "higher"
     assert 5 * fmean(few["bits_3"].differences) < fmean(
         few["bits_2"].differences
     )  # "almost nothing"
     assert few["middle"] == few["bytes_3"]
+    assert few["mixed"].verdict == "lower" and few["rotating"].verdict == "higher"
+    assert few["plain"].verdict == "within noise"
+    assert few["error_3"] < few["error_mixed_rotated"] < few["error_3_rotated"] < few["error_mixed"]
+    more = of["4.4"]
+    assert more["apart"] == 0 and more["peak_again"] < more["peak_whole"]
+    assert float(more["time_whole"]) < 1.05 < float(more["time_again"])
 
 
 def test_a_pair_is_the_first_less_the_second() -> None:
-    lower = projects.Pair([1.0, 1.1, 1.2], [2.0, 2.2, 2.1])
+    lower = project_numbers.Pair([1.0, 1.1, 1.2], [2.0, 2.2, 2.1])
     assert lower.verdict == "lower" and str(lower).startswith(
         "-1.000 bits a byte (95% interval -1."
     )

@@ -11,7 +11,7 @@ from nbformat import v4
 
 from lora_course.lab.claims import BOOK
 from tools import published
-from tools.run_chapters import Result
+from tools.chapters import Result
 
 
 @pytest.fixture

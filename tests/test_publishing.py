@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tools import downloads, facts, links, print_book, record_runs, release
-from tools.run_chapters import ROOT, Result
+from tools.chapters import ROOT, Result
 
 CHANGELOG = "# Changelog\n\n## 0.2.0\n\n- New.\n\n## 0.1.0\n\n- First.\n- Second.\n"
 

@@ -18,8 +18,8 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from tools import facts, pages, run_chapters
-from tools.run_chapters import ROOT
+from tools import chapters, facts, pages
+from tools.chapters import ROOT
 
 GROUND = (
     "arguments",
@@ -43,7 +43,7 @@ GROUND = (
     "training",
 )
 ROOF = ("experiments", "cli", "classroom", "machine")
-CHAPTERS = run_chapters.chapters()
+CHAPTERS = chapters.chapters()
 PROSE = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
@@ -313,12 +313,13 @@ def code_lines(text: str) -> int:
     return len(lines)
 
 
-def test_a_room_is_a_file_of_200_lines_of_code_at_most() -> None:
-    package = ROOT / "lora_course"
+@pytest.mark.parametrize("folder", ["lora_course", "tools", "benchmarks"])
+def test_a_room_is_a_file_of_200_lines_of_code_at_most(folder: str) -> None:
     sizes = {
-        path.relative_to(package).as_posix(): code_lines(path.read_text())
-        for path in package.rglob("*.py")
+        path.relative_to(ROOT).as_posix(): code_lines(path.read_text())
+        for path in (ROOT / folder).rglob("*.py")
     }
+    assert sizes, f"no file in {folder}"
     large = {name for name, lines in sizes.items() if lines > LARGEST_ROOM}
     assert not large, f"too large: {sorted(large)}"
 

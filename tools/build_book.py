@@ -18,8 +18,9 @@ from pathlib import Path
 from filelock import FileLock
 
 from tools import run_chapters
+from tools.chapters import ROOT
 from tools.fingerprint import fingerprint
-from tools.run_chapters import ROOT, say
+from tools.run_chapters import say
 
 
 def build(root: Path = ROOT, only: list[str] | None = None) -> Path:

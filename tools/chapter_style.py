@@ -13,8 +13,8 @@ from pathlib import Path
 import jupytext
 from nbformat import NotebookNode
 
+from tools.chapters import chapters
 from tools.crosslinks import LINK
-from tools.run_chapters import chapters
 
 FOLDED = {"hide-input", "hide-cell", "remove-input", "remove-cell"}
 COLUMNS, CELL, WORDS = 88, 15, 3200  # a line, a cell's lines, a chapter's words: at most

@@ -4,7 +4,7 @@ import hashlib
 import importlib.metadata
 from pathlib import Path
 
-from tools.run_chapters import Result
+from tools.chapters import Result
 
 SOURCES = (
     "book", "notebooks", "lora_course", "tools", "benchmarks", "_config.yml", "_toc.yml", "pyproject.toml", "requirements.txt",

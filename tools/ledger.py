@@ -5,7 +5,7 @@ from pathlib import Path
 
 from lora_course.lab.chat_model import QUESTIONS
 from lora_course.lab.claims import EVIDENCE, KINDS, Claim, anchor_of, load_claims
-from tools.run_chapters import Result, title
+from tools.chapters import Result, title
 
 
 def ledger(root: Path, results: list[Result]) -> str:

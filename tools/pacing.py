@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tools.chapter_style import Chapter
-from tools.run_chapters import Result, chapters, title
+from tools.chapters import Result, chapters, title
 
 NEEDS = re.compile(r"\*\*You need\*\*(.*?)\*\*Time\*\*", re.DOTALL)
 LINKED = re.compile(r"\]\((\d_\d_\w+)\.md")

@@ -11,9 +11,9 @@ import yaml
 
 from benchmarks import report
 from tools import pacing, projects, record_runs
+from tools.chapters import Result, title
 from tools.ledger import carried_over, ledger
 from tools.playpage import tables as playpage
-from tools.run_chapters import Result, title
 
 MARKER = re.compile(r"^<!-- generated: ([a-z ]+) -->$", re.MULTILINE)
 ARXIV = re.compile(r"arxiv\.org/(?:abs|pdf)/(\d{4}\.\d{4,5})")

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from tools import facts
-from tools.run_chapters import ROOT
+from tools.chapters import ROOT
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 FLAGS = (

@@ -6,7 +6,7 @@ from pathlib import Path
 import nbformat
 
 from tools import crosslinks, facts
-from tools.run_chapters import Result
+from tools.chapters import Result
 
 BOOK = facts.read().book
 EXERCISE = re.compile(r"^\*\*Exercise (\d+\.\d+-\w+)", re.MULTILINE)

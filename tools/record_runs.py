@@ -17,7 +17,7 @@ import threading
 from pathlib import Path
 
 from tools import run_chapters
-from tools.run_chapters import ROOT
+from tools.chapters import ROOT
 
 RUNS = ROOT / "lora_course" / "data" / "runs"
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")

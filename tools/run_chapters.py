@@ -8,7 +8,6 @@ executes its chapters again. Sources are never written to.
 """
 
 import argparse
-import hashlib
 import json
 import os
 import re
@@ -17,87 +16,32 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import jupytext
 import nbformat
 
-ROOT = Path(__file__).resolve().parent.parent
-GPU_PROFILES = ("t4", "large")
-CELL_TIMEOUT = {"tiny": 600, "smol": 900, "t4": 1800, "large": 7200}  # seconds
+from tools.chapters import (
+    CELL_TIMEOUT,
+    GPU_PROFILES,
+    ROOT,
+    Result,
+    cached,
+    chapters,
+    key,
+    profile,
+)
+
+NBMAKE = (
+    "--nbmake", "--overwrite", "-p", "tools.nbmake_progress", "-p", "no:cacheprovider", "-p", "no:timeout", "-q",
+    "-c", os.devnull, "--override-ini", "addopts=",
+)  # fmt: skip
 KEPT_RESULTS = 3
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class ChapterFailed(Exception):
     """A cell of a chapter raised, ran too long or took its kernel down. The message names chapter, line and cell."""
-
-
-@dataclass(frozen=True)
-class Result:
-    """One executed chapter; `fresh` is False where it came out of the cache."""
-
-    stem: str
-    folder: Path
-    seconds: float
-    fresh: bool
-
-    @property
-    def notebook(self) -> Path:
-        return self.folder / f"{self.stem}.ipynb"
-
-    @property
-    def claims(self) -> list[Path]:
-        return sorted((self.folder / "claims").glob("*.json"))
-
-
-def profile() -> str:
-    """The profile chapters run under: LORA_COURSE_PROFILE, else `tiny`, so that a book is the same on every machine."""
-    name = os.environ.get("LORA_COURSE_PROFILE") or "tiny"
-    if name not in CELL_TIMEOUT:
-        raise SystemExit(
-            f"LORA_COURSE_PROFILE={name!r} is not a profile; choose one of {', '.join(CELL_TIMEOUT)}"
-        )
-    return name
-
-
-def chapters(root: Path = ROOT) -> list[Path]:
-    """The chapters' sources in reading order."""
-    return sorted(
-        (root / "notebooks").glob("[0-9]*.md"),
-        key=lambda path: [int(n) for n in path.stem.split("_")[:2]],
-    )
-
-
-def title(chapter: Path) -> str:
-    """The first heading of a chapter."""
-    found = re.search(r"^# (.+)$", chapter.read_text(), re.MULTILINE)
-    if not found:
-        raise ValueError(f"{chapter.name}: no line `# Title`")
-    return found[1]
-
-
-def key(chapter: Path, root: Path = ROOT) -> str:
-    """SHA-256 over all that an execution depends on."""
-    digest = hashlib.sha256()
-    package = root / "lora_course"
-    files = [p for p in package.rglob("*") if p.is_file() and "__pycache__" not in p.parts]
-    for path in [chapter, root / "requirements.txt", *sorted(files)]:
-        digest.update(path.relative_to(root).as_posix().encode() + b"\0")
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
-    digest.update(profile().encode())
-    return digest.hexdigest()
-
-
-def cached(chapter: Path, root: Path = ROOT) -> Result | None:
-    """The kept result of this very version of a chapter, if there is one."""
-    folder = root / "build" / "executed" / f"{chapter.stem}-{key(chapter, root)[:16]}"
-    if not (folder / "run.json").exists():
-        return None
-    return Result(
-        chapter.stem, folder, json.loads((folder / "run.json").read_text())["seconds"], fresh=False
-    )
 
 
 def execute(chapter: Path, root: Path = ROOT, label: str = "") -> Result:
@@ -130,28 +74,8 @@ def execute(chapter: Path, root: Path = ROOT, label: str = "") -> Result:
     say(f"{label}{chapter.stem}: executing {len(code)} cells, profile {profile()}")
     start = time.perf_counter()
     run = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "--nbmake",
-            "--overwrite",
-            f"--nbmake-timeout={CELL_TIMEOUT[profile()]}",
-            "-p",
-            "tools.nbmake_progress",
-            "-p",
-            "no:cacheprovider",
-            "-p",
-            "no:timeout",
-            "-q",
-            "--rootdir",
-            str(staged),
-            "-c",
-            os.devnull,
-            "--override-ini",
-            "addopts=",
-            path.name,
-        ],
+        [sys.executable, "-m", "pytest", *NBMAKE, f"--nbmake-timeout={CELL_TIMEOUT[profile()]}"]
+        + ["--rootdir", str(staged), path.name],
         cwd=staged,
         env=environment(root, staged),
         stdout=subprocess.PIPE,
@@ -162,19 +86,9 @@ def execute(chapter: Path, root: Path = ROOT, label: str = "") -> Result:
     if run.returncode:
         raise ChapterFailed(explain(chapter, notebook, staged, run.stdout))
 
-    (staged / "run.json").write_text(
-        json.dumps(
-            {
-                "stem": chapter.stem,
-                "key": version,
-                "profile": profile(),
-                "seconds": round(seconds, 1),
-                "cells": len(code),
-            },
-            indent=1,
-        )
-        + "\n"
-    )
+    ran = {"stem": chapter.stem, "key": version, "profile": profile()}
+    ran |= {"seconds": round(seconds, 1), "cells": len(code)}
+    (staged / "run.json").write_text(json.dumps(ran, indent=1) + "\n")
     folder = root / "build" / "executed" / f"{chapter.stem}-{version[:16]}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(folder, ignore_errors=True)

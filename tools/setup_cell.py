@@ -1,5 +1,5 @@
 # On Colab and Kaggle this installs the course, and leaves torch and numpy as they are.
-import importlib.util
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -8,11 +8,12 @@ home, version = "https://github.com/OWNER/REPOSITORY", "VERSION"
 wheel = f"{home}/releases/download/v{version}/lora_course-{version}-py3-none-any.whl"
 source = os.environ.get("LORA_COURSE_SOURCE", wheel)  # or a folder, or git+https://…
 hosted = "google.colab" in sys.modules or "KAGGLE_KERNEL_RUN_TYPE" in os.environ
-if hosted and not importlib.util.find_spec("lora_course"):
+found = importlib.metadata.distributions
+if hosted and not any(found(name="lora-course")):
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", source]
     subprocess.run(pip, capture_output=True)
     importlib.invalidate_caches()
-if not importlib.util.find_spec("lora_course"):
+if not any(found(name="lora-course")):
     sys.exit(
         f"Nothing came from {source}. Switch the internet on (Kaggle: Session options), "
         "or set LORA_COURSE_SOURCE to a wheel or to where the course is now."

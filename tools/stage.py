@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tools import facts, pages, published
+from tools.chapters import ROOT, Result
 from tools.crosslinks import with_uses
 from tools.fingerprint import DISTRIBUTIONS
 from tools.playpage import pack
-from tools.run_chapters import ROOT, Result
 
 
 def staged_files(root: Path, results: list[Result]) -> Iterator[tuple[str, bytes]]:

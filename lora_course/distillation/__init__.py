@@ -10,8 +10,10 @@ here over given text); a LoRA student, KD-LoRA, arXiv 2410.20777.
 
 Teachers are adapters, so N of them cost one base and N adapters. `Teachers` exchanges whole layers for the time of a
 teacher's forward pass: the student's own layers are set aside, and come back as the same objects with the same bits.
+`TeacherModel` is the other case: one teacher that is a model of its own.
 """
 
+from lora_course.distillation.larger import TeacherModel
 from lora_course.distillation.loss import (
     IGNORED,
     DistillationConfig,
@@ -30,6 +32,7 @@ __all__ = [
     "DistillationLoss",
     "DistillationTrainer",
     "IGNORED",
+    "TeacherModel",
     "Teachers",
     "add_teacher",
     "distill",

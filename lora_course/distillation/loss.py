@@ -162,8 +162,11 @@ def loss_from_mixture(
     config: DistillationConfig,
     num_items: Tensor | int | None = None,
 ) -> DistillationLoss:
-    """The loss from log p̄ `[N, V]` of the N tokens that count; its sums are divided by N, or by `num_items`."""
-    logits = counted_logits(student_logits, labels).to(target.dtype)
+    """The loss from log p̄ `[N, V]` of the N tokens that count; its sums are divided by N, or by `num_items`.
+
+    V may be less than the student's logits have: what is beyond has no part in either softmax.
+    """
+    logits = counted_logits(student_logits, labels)[:, : target.shape[-1]].to(target.dtype)
     student, target_first = (
         F.log_softmax(logits / config.temperature, -1),
         config.divergence == "forward",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
+from lora_course.distillation.larger import TeacherModel
 from lora_course.distillation.loss import DistillationConfig, DistillationLoss, loss_from_mixture
 from lora_course.distillation.teachers import DOMAIN, Teachers, split_batch
 from lora_course.injection import check_same_model
@@ -18,7 +19,9 @@ from lora_course.training import AdapterTrainer
 
 
 def distillation_step(
-    teachers: Teachers, inputs: Mapping[str, Any], config: DistillationConfig = DistillationConfig()
+    teachers: Teachers | TeacherModel,
+    inputs: Mapping[str, Any],
+    config: DistillationConfig = DistillationConfig(),
 ) -> DistillationLoss:
     """L of one batch: the teachers first, when no activation of the student is held, then the student with gradients.
 
@@ -32,7 +35,7 @@ def distillation_step(
 
 
 def distill(
-    teachers: Teachers,
+    teachers: Teachers | TeacherModel,
     batches: Iterable[Mapping[str, Any]],
     optimizer: torch.optim.Optimizer,
     config: DistillationConfig = DistillationConfig(),
@@ -56,7 +59,7 @@ class DistillationTrainer(AdapterTrainer):
     `evaluate` gives L as `eval_loss`. Checkpoints hold the student alone: to resume, give the same teachers again.
 
     Args:
-        teachers: on `model`. With weights by domain the datasets need a column `domain`.
+        teachers: on `model`, or another model as its teacher. With weights by domain the datasets need a column `domain`.
         config: what to minimise.
         model, args, train_dataset, …: as for `AdapterTrainer`.
 
@@ -69,7 +72,7 @@ class DistillationTrainer(AdapterTrainer):
         model: nn.Module,
         args: TrainingArguments,
         *,
-        teachers: Teachers,
+        teachers: Teachers | TeacherModel,
         config: DistillationConfig = DistillationConfig(),
         **arguments: Any,
     ) -> None:

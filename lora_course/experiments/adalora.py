@@ -12,21 +12,15 @@ import torch
 from peft import AdaLoraConfig, LoraConfig
 from torch import Tensor
 
-from lora_course.adalora import (
-    AdaLoRALinear,
-    RankAllocator,
-    kept_triplets,
-    prune_triplets,
-    regularizer,
-)
-from lora_course.experiments import ROUNDING, Arm, Runs, Study, Trained, Witness
-from lora_course.experiments.arms import adapted, base_runs, train_as, values_of
-from lora_course.experiments.rates import Kept, compete, run_key
+from lora_course import adalora
+from lora_course.adalora import AdaLoRALinear
+from lora_course.experiments import Arm, Runs, Study, Trained, Witness
+from lora_course.experiments.arms import NANO, adapted, base_runs, train_as, values_of
+from lora_course.experiments.rates import at_rate, compete_all
 from lora_course.injection import injection_of
 
-SETTINGS: dict[str, Any] = {
-    "model": "nano", "domain": "shakespeare", "steps": 60, "batch": 4, "length": 128,
-    "train_bytes": 1_000_000, "score_bytes": {"validation": 20_000, "test": 40_000}, "seeds": [0, 1, 2, 3, 4], "search_seeds": [0, 1, 2],
+SETTINGS = NANO | {
+    "steps": 60, "batch": 4, "score_bytes": {"validation": 20_000, "test": 40_000}, "search_seeds": [0, 1, 2],
     "learning_rates": [4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2],
     "methods": {"lora": {"r": 4, "lora_alpha": 8}, "adalora": {"orth_reg_weight": 0.5}, "free": {"orth_reg_weight": 0.0}},
     "controls": ["magnitude", "per layer", "random"], "target_modules": "all-linear",
@@ -35,7 +29,7 @@ SETTINGS: dict[str, Any] = {
 METHODS, CONTROLS = SETTINGS["methods"], SETTINGS["controls"]
 
 
-class Recorder(RankAllocator):
+class Recorder(adalora.RankAllocator):
     """An allocator that remembers what it chose, and that may choose by something else than importance."""
 
     def __init__(self, model: torch.nn.Module, choice: str, seed: int) -> None:
@@ -81,12 +75,11 @@ def make(method: str, seed: int, choice: str = "importance") -> Arm:
     def finish(model: torch.nn.Module) -> dict[str, Any]:
         info: Any = injection_of(model)
         info.config.orth_reg_weight = 1.0  # to measure by, as "free" has none
-        orthogonality = regularizer(model).item()
-        prune_triplets(model)
-        ranks, history = kept_triplets(model), allocator.history
-        return {"orthogonality": orthogonality, "ranks": ranks, "history": history}
+        orthogonality = adalora.regularizer(model).item()
+        ranks = adalora.kept_triplets(adalora.prune_triplets(model))
+        return {"orthogonality": orthogonality, "ranks": ranks, "history": allocator.history}
 
-    return Arm(model, [allocator], regularizer, finish=finish)
+    return Arm(model, [allocator], adalora.regularizer, finish=finish)
 
 
 def trained(method: str, rate: float, seed: int, choice: str = "importance") -> Trained:
@@ -98,25 +91,14 @@ def score(found: Trained, split: str) -> dict[str, Any]:
     return values_of(SETTINGS, found, split) | {k: found.seen[k] for k in told if k in found.seen}
 
 
-def control(choice: str, rate: float, seed: int) -> dict[str, Any]:
-    return score(trained("adalora", rate, seed, choice), "test")
-
-
 def body(runs: Runs) -> None:
-    rates, seeds = SETTINGS["learning_rates"], SETTINGS["search_seeds"]
-    controls = (len(METHODS) + len(CONTROLS)) * len(runs.seeds)
-    runs.expect(2 + len(METHODS) * len(rates) * len(seeds) + controls)
+    runs.expect(2 + len(CONTROLS) * len(runs.seeds))
     base_runs(runs, SETTINGS)
-    best = {}
-    for method in METHODS:
-        best[method] = compete(runs, method, Kept(trained, method), score, rates, seeds)
-    rate = best["adalora"]
+    best = compete_all(runs, SETTINGS, METHODS, trained, score)
     for choice in CONTROLS:
-        for seed in runs.seeds:
-            runs(run_key(choice, rate, seed, "test"), control, choice, rate, seed)
+        other = lambda r, s: score(trained("adalora", r, s, choice), "test")  # noqa: E731
+        at_rate(runs, choice, best["adalora"], other)
 
 
-WITNESS = Witness(
-    ("adalora/0.032/0/test",), {"bits_per_byte": 0.005}, ROUNDING, chapter="1_2_adalora"
-)
+WITNESS = Witness(("adalora/0.032/0/test",), {"bits_per_byte": 0.005}, chapter="1_2_adalora")
 STUDY = Study("1_2_adalora", SETTINGS, body, WITNESS)

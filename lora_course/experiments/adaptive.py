@@ -8,6 +8,7 @@ get, seed by seed, as many parameters as it ended with.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -17,16 +18,15 @@ from torch import nn
 from transformers import TrainerCallback
 
 from lora_course.adaptive import GrowingLoRALinear, GrowthSchedule, RankGrower, rank_history
-from lora_course.experiments import ROUNDING, Arm, Runs, Study, Trained, Witness
+from lora_course.experiments import Arm, Runs, Study, Trained, Witness
 from lora_course.experiments.adaptive_moment import moment
-from lora_course.experiments.arms import adapted, base_runs, bits_of, train_as
-from lora_course.experiments.rates import Kept, compete, run_key
+from lora_course.experiments.arms import NANO, adapted, base_runs, bits_of, train_as
+from lora_course.experiments.rates import at_rate, compete_all, run_key
 from lora_course.injection import adapter_layers
 from lora_course.lora import LoRALinear
 
-SETTINGS: dict[str, Any] = {
-    "model": "nano", "domain": "shakespeare", "domains": ["shakespeare", "bible", "milton", "python"], "steps": 60, "batch": 8,
-    "length": 128, "train_bytes": 1_000_000, "score_bytes": {"validation": 20_000, "test": 40_000}, "seeds": [0, 1, 2, 3, 4],
+SETTINGS = NANO | {
+    "domains": ["shakespeare", "bible", "milton", "python"], "steps": 60, "batch": 8, "score_bytes": {"validation": 20_000, "test": 40_000},
     "search_seeds": [0, 1, 2], "learning_rates": [4e-3, 8e-3, 1.6e-2, 3.2e-2], "scaling": 2.0, "r": 2, "high_r": 16,
     "growth": {"budget": 224, "start": 12, "every": 3, "top": 7, "add": 2, "max_r": 16},  # on average 8 a layer, after step 45
     "moment": {"learning_rate": 8e-3, "before": 15, "after": 12, "add": 6},
@@ -140,9 +140,9 @@ def histories(model: nn.Module) -> dict[str, Any]:
 
 
 def trained(
-    arm: str, like: dict[int, Ranks], rate: float, seed: int, domain: str | None = None
+    grown: dict[int, Ranks], arm: str, rate: float, seed: int, domain: str | None = None
 ) -> Trained:
-    return train_as(SETTINGS, make(arm, seed, like.get(seed)), rate, seed, domain)
+    return train_as(SETTINGS, make(arm, seed, grown.get(seed)), rate, seed, domain)
 
 
 def seen(found: Trained) -> dict[str, Any]:
@@ -160,26 +160,20 @@ def score(found: Trained, split: str) -> dict[str, Any]:
 
 
 def body(runs: Runs) -> None:
-    rates, searching, seeds = SETTINGS["learning_rates"], SETTINGS["search_seeds"], runs.seeds
+    grown: dict[int, Ranks] = {}  # by seed, once the first arm is trained
+    arm_of = functools.partial(trained, grown)
     others = [domain for domain in SETTINGS["domains"] if domain != SETTINGS["domain"]]
-    once = (1 + len(ARMS) + len(others)) * len(seeds)
-    runs.expect(2 + once + len(ARMS) * len(rates) * len(searching))
-    for seed in seeds:
+    runs.expect(2 + (1 + len(others)) * len(runs.seeds))
+    for seed in runs.seeds:
         runs(f"moment/{seed}", moment, SETTINGS, seed)
     base_runs(runs, SETTINGS)
-    grown: dict[int, Ranks] = {}
-    rate = compete(runs, "grown", Kept(trained, "grown", {}), score, rates, searching)
-    for seed in dict.fromkeys([*seeds, *searching]):
+    rate = compete_all(runs, SETTINGS, ARMS[:1], arm_of, score)["grown"]
+    for seed in dict.fromkeys([*runs.seeds, *SETTINGS["search_seeds"]]):
         grown[seed] = runs.recorded[run_key("grown", rate, seed, "test")]["ranks"]
-    for arm in ARMS[1:]:
-        compete(runs, arm, Kept(trained, arm, grown), score, rates, searching)
+    compete_all(runs, SETTINGS, ARMS[1:], arm_of, score)
     for domain in others:
-        for seed in seeds:
-            key = run_key(domain, rate, seed, "ranks")
-            runs(key, lambda d, s: seen(trained("grown", {}, rate, s, d)), domain, seed)
+        at_rate(runs, domain, rate, lambda r, s: seen(arm_of("grown", r, s, domain)), "ranks")
 
 
-WITNESS = Witness(
-    ("grown/0.016/0/test",), {"bits_per_byte": 0.004}, ROUNDING, chapter="3_1_adaptive"
-)
+WITNESS = Witness(("grown/0.016/0/test",), {"bits_per_byte": 0.004}, chapter="3_1_adaptive")
 STUDY = Study("3_1_adaptive", SETTINGS, body, WITNESS)

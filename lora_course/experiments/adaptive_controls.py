@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from lora_course.adaptive import GrowingLoRALinear, GrowthSchedule, RankGrower
-from lora_course.experiments import ROUNDING, Arm, Runs, Study, Trained, Witness, adaptive
+from lora_course.experiments import Arm, Runs, Study, Trained, Witness, adaptive
 from lora_course.experiments.arms import train_as
-from lora_course.experiments.rates import Kept, compete
+from lora_course.experiments.rates import compete_all
 
 SETTINGS = adaptive.SETTINGS | {
     "learning_rates": {"small": [4e-3, 8e-3, 1.6e-2, 3.2e-2], "random": [8e-3, 1.6e-2, 3.2e-2]},
@@ -42,12 +42,8 @@ def score(found: Trained, split: str) -> dict[str, Any]:
 
 
 def body(runs: Runs) -> None:
-    arms, seeds = SETTINGS["learning_rates"], SETTINGS["search_seeds"]
-    tried = sum(len(rates) for rates in arms.values())
-    runs.expect(tried * len(seeds) + len(arms) * len(runs.seeds))
-    for arm, rates in arms.items():
-        compete(runs, arm, Kept(trained, arm), score, rates, seeds)
+    compete_all(runs, SETTINGS, SETTINGS["learning_rates"], trained, score)
 
 
-WITNESS = Witness(("random/0.016/0/test",), {"bits_per_byte": 0.004, "parameters": 0}, ROUNDING)
+WITNESS = Witness(("random/0.016/0/test",), {"bits_per_byte": 0.004, "parameters": 0})
 STUDY = Study("3_1_controls", SETTINGS, body, WITNESS)

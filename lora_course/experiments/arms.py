@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import tempfile
@@ -12,7 +13,7 @@ from typing import Any
 
 import datasets
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 
@@ -22,7 +23,12 @@ from lora_course.experiments.study import Runs
 from lora_course.injection import inject, trainable_parameters
 from lora_course.lab import study
 from lora_course.lora import AdapterState
-from lora_course.states import use_adapter
+from lora_course.states import split_state, use_adapter
+
+NANO: dict[str, Any] = {
+    "model": "nano", "domain": "shakespeare", "length": 128, "train_bytes": 1_000_000, "seeds": [0, 1, 2, 3, 4],
+}  # fmt: skip
+"""What the settings of most studies have in common."""
 
 
 @dataclasses.dataclass
@@ -155,6 +161,13 @@ def base_score(settings: Mapping[str, Any], split: str) -> dict[str, float]:
 # ------------------------------------------------------------------------------------ what most studies do with their settings
 
 
+def recipe(settings: Mapping[str, Any], rate: float, seed: int, **overrides: Any) -> dict[str, Any]:
+    """Fields of `TrainingArguments` as `lab.study.fit` sets them, for what is trained by a trainer of its own."""
+    plan = {"max_steps": settings["steps"], "per_device_train_batch_size": settings["batch"]}
+    common = {"learning_rate": rate, "seed": seed, "disable_tqdm": True}
+    return study.RECIPE | common | plan | overrides
+
+
 def train_as(
     settings: Mapping[str, Any], arm: Arm, rate: float, seed: int, domain: str | None = None
 ) -> Trained:
@@ -185,6 +198,24 @@ def bits_by_domain(
 def serving(settings: Mapping[str, Any], state: AdapterState) -> nn.Module:
     """The base with a plain adapter of this state, whatever its ranks."""
     return use_adapter(adapted(settings, 0, config_of(1)), state)
+
+
+def in_peft(
+    settings: Mapping[str, Any], states: Mapping[str, AdapterState], config: LoraConfig
+) -> Any:
+    """The base as a model of PEFT that holds these plain adapters by name, all of them made as `config` says."""
+    model: Any = None
+    for name, state in states.items():
+        own = copy.deepcopy(config)  # PEFT notes in it what it found
+        if model is None:
+            model = get_peft_model(base_of(settings), own, name)
+        else:
+            model.add_adapter(name, own)
+        for module, tensors in split_state(state).items():
+            layer = model.base_model.model.get_submodule(module)
+            layer.lora_A[name].weight.data.copy_(tensors["A"])
+            layer.lora_B[name].weight.data.copy_(tensors["B"])
+    return model
 
 
 def file_bytes(arm: Arm) -> int:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import os
 import time
 import warnings
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from lora_course import experiments
@@ -52,6 +56,9 @@ def add(commands: argparse._SubParsersAction) -> None:
     verifying.add_argument(
         "--ci", action="store_true", help="only those whose chapter runs no run of the record again"
     )  # fmt: skip
+    verifying.add_argument(
+        "--workers", type=int, default=1, metavar="N", help="so many at a time; by default one"
+    )
     verifying.set_defaults(run=run_study_verify)
 
 
@@ -73,27 +80,50 @@ def run_study(arguments: argparse.Namespace) -> None:
 
 def run_study_verify(arguments: argparse.Namespace) -> None:
     complete = [name for name in experiments.NAMES if name not in experiments.UNDER_WAY]
-    studies = [experiments.get(name) for name in arguments.names or complete]
+    names = arguments.names or complete
+    for name in names:
+        experiments.get(name)  # a wrong name is told before anything runs
     if arguments.ci:
-        studies = [study for study in studies if not study.witness.chapter]
+        names = [name for name in names if not experiments.get(name).witness.chapter]
     failed = []
-    for study in studies:
-        start = time.perf_counter()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            found = study.verify(note=not arguments.no_note)
-        said = ", ".join(
-            f"{field} {most:.2g} apart ({found['within'][field]:g} allowed)"
-            for field, most in found["largest"].items()
-        )
-        verdict = "holds" if found["holds"] else "DOES NOT HOLD"
-        print(
-            f"{study.name:18} {verdict}: {', '.join(found['keys'])}: {said}; {time.perf_counter() - start:.0f} s",
-            flush=True,
-        )
-        failed += [] if found["holds"] else [study.name]
+    for name, line, holds in verified(names, not arguments.no_note, arguments.workers):
+        print(line, flush=True)
+        failed += [] if holds else [name]
     if failed:
         raise ValueError(
             f"{', '.join(failed)}: today's code gives other numbers than the record. Find out why, or run the study anew with "
             "`lora-course study run NAME --overwrite`"
         )
+
+
+def verified(names: list[str], note: bool, workers: int) -> Iterator[tuple[str, str, bool]]:
+    """Of each study the name, the line to print, and whether its witness holds; in processes of their own if workers > 1."""
+    if workers < 1:
+        raise ValueError(f"--workers {workers}: at least one process has to verify")
+    if workers == 1:
+        yield from (verify_one(name, note) for name in names)
+        return
+    fresh = multiprocessing.get_context("spawn")  # torch's threads don't survive a fork
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    with ProcessPoolExecutor(workers, fresh, _limit_threads, (threads,)) as pool:
+        yield from pool.map(verify_one, names, [note] * len(names))
+
+
+def _limit_threads(count: int) -> None:
+    import torch
+
+    torch.set_num_threads(count)
+
+
+def verify_one(name: str, note: bool) -> tuple[str, str, bool]:
+    start = time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = experiments.get(name).verify(note=note)
+    said = ", ".join(
+        f"{field} {most:.2g} apart ({found['within'][field]:g} allowed)"
+        for field, most in found["largest"].items()
+    )
+    verdict = "holds" if found["holds"] else "DOES NOT HOLD"
+    keys, took = ", ".join(found["keys"]), time.perf_counter() - start
+    return name, f"{name:18} {verdict}: {keys}: {said}; {took:.0f} s", found["holds"]

@@ -23,13 +23,13 @@ from torch import nn
 
 from lora_course import lab
 from lora_course.arguments import compute_dtype
-from lora_course.experiments import ROUNDING, Runs, Study, Trained, Witness
+from lora_course.experiments import Runs, Study, Trained, Witness
 from lora_course.experiments import methods as own
 from lora_course.experiments import peft_methods as peft
 from lora_course.experiments import train as train_arm
 from lora_course.experiments.arms import base_of, file_bytes, rows_of, tokenizer_of
 from lora_course.experiments.methods import Method, Settings
-from lora_course.experiments.rates import Kept, compete, run_key
+from lora_course.experiments.rates import Kept, at_rate, compete
 from lora_course.lab import study
 from lora_course.lab.evidence import differences, interval, verdict
 
@@ -133,9 +133,8 @@ def body(runs: Runs) -> None:
         scored = functools.partial(score, domain)
         best = compete(runs, arm, Kept(train, method, domain), scored, first, asked)
         if method == "lora":
-            for seed in seeds:
-                again = lambda s, d=domain, r=2 * best: score(d, train("lora", d, r, s), "test")  # noqa: E731
-                runs(run_key(arm, 2 * best, seed, "twice"), again, seed)
+            again = lambda *how: scored(train("lora", domain, *how), "test")  # noqa: E731
+            at_rate(runs, arm, 2 * best, again, "twice")
 
 
 # ------------------------------------------------------------------------------------------------ reading the record
@@ -174,10 +173,8 @@ def table(
     """A row a method: mean and 95% interval of quality and forgetting in bits a byte, then what it costs."""
     rows, there = {}, methods_in(record, domain)
     for method in there if methods is None else [name for name in there if name in methods]:
-        cost = {
-            name: statistics.median(series(record, method, domain, name))
-            for name in ("parameters", "file_bytes", "model_bytes", "step_bytes", "seconds")
-        }
+        costs = ("parameters", "file_bytes", "model_bytes", "step_bytes", "seconds")
+        cost = {name: statistics.median(series(record, method, domain, name)) for name in costs}
         less = ""
         if method != "lora" and "lora" in there:
             values = paired(record, method, domain)
@@ -198,10 +195,6 @@ def plus_minus(values: Sequence[float]) -> str:
     return f"{mean:.3f} ± {high - mean:.3f}"
 
 
-WITNESS = Witness(
-    ("lora/python/0.008/0/test",),
-    {"bits_per_byte": 0.005, "own_domain": 0.02, "parameters": 0, "file_bytes": 0},
-    ROUNDING,
-    chapter="5_1_comparison",
-)
+TOLERANCES = {"bits_per_byte": 0.005, "own_domain": 0.02, "parameters": 0, "file_bytes": 0}
+WITNESS = Witness(("lora/python/0.008/0/test",), TOLERANCES, chapter="5_1_comparison")
 STUDY = Study("5_1_comparison", SETTINGS, body, WITNESS)

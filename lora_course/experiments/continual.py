@@ -13,29 +13,18 @@ import functools
 import statistics
 import tempfile
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import datasets
 import torch
 
-from lora_course import lab
+from lora_course import continual, lab
 from lora_course.arguments import training_arguments
-from lora_course.continual import (
-    Isolated,
-    Orthogonal,
-    Replay,
-    Sequential,
-    Task,
-    learn,
-    metrics,
-    overlap,
-)
+from lora_course.continual import Isolated, Orthogonal, Replay, Sequential, Task
 from lora_course.experiments import ROUNDING, Arm, Runs, Study, Witness
-from lora_course.experiments.arms import adapted, config_of, rows_of, tokenizer_of, train
+from lora_course.experiments.arms import adapted, config_of, recipe, rows_of, tokenizer_of, train
 from lora_course.experiments.continual_merges import merged_states
 from lora_course.experiments.rates import choose
-from lora_course.lab import study
 from lora_course.lora import AdapterState
 from lora_course.merging import Merged
 from lora_course.states import concatenate, relative_error, use_adapter
@@ -64,7 +53,7 @@ STRATEGIES: dict[str, Callable[[int], Sequential]] = {
 }
 
 
-@cache
+@functools.cache
 def task(domain: str, split: str) -> Task:
     """A domain as a task, scored in bits a byte on an excerpt of the split."""
     size, piece = SETTINGS["score_bytes"][split], SETTINGS["piece"]
@@ -88,11 +77,8 @@ def sequence(
     if split == "validation":  # of which the last row is all that counts
         tasks = [dataclasses.replace(one, evaluate=lambda model: 0.0) for one in tasks]
     with tempfile.TemporaryDirectory() as folder:
-        args = training_arguments(
-            folder, "cpu", learning_rate=rate, seed=seed, max_steps=SETTINGS["steps"], disable_tqdm=True,
-            per_device_train_batch_size=SETTINGS["batch"], **study.RECIPE,
-        )  # fmt: skip
-        results = learn(model, tasks, strategy, args)
+        args = training_arguments(folder, "cpu", **recipe(SETTINGS, rate, seed))
+        results = continual.learn(model, tasks, strategy, args)
     if split == "validation":
         scores = []
         for index, domain in enumerate(order):
@@ -100,9 +86,9 @@ def sequence(
                 scores.append(score_of(model, domain, split))
         return result(scores)
     found: dict[str, Any] = {"names": results.names, "matrix": rounded(results.matrix.tolist())}
-    found |= metrics(results.matrix)
+    found |= continual.metrics(results.matrix)
     if isinstance(strategy, Orthogonal):
-        found["overlap"] = overlap(model).item()
+        found["overlap"] = continual.overlap(model).item()
     if isinstance(strategy, Isolated):
         found["merges"] = merges(model, strategy.states, seed)
     return found
@@ -184,10 +170,7 @@ def body(runs: Runs) -> None:
                 test(f"order {number}", make, name, order=order)
 
 
-WITNESS = Witness(
-    ("orthogonal/order 0/0",),
-    {"matrix": 0.02, "ACC": 0.005},
-    ROUNDING + " in the mean; single scores on 4,000 bytes move more",
-    chapter="3_3_continual",
-)
+REASON = ROUNDING + " in the mean; single scores on 4,000 bytes move more"
+TOLERANCES = {"matrix": 0.02, "ACC": 0.005}
+WITNESS = Witness(("orthogonal/order 0/0",), TOLERANCES, REASON, chapter="3_3_continual")
 STUDY = Study("3_3_continual", SETTINGS, body, WITNESS)

@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
 
-from lora_course.experiments import base_of
+from lora_course.experiments.arms import config_of, in_peft
 from lora_course.lora import AdapterState
 from lora_course.merging import Merged, average_factors, dare, ties
 from lora_course.states import concatenate, split_state, truncate
@@ -21,7 +20,8 @@ def merged_states(
     """One state of several, by method. All but "mean" and "sum" have rank r."""
     r, count, density = settings["r"], len(states), settings["ties_density"]
     mean, one = [1 / count] * count, [1.0] * count
-    theirs = in_peft(settings, states)
+    config = config_of(r, target_modules=sorted(split_state(states[0])))
+    theirs = in_peft(settings, {str(i): state for i, state in enumerate(states)}, config)
     torch.manual_seed(seed)  # PEFT's DARE draws from the global generator
     drop = {"density": settings["dare_density"]}
     return {
@@ -36,23 +36,6 @@ def merged_states(
         "PEFT ties": peft_merge(theirs, one, "ties", density=density),
         "PEFT dare_linear": peft_merge(theirs, mean, "dare_linear", **drop),
     }
-
-
-def in_peft(settings: Mapping[str, Any], states: Sequence[AdapterState]) -> Any:
-    """nano with the states as PEFT adapters "0", "1", …"""
-    model: Any = None
-    r = settings["r"]
-    for i, state in enumerate(states):
-        config = LoraConfig(r=r, lora_alpha=2 * r, target_modules=sorted(split_state(state)))
-        if model is None:
-            model = get_peft_model(base_of(settings), config, str(i))
-        else:
-            model.add_adapter(str(i), config)
-        for module, tensors in split_state(state).items():
-            layer = model.base_model.model.get_submodule(module)
-            layer.lora_A[str(i)].weight.data.copy_(tensors["A"])
-            layer.lora_B[str(i)].weight.data.copy_(tensors["B"])
-    return model
 
 
 def peft_merge(model: Any, weights: list[float], kind: str, **arguments: object) -> AdapterState:

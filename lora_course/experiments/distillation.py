@@ -11,25 +11,17 @@ Teachers have read more than students: 192 rows of one domain each, against 64 r
 from __future__ import annotations
 
 import functools
+import itertools
 import statistics
 from collections.abc import Callable
 from typing import Any
 
-from lora_course.experiments import ROUNDING, Runs, Study, Witness
+from lora_course.experiments import Runs, Study, Witness
 from lora_course.experiments import distillation_costs as costs
+from lora_course.experiments import distillation_models as made
 from lora_course.experiments.arms import base_of, bits_by_domain
-from lora_course.experiments.distillation_models import (
-    DISTILLED,
-    DOMAINS,
-    SETTINGS,
-    Found,
-    distilled,
-    merged,
-    on_data,
-    teacher_states,
-    with_router,
-)
-from lora_course.experiments.rates import choose, run_key
+from lora_course.experiments.distillation_models import DISTILLED, DOMAINS, SETTINGS, Found
+from lora_course.experiments.rates import at_rate, choose
 from lora_course.injection import trainable_parameters
 
 score = functools.partial(bits_by_domain, SETTINGS)
@@ -48,21 +40,21 @@ def trained_result(found: Found, split: str) -> dict[str, Any]:
 
 
 def of_kind(kind: str, rate: float, seed: int, split: str, **how: Any) -> dict[str, Any]:
-    return trained_result(distilled(kind, rate, seed, **how), split)
+    return trained_result(made.distilled(kind, rate, seed, **how), split)
 
 
 ARMS: dict[str, Callable[[float, int, str], dict[str, Any]]] = {
-    "data alone": lambda rate, seed, split: trained_result(on_data(rate, seed), split),
+    "data alone": lambda rate, seed, split: trained_result(made.on_data(rate, seed), split),
     "by domain": lambda rate, seed, split: of_kind("by domain", rate, seed, split),
-    "merged": lambda weight, seed, split: result(score(merged(weight, seed), split)),
-    "experts": lambda rate, seed, split: result(score(with_router(rate, seed), split)),
+    "merged": lambda weight, seed, split: result(score(made.merged(weight, seed), split)),
+    "experts": lambda rate, seed, split: result(score(made.with_router(rate, seed), split)),
 }
 """The arms that choose something, as functions of what they choose, seed and split."""
 
 
 def own_teachers(seed: int) -> dict[str, Any]:
     """Each domain's test text with that domain's teacher."""
-    states = teacher_states(seed)
+    states = made.teacher_states(seed)
     return result({domain: score(states[domain], "test", [domain])[domain] for domain in DOMAINS})
 
 
@@ -83,27 +75,23 @@ def body(runs: Runs) -> None:
         # merged weights were no search beyond an edge: study 3_2_merge goes on below
         best[arm] = choose(runs, arm, ARMS[arm], grid, asked, edges=arm != "merged")
     rate = best["by domain"]
+    for arm in ("data alone", "merged", "experts"):
+        at_rate(runs, arm, best[arm], lambda r, s: ARMS[arm](r, s, "test"))
+    for kind in DISTILLED:
+        at_rate(runs, kind, rate, lambda r, s: of_kind(kind, r, s, "test"))
     for seed in seeds:
-        for arm in ("data alone", "merged", "experts"):
-            runs(run_key(arm, best[arm], seed, "test"), ARMS[arm], best[arm], seed, "test")
-        for kind in DISTILLED:
-            runs(run_key(kind, rate, seed, "test"), of_kind, kind, rate, seed, "test")
         runs(f"own teacher/{seed}/test", own_teachers, seed)
         for mixture in ("probabilities", "logits"):
             ensemble = lambda m, s: result(score(costs.ensemble(s, m), "test"))  # noqa: E731
             runs(f"ensemble, {mixture}/{seed}/test", ensemble, mixture, seed)
-    for temperature in SETTINGS["temperatures"]:
-        for squared in (True, False):
-            how = {"temperature": temperature, "temperature_squared": squared}
-            for seed in seeds:
-                key = f"sweep/{temperature:g}/{'with' if squared else 'without'} T²/{seed}"
-                make = functools.partial(of_kind, **how)
-                runs(f"{key}/validation", make, "by domain", rate, seed, "validation")
+    swept = itertools.product(SETTINGS["temperatures"], (True, False), seeds)
+    for temperature, squared, seed in swept:
+        how = {"temperature": temperature, "temperature_squared": squared}
+        key = f"sweep/{temperature:g}/{'with' if squared else 'without'} T²/{seed}/validation"
+        runs(key, functools.partial(of_kind, **how), "by domain", rate, seed, "validation")
     runs("latency", costs.latency, SETTINGS["seeds"][0])
     runs("memory", costs.memory, SETTINGS["seeds"][0])
 
 
-WITNESS = Witness(
-    ("merged/0.25/0/test",), {"bits_per_byte": 0.005}, ROUNDING, chapter="3_2_distillation"
-)
+WITNESS = Witness(("merged/0.25/0/test",), {"bits_per_byte": 0.005}, chapter="3_2_distillation")
 STUDY = Study("3_2_distillation", SETTINGS, body, WITNESS)

@@ -12,22 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_course import experts, lab
-from lora_course.distillation import (
-    DistillationConfig,
-    Teachers,
-    distillation_step,
-    mixture_log_probs,
-)
+from lora_course import distillation, experts, lab
+from lora_course.distillation import DistillationConfig, Teachers
 from lora_course.experiments import adapted, base_of, config_of
-from lora_course.experiments.distillation_models import (
-    DOMAINS,
-    SETTINGS,
-    R,
-    merged,
-    mixed_rows,
-    teacher_states,
-)
+from lora_course.experiments import distillation_models as made
+from lora_course.experiments.distillation_models import DOMAINS, SETTINGS, R, teacher_states
+from lora_course.experiments.timing import race
 from lora_course.injection import merge, unload
 from lora_course.states import adapter_state, use_adapter
 
@@ -48,7 +38,7 @@ class Ensemble(nn.Module):
         for name in self.each.names:
             with self.each.switched(name) as model:
                 each.append(model(input_ids=input_ids, use_cache=False).logits)
-        return SimpleNamespace(logits=mixture_log_probs(each, None, self.settings))
+        return SimpleNamespace(logits=distillation.mixture_log_probs(each, None, self.settings))
 
 
 def student(seed: int) -> nn.Module:
@@ -63,8 +53,8 @@ def ensemble(seed: int, mixture: str) -> Ensemble:
 def latency(seed: int) -> dict[str, Any]:
     """Milliseconds of a forward pass of each way to serve four domains, median of repeats that take turns."""
     how = SETTINGS["latency"]
-    ids = mixed_rows()["input_ids"][: how["batch"]][:, : how["length"]]
-    plain, inside = (use_adapter(student(seed), merged(1.0, seed)) for _ in range(2))
+    ids = made.mixed_rows()["input_ids"][: how["batch"]][:, : how["length"]]
+    plain, inside = (use_adapter(student(seed), made.merged(1.0, seed)) for _ in range(2))
     mixed = base_of(SETTINGS)
     experts.mix_experts(mixed, list(teacher_states(seed).values()))
     models = {
@@ -74,24 +64,21 @@ def latency(seed: int) -> dict[str, Any]:
         "mixture of experts": mixed,
         "all four teachers": ensemble(seed, "probabilities"),
     }
-    times: dict[str, list[float]] = {name: [] for name in models}
-    for _ in range(how["repeats"] + 1):  # the first turn warms up
-        for name, model in models.items():
-            start = time.perf_counter()
-            model.eval()(input_ids=ids, use_cache=False)
-            times[name].append(1000 * (time.perf_counter() - start))
-    medians = {name: round(statistics.median(values[1:]), 2) for name, values in times.items()}
+    forward = {"input_ids": ids, "use_cache": False}
+    arms = {name: functools.partial(model.eval(), **forward) for name, model in models.items()}
+    seconds = race(arms, how["repeats"], time.perf_counter)
+    medians = {name: round(1000 * statistics.median(seconds[name]), 2) for name in arms}
     return {"milliseconds": medians, "threads": torch.get_num_threads()}
 
 
 def step_of(teachers: Teachers, plain: dict[str, Tensor]) -> None:
-    distillation_step(teachers, plain).loss.backward()
+    distillation.distillation_step(teachers, plain).loss.backward()
 
 
 def memory(seed: int) -> dict[str, Any]:
     """Bytes: of the base, of one teacher as an adapter, of the student; and what a training step allocates at its peak."""
     states, model = teacher_states(seed), student(seed).train()
-    batch = mixed_rows()[: SETTINGS["batch"]]
+    batch = made.mixed_rows()[: SETTINGS["batch"]]
     plain = {key: value for key, value in batch.items() if key != "domain"}
     steps: dict[str, Callable[[], Any]] = {
         "data alone": lambda: model(**plain, use_cache=False).loss.backward()

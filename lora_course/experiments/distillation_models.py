@@ -15,7 +15,7 @@ from torch import nn
 from lora_course import experts
 from lora_course.arguments import training_arguments
 from lora_course.distillation import DistillationConfig, DistillationTrainer, Teachers
-from lora_course.experiments.arms import Arm, adapted, base_of, config_of, rows_of, train
+from lora_course.experiments.arms import Arm, adapted, base_of, config_of, recipe, rows_of, train
 from lora_course.lab import study
 from lora_course.lora import AdapterState
 from lora_course.states import adapter_state, concatenate, truncate
@@ -91,19 +91,15 @@ def distil(
     """Teachers into one student on the rows."""
     model = adapted(SETTINGS, seed, config_of(R))
     with tempfile.TemporaryDirectory() as folder:
-        args = training_arguments(
-            folder, learning_rate=rate, seed=seed, max_steps=steps, disable_tqdm=True,
-            per_device_train_batch_size=SETTINGS["batch"], **study.RECIPE,
-        )  # fmt: skip
+        args = training_arguments(folder, **recipe(SETTINGS, rate, seed, max_steps=steps))
         more: dict[str, Any] = {"teachers": Teachers(model, states, weights), "config": config}
         trainer = DistillationTrainer(model, args, train_dataset=rows, **more)
         start = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - start
-    losses, divergences = (
-        [entry[key] for entry in trainer.history] for key in ("task", "divergence")
-    )
-    return model, {"losses": losses, "divergences": divergences, "seconds": seconds}
+    named = {"losses": "task", "divergences": "divergence"}
+    curves = {name: [entry[key] for entry in trainer.history] for name, key in named.items()}
+    return model, curves | {"seconds": seconds}
 
 
 def merged(weight: float, seed: int, cut: bool = True) -> AdapterState:

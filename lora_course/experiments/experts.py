@@ -8,6 +8,7 @@ a byte on validation text, mean over domains.
 from __future__ import annotations
 
 import functools
+import itertools
 import statistics
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from torch import nn
 
 from lora_course import experts, lab
-from lora_course.experiments import ROUNDING, Runs, Study, Witness
+from lora_course.experiments import Runs, Study, Witness
 from lora_course.experiments.arms import (
     Arm,
     adapted,
@@ -128,13 +129,9 @@ def separate(states: list[AdapterState], router_rate: float, seed: int) -> dict[
     """The mixture of trained experts, each of them alone, and their average."""
     mixture = train_router(states, router_rate, seed)
     average = concatenate(states, [1 / len(states)] * len(states))
-    return result(
-        score(mixture, "test"),
-        each=[score(state, "test") for state in states],
-        average=score(average, "test"),
-        usage=usage(mixture),
-        router_parameters=trainable_parameters(mixture),
-    )
+    each, counted = [score(state, "test") for state in states], trainable_parameters(mixture)
+    more = {"each": each, "average": score(average, "test"), "usage": usage(mixture)}
+    return result(score(mixture, "test"), **more, router_parameters=counted)
 
 
 def whole(method: str, found: tuple[nn.Module, float], split: str) -> dict[str, Any]:
@@ -175,15 +172,10 @@ def body(runs: Runs) -> None:
         best[method] = compete(runs, method, kept, scored, rates, seeds, value=mean)
     for name in SETTINGS["cost"]:
         runs(f"cost/{name}", cost, SETTINGS, name)
-    for seed in runs.seeds:
-        for balance in SETTINGS["balances"]:
-            runs(f"top_k/{balance:g}/{seed}/test", top_k, best["joint"], seed, balance)
+    for balance, seed in itertools.product(SETTINGS["balances"], runs.seeds):
+        runs(f"top_k/{balance:g}/{seed}/test", top_k, best["joint"], seed, balance)
 
 
-WITNESS = Witness(
-    ("joint/0.008/0/test",),
-    {"bits_per_byte": 0.005, "parameters": 0},
-    ROUNDING,
-    chapter="2_1_experts",
-)
+TOLERANCES = {"bits_per_byte": 0.005, "parameters": 0}
+WITNESS = Witness(("joint/0.008/0/test",), TOLERANCES, chapter="2_1_experts")
 STUDY = Study("2_1_experts", SETTINGS, body, WITNESS)

@@ -6,6 +6,7 @@ import copy
 import tempfile
 import time
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_course import experts, lab
 from lora_course.experiments import config_of
+from lora_course.experiments.timing import race
 from lora_course.export import export_peft
 from lora_course.injection import inject
 
@@ -32,9 +34,8 @@ def arms_of(name: str) -> dict[str, nn.Module]:
         adapter = export_peft(inject(copy.deepcopy(base), config_of(8)), folder)
         base.config.use_cache = False  # X-LoRA needs it off, and its adapters named by number
         adapters = {str(i): str(adapter) for i in range(8)}
-        settings = XLoraConfig(
-            hidden_size=base.config.hidden_size, task_type="CAUSAL_LM", adapters=adapters
-        )
+        width, task = base.config.hidden_size, "CAUSAL_LM"
+        settings = XLoraConfig(hidden_size=width, task_type=task, adapters=adapters)
         theirs = get_peft_model(copy.deepcopy(base), settings)
     ours = {}
     for count in (1, 8):
@@ -53,18 +54,18 @@ def cost(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizers[arm] = torch.optim.AdamW(trained, lr=1e-4)
 
-    def step(arm: str) -> float:
-        begin = time.perf_counter()
+    def step(arm: str) -> None:
         arms[arm].train()(input_ids=ids, labels=ids).loss.backward()
         optimizers[arm].step()
         optimizers[arm].zero_grad()
-        return time.perf_counter() - begin
 
     operations = {}
     for arm in arms:
         with FlopCounterMode(display=False) as counter:
             step(arm)
         operations[arm] = counter.get_total_flops()
-    seconds = [{arm: step(arm) for arm in arms} for _ in range(rounds)]
-    ratios = {arm: [round(s[arm] / s["one"], 4) for s in seconds] for arm in arms}
+    seconds = race({arm: partial(step, arm) for arm in arms}, rounds, time.perf_counter)
+    ratios = {
+        arm: [round(s / one, 4) for s, one in zip(seconds[arm], seconds["one"])] for arm in arms
+    }
     return {"operations": operations, "ratios": ratios}

@@ -7,17 +7,17 @@ size of tensors, the same in every run.
 
 from __future__ import annotations
 
+import itertools
 import platform
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lora_course import lab
 from lora_course.experiments import ROUNDING, Arm, Runs, Study, Witness
 from lora_course.experiments import fused_costs as costs
 from lora_course.experiments import fused_serving as serving
-from lora_course.experiments.arms import adapted, config_of, rows_of, tokenizer_of, train
+from lora_course.experiments.arms import adapted, bits_of, config_of, rows_of, train
 
 SETTINGS = costs.SETTINGS | serving.SETTINGS | {
     "domains": ["bible", "shakespeare", "milton", "python"], "r": 8, "lora_alpha": 16, "learning_rate": 8e-3,
@@ -30,8 +30,7 @@ def trained(kind: str, domain: str, seed: int) -> dict[str, Any]:
     model = adapted(SETTINGS, seed, config_of(SETTINGS["r"]), layer=costs.LAYERS[kind])
     plan = (SETTINGS["learning_rate"], seed, SETTINGS["steps"], SETTINGS["batch"])
     found = train(Arm(model), rows_of(SETTINGS, domain), *plan)
-    texts, size = lab.load_text(domain, "test"), SETTINGS["test_bytes"]
-    bits = lab.bits_per_byte(model, tokenizer_of("nano"), texts, max_bytes=size)
+    bits = bits_of(SETTINGS | {"score_bytes": SETTINGS["test_bytes"]}, model, "test", domain)
     return {"bits_per_byte": bits, "last_loss": found.losses[-1]}
 
 
@@ -41,12 +40,8 @@ def machine() -> dict[str, Any]:
     if cpuinfo.exists():
         lines = cpuinfo.read_text().splitlines()
         names = [x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")]
-    return {
-        "processor": (names or [platform.processor()])[0],
-        "cores": len(names),
-        "threads": torch.get_num_threads(),
-        "system": platform.system(),
-    }
+    found = {"processor": (names or [platform.processor()])[0], "cores": len(names)}
+    return found | {"threads": torch.get_num_threads(), "system": platform.system()}
 
 
 def body(runs: Runs) -> None:
@@ -75,10 +70,8 @@ def body(runs: Runs) -> None:
     for count in SETTINGS["served"]["adapters"]:
         runs(f"served/{count}", serving.served, count)
     runs("generate", serving.generated)
-    for seed in runs.seeds:
-        for domain in SETTINGS["domains"]:
-            for kind in costs.LAYERS:
-                runs(f"trained/{domain}/{seed}/{kind}", trained, kind, domain, seed)
+    for seed, domain, kind in itertools.product(runs.seeds, SETTINGS["domains"], costs.LAYERS):
+        runs(f"trained/{domain}/{seed}/{kind}", trained, kind, domain, seed)
     r = SETTINGS["autocast_rank"]
     for kind in kinds:
         runs(f"memory/autocast/{r}/{kind}", costs.memory, kind, r, 0.0, True)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import gc
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import nn
 
 from lora_course import lab, lora
 from lora_course.experiments import base_of, config_of
+from lora_course.experiments.timing import race
 from lora_course.fused import FusedLoRALinear
 from lora_course.injection import inject
 from lora_course.lora import LoRALinear
@@ -34,11 +34,8 @@ def injected(kind: str, r: int, dropout: float = 0.0, seed: int = 0) -> nn.Modul
     """The base with an adapter whose B is not zero: "plain", "fused" or "peft"."""
     model = base_of(SETTINGS)
     torch.manual_seed(seed)
-    model = (
-        get_peft_model(model, config(r, dropout))
-        if kind == "peft"
-        else inject(model, config(r, dropout), layer=LAYERS[kind])
-    )
+    how = config(r, dropout)
+    model = get_peft_model(model, how) if kind == "peft" else inject(model, how, LAYERS[kind])
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and ("lora_B" in name or name.endswith(".B")):
             nn.init.normal_(parameter, std=0.02)
@@ -95,19 +92,6 @@ def process(kind: str, dropout: float) -> dict[str, int]:
     return {"grown": lab.process_peak(f"{__name__}:process_step", kind, dropout).grown}
 
 
-def race(arms: Mapping[str, Callable[..., Any]], rounds: int) -> dict[str, list[float]]:
-    """Processor seconds of each arm in each round, after one that isn't counted; the order turns with the rounds."""
-    times: dict[str, list[float]] = {name: [] for name in arms}
-    names = list(arms)
-    for i in range(rounds + 1):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
-            start = time.thread_time()
-            arms[name]()
-            if i:
-                times[name].append(time.thread_time() - start)
-    return {name: [round(t, 7) for t in values] for name, values in times.items()}
-
-
 def step_times(r: int, dropout: float) -> dict[str, list[float]]:
     """Of a whole step; "B as it lies" is the plain one without lora.LARGEST_COPIED_RANK's transposed copy."""
     models = {kind: injected(kind, r, dropout) for kind in ("plain", "fused", "peft")}
@@ -122,11 +106,8 @@ def step_times(r: int, dropout: float) -> dict[str, list[float]]:
 
         return run
 
-    return race(
-        {kind: arm(model) for kind, model in models.items()}
-        | {"B as it lies": arm(models["plain"], 0)},
-        SETTINGS["step_rounds"],
-    )
+    arms = {kind: arm(model) for kind, model in models.items()}
+    return race(arms | {"B as it lies": arm(models["plain"], 0)}, SETTINGS["step_rounds"])
 
 
 def order_times(r: int) -> dict[str, list[float]]:
@@ -135,15 +116,9 @@ def order_times(r: int) -> dict[str, list[float]]:
     torch.manual_seed(0)
     g, h, B = torch.randn(s["rows"], s["out"]), torch.randn(s["rows"], r), torch.randn(s["out"], r)
     Bt = B.t().contiguous()
-    return race(
-        {
-            "gᵀh": lambda: g.t() @ h,
-            "(hᵀg)ᵀ": lambda: (h.t() @ g).t(),
-            "gB": lambda: g @ B,
-            "g(Bᵀ)ᵀ": lambda: g @ Bt.t(),
-        },
-        s["rounds"],
-    )
+    first = {"gᵀh": lambda: g.t() @ h, "(hᵀg)ᵀ": lambda: (h.t() @ g).t()}
+    second = {"gB": lambda: g @ B, "g(Bᵀ)ᵀ": lambda: g @ Bt.t()}
+    return race(first | second, s["rounds"])
 
 
 def layer_times() -> dict[str, list[float]]:

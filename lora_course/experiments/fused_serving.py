@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from peft import get_peft_model
 
-from lora_course.experiments import base_of
-from lora_course.experiments.fused_costs import config, injected, race, tokens
+from lora_course.experiments.arms import base_of, in_peft
+from lora_course.experiments.fused_costs import config, injected, tokens
+from lora_course.experiments.timing import race
 from lora_course.injection import merge, unload
 from lora_course.lora import AdapterState
 from lora_course.serving import load_adapters, row_adapters
-from lora_course.states import factor_state, split_state, use_adapter
+from lora_course.states import factor_state, use_adapter
 
 SETTINGS: dict[str, Any] = {
     "model": "nano", "latency_ranks": [4, 16, 64, 256], "tokens": [1, 4, 16, 64, 256], "latency_rounds": 31,
@@ -40,15 +41,7 @@ def fleet(count: int, r: int) -> tuple[dict[str, AdapterState], Any, Any, Any]:
     states = {f"adapter {i}": factor_state(injected("plain", r, seed=i)) for i in range(count)}
     ours = load_adapters(base_of(SETTINGS), states).eval()
     one = injected("plain", r).eval()
-    theirs: Any = get_peft_model(base_of(SETTINGS), config(r), adapter_name="adapter 0")
-    for name in list(states)[1:]:
-        theirs.add_adapter(name, config(r))
-    for name, state in states.items():
-        for module, tensors in split_state(state).items():
-            peft = theirs.base_model.model.get_submodule(module)
-            peft.lora_A[name].weight.data.copy_(tensors["A"])
-            peft.lora_B[name].weight.data.copy_(tensors["B"])
-    return states, ours, one, theirs.eval()
+    return states, ours, one, in_peft(SETTINGS, states, config(r)).eval()
 
 
 @torch.no_grad()
@@ -83,16 +76,10 @@ def generated() -> dict[str, list[float]]:
     s = SETTINGS["generate"]
     states, ours, one, theirs = fleet(s["adapters"], s["r"])
     base = base_of(SETTINGS)
-    ids, names = (
-        tokens(s["rows"], s["prompt"]),
-        [f"adapter {i % s['adapters']}" for i in range(s["rows"])],
-    )
-    how = {
-        "max_new_tokens": s["new"],
-        "min_new_tokens": s["new"],
-        "do_sample": False,
-        "pad_token_id": 0,
-    }
+    ids = tokens(s["rows"], s["prompt"])
+    names = [f"adapter {i % s['adapters']}" for i in range(s["rows"])]
+    how = {"max_new_tokens": s["new"], "min_new_tokens": s["new"]}
+    how |= {"do_sample": False, "pad_token_id": 0}
 
     def batched() -> torch.Tensor:
         with row_adapters(ours, names):
@@ -110,10 +97,6 @@ def generated() -> dict[str, list[float]]:
         return theirs.generate(input_ids=ids, adapter_names=names, **how)
 
     same = [float((batched() == other()).all(1).float().mean()) for other in (by_groups, peft)]
-    arms = {
-        "base": lambda: base.generate(ids, **how),
-        "batched": batched,
-        "by groups": by_groups,
-        "peft": peft,
-    }
+    arms: dict[str, Callable[[], Any]] = {"base": lambda: base.generate(ids, **how)}
+    arms |= {"batched": batched, "by groups": by_groups, "peft": peft}
     return race(arms, s["rounds"]) | {"rows written alike": same}

@@ -15,15 +15,15 @@ from typing import Any
 
 import torch
 
-from lora_course.experiments import ROUNDING, Arm, Runs, Study, Trained, Witness
+from lora_course.experiments import Arm, Runs, Study, Trained, Witness
 from lora_course.experiments.arms import (
+    NANO,
     adapted,
     base_runs,
     bits_of,
     config_of,
-    rows_of,
     serving,
-    train,
+    train_as,
 )
 from lora_course.experiments.rates import Kept, compete
 from lora_course.hierarchical import NestedLoRALinear, RankSampler, cut
@@ -46,9 +46,8 @@ SERVINGS: dict[str, Any] = {
     **{f"short-{r}": ["whole"] for r in RANKS},
     "truncation": ["cut"], "not-held": ["cut"], "matryoshka": ["cut", "bare"],
 }  # fmt: skip
-SETTINGS: dict[str, Any] = {
-    "model": "nano", "domain": "shakespeare", "batch": 4, "length": 128, "train_bytes": 1_000_000, "score_bytes": 10_000,
-    "seeds": [0, 1, 2, 3, 4], "search_seeds": [0],
+SETTINGS = NANO | {
+    "batch": 4, "score_bytes": 10_000, "search_seeds": [0],
     "learning_rates": [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2, 0.128, 0.256], "first": [8e-3, 1.6e-2, 3.2e-2],
     "scaling": 2.0, "target_modules": "all-linear", "ranks": RANKS, "trainings": TRAININGS, "servings": SERVINGS,
 }  # fmt: skip
@@ -61,8 +60,7 @@ def trained(name: str, rate: float, seed: int) -> Trained:
         layer = {"layer": NestedLoRALinear, "ranks": RANKS, "weighting": how["weighting"]}
     model = adapted(SETTINGS, seed, config_of(how["r"], SETTINGS["scaling"]), **layer)
     callbacks = [RankSampler(model, seed, hold=how["hold"])] if "hold" in how else []
-    rows = rows_of(SETTINGS)
-    return train(Arm(model, callbacks), rows, rate, seed, how["steps"], SETTINGS["batch"])
+    return train_as(SETTINGS | how, Arm(model, callbacks), rate, seed)
 
 
 def adapters(model: torch.nn.Module, how: str) -> dict[int, AdapterState]:
@@ -108,7 +106,6 @@ def body(runs: Runs) -> None:
                 compete(runs, f"{name}/{how}", Kept(again), scored, first, seeds, value=mean)
 
 
-WITNESS = Witness(
-    ("truncation/cut/0.016/0/test",), {"bits_per_byte": 0.005}, ROUNDING, chapter="4_2_hierarchical"
-)
+KEY = "truncation/cut/0.016/0/test"
+WITNESS = Witness((KEY,), {"bits_per_byte": 0.005}, chapter="4_2_hierarchical")
 STUDY = Study("4_2_hierarchical", SETTINGS, body, WITNESS)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from lora_course.experiments import ROUNDING, Kept, Runs, Study, Witness, compete
+from lora_course.experiments import Kept, Runs, Study, Witness, compete
 from lora_course.experiments import comparison as rule
 from lora_course.experiments import methods as own
 from lora_course.experiments.methods import Method
@@ -50,14 +50,5 @@ def body(runs: Runs) -> None:
         compete(runs, arm, train, scored, first, asked, seeds=seeds)
 
 
-WITNESS = Witness(
-    ("lora/100/0.008/0/validation",),
-    {"bits_per_byte": 0.005},
-    ROUNDING,
-)
-STUDY = Study(
-    "5_1_longer",
-    SETTINGS,
-    body,
-    WITNESS,
-)
+WITNESS = Witness(("lora/100/0.008/0/validation",), {"bits_per_byte": 0.005})
+STUDY = Study("5_1_longer", SETTINGS, body, WITNESS)

@@ -12,10 +12,9 @@ from typing import Any
 from peft import LoraConfig
 from torch import nn
 
-from lora_course import lab
-from lora_course.experiments import ROUNDING, Arm, Runs, Study, Trained, Witness
-from lora_course.experiments.arms import adapted, base_of, tokenizer_of, train_as
-from lora_course.experiments.rates import Kept, compete, run_key
+from lora_course.experiments import Arm, Runs, Study, Trained, Witness
+from lora_course.experiments.arms import NANO, adapted, base_of, bits_of, train_as
+from lora_course.experiments.rates import compete_all
 from lora_course.injection import adapter_layers
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -32,9 +31,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "r16-rslora": {"target_modules": "all-linear", "r": 16, "scale": "rslora"},
     "r2": {"target_modules": "all-linear", "r": 2, "scale": "alpha = 2r"},
 }
-SETTINGS: dict[str, Any] = {
-    "model": "nano", "domain": "shakespeare", "own_domain": "glosses", "steps": 60, "batch": 8, "length": 128,
-    "train_bytes": 1_000_000, "score_bytes": {"domain": 40_000, "own_domain": 20_000}, "seeds": [0, 1, 2, 3, 4], "search_seeds": [0],
+SETTINGS = NANO | {
+    "own_domain": "glosses", "steps": 60, "batch": 8, "score_bytes": {"domain": 40_000, "own_domain": 20_000}, "search_seeds": [0],
     "arms": ARMS, "learning_rates": [2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2], "first": [4e-3, 8e-3, 1.6e-2],
 }  # fmt: skip
 
@@ -50,9 +48,8 @@ def config(arm: str) -> LoraConfig:
 
 def trained(arm: str, rate: float, seed: int) -> Trained:
     model = adapted(SETTINGS, seed, config(arm))
-    if (
-        arm == "full"
-    ):  # every weight trains; the adapter stays zero, for the same trainer and batches
+    if arm == "full":
+        # every weight trains; the adapter stays zero, for the same trainer and batches
         adapter = {p for layer in adapter_layers(model).values() for p in (layer.A, layer.B)}
         for parameter in model.parameters():
             parameter.requires_grad_(parameter not in adapter)
@@ -61,13 +58,11 @@ def trained(arm: str, rate: float, seed: int) -> Trained:
 
 def bits(model: nn.Module, split: str) -> dict[str, float]:
     """Bits a byte on a sample of a split: of the text that was learned, and of the base's own domain."""
-    result = {}
+    found = {}
     for name, domain in (("bits_per_byte", "domain"), ("own_domain", "own_domain")):
-        texts, size = lab.load_text(SETTINGS[domain], split), SETTINGS["score_bytes"][domain]
-        result[name] = lab.bits_per_byte(
-            model, tokenizer_of(SETTINGS["model"]), texts, max_bytes=size
-        )
-    return result
+        size = {"score_bytes": SETTINGS["score_bytes"][domain]}
+        found[name] = bits_of(SETTINGS | size, model, split, SETTINGS[domain])
+    return found
 
 
 def score(found: Trained, split: str) -> dict[str, Any]:
@@ -76,22 +71,13 @@ def score(found: Trained, split: str) -> dict[str, Any]:
 
 
 def body(runs: Runs) -> None:
-    arms, first, seeds = runs.arms(list(ARMS)), SETTINGS["first"], SETTINGS["search_seeds"]
-    runs.expect(2 + len(arms) * (len(first) + 2 * len(runs.seeds) - 1))
+    arms = runs.arms(list(ARMS))
+    runs.expect(2)
     for split in ("validation", "test"):
         runs(f"base/{split}", lambda s: bits(base_of(SETTINGS), s), split)
-    for arm in arms:
-        kept = Kept(trained, arm)
-        best = compete(runs, arm, kept, score, first, seeds)
-        for seed in runs.seeds:
-            key = run_key(arm, best, seed, "validation")
-            runs(key, lambda *how: score(kept(*how), "validation"), best, seed)
+    compete_all(runs, SETTINGS, arms, trained, score, splits=("test", "validation"))
 
 
-WITNESS = Witness(
-    ("r2/0.016/0/test",),
-    {"bits_per_byte": 0.005, "own_domain": 0.02, "parameters": 0},
-    ROUNDING,
-    chapter="0_1_lora",
-)
+TOLERANCES = {"bits_per_byte": 0.005, "own_domain": 0.02, "parameters": 0}
+WITNESS = Witness(("r2/0.016/0/test",), TOLERANCES, chapter="0_1_lora")
 STUDY = Study("0_1_lora", SETTINGS, body, WITNESS)

@@ -25,7 +25,7 @@ from lora_course.adalora import (
     regularizer,
 )
 from lora_course.adaptive import GrowingLoRALinear, GrowthSchedule, RankGrower
-from lora_course.experiments.arms import Arm, adapted, base_of, config_of
+from lora_course.experiments.arms import Arm, adapted, base_of, config_of, recipe
 from lora_course.hierarchical import NestedLoRALinear
 from lora_course.injection import adapter_layers, inject
 from lora_course.lab import study
@@ -56,13 +56,9 @@ class Method:
     note: str
 
 
-def recipe(settings: Settings, learning_rate: float, seed: int) -> dict[str, Any]:
-    """Fields of `TrainingArguments` that all methods share: those of `lab.study.fit`, and the rows in the order they come."""
-    return {
-        "learning_rate": learning_rate, "seed": seed, "max_steps": settings["steps"],
-        "per_device_train_batch_size": settings["batch"], "warmup_steps": 0.1, "lr_scheduler_type": "linear",
-        "save_strategy": "no", "train_sampling_strategy": "sequential", "disable_tqdm": True,
-    }  # fmt: skip
+def in_order(settings: Settings, learning_rate: float, seed: int) -> dict[str, Any]:
+    """Fields of `TrainingArguments` that all methods share: the course's recipe, and the rows in the order they come."""
+    return recipe(settings, learning_rate, seed, train_sampling_strategy="sequential")
 
 
 def config(settings: Settings, r: int | None = None) -> LoraConfig:
@@ -107,7 +103,7 @@ def gates(settings: Settings, seed: int, penalty: float | None = None) -> Arm:
     model = adapted(settings, seed, config(settings, settings["r"] * 3 // 2), layer=GatedLoRALinear)
 
     def fit(rows: datasets.Dataset, learning_rate: float, seed: int) -> list[float]:
-        fields = recipe(settings, learning_rate, seed)
+        fields = in_order(settings, learning_rate, seed)
         steps, batch = fields.pop("max_steps"), fields.pop("per_device_train_batch_size")
         moved = learning_rate * steps / 2  # a schedule's mean is 1/2
         sparsity = GateSparsity(model, penalty or settings["gate_threshold"] / moved)
@@ -130,9 +126,8 @@ def adaptive(settings: Settings, seed: int) -> Arm:
     )  # fmt: skip
 
     def finish(model: nn.Module) -> dict[str, Any]:
-        return {
-            "ranks": rank_summary({name: layer.r for name, layer in adapter_layers(model).items()})
-        }
+        ranks = {name: layer.r for name, layer in adapter_layers(model).items()}
+        return {"ranks": rank_summary(ranks)}
 
     return Arm(model, [RankGrower(model, schedule)], finish=finish)
 
@@ -143,25 +138,13 @@ def in_stages(settings: Settings, seed: int) -> Arm:
     steps, share = settings["steps"] // stages, settings["steps"] * settings["batch"] // stages
 
     def fit(rows: datasets.Dataset, learning_rate: float, seed: int) -> list[float]:
-        stage = progressive.Stage(
-            settings["r"] // stages, "all-linear", learning_rate, steps, warmup=0.1
-        )
-        common = {
-            key: value
-            for key, value in recipe(settings, learning_rate, seed).items()
-            if key not in progressive.SET_BY_STAGES
-        }
+        r, fields = settings["r"] // stages, in_order(settings, learning_rate, seed)
+        plan = [progressive.Stage(r, "all-linear", learning_rate, steps, warmup=0.1)] * stages
+        common = {key: fields[key] for key in fields if key not in progressive.SET_BY_STAGES}
+        common |= {"scaling": settings["scaling"], "seed": seed}
         parts = [rows.select(range(k * share, (k + 1) * share)) for k in range(stages)]
         with tempfile.TemporaryDirectory() as folder:
-            results = progressive.train_stages(
-                model,
-                [stage] * stages,
-                parts,
-                folder,
-                scaling=settings["scaling"],
-                seed=seed,
-                **common,
-            )
+            results = progressive.train_stages(model, plan, parts, folder, **common)
         return [entry["loss"] for result in results for entry in result["history"]]
 
     def parameters(model: nn.Module) -> int:

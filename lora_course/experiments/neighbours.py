@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy
 from torch import nn
 
-from lora_course.experiments import ROUNDING, Kept, Runs, Study, Witness, compete
+from lora_course.experiments import Kept, Runs, Study, Witness, compete
 from lora_course.experiments import comparison as rule
 from lora_course.experiments import peft_methods as peft
 from lora_course.experiments.methods import Method
@@ -164,17 +164,9 @@ def at_another(runs: Runs, name: str, setting: str, value: int) -> None:
     compete(runs, f"{name} {setting}={value}/{domain}", train, scored, first, seeds, seeds=seeds)
 
 
-WITNESS = Witness(
-    ("pissa/shakespeare/0.004/0/test",),
-    {"bits_per_byte": 0.005, "own_domain": 0.02, "parameters": 0},
-    ROUNDING,
-)
-STUDY = Study(
-    "5_1_neighbours",
-    SETTINGS,
-    body,
-    WITNESS,
-)
+TOLERANCES = {"bits_per_byte": 0.005, "own_domain": 0.02, "parameters": 0}
+WITNESS = Witness(("pissa/shakespeare/0.004/0/test",), TOLERANCES)
+STUDY = Study("5_1_neighbours", SETTINGS, body, WITNESS)
 
 
 # ------------------------------------------------------------------------------------------------ reading the record

@@ -28,7 +28,7 @@ from transformers import PrinterCallback, Trainer
 
 from lora_course.arguments import training_arguments
 from lora_course.experiments.arms import Arm, base_of, config_of
-from lora_course.experiments.methods import Settings, lora, recipe
+from lora_course.experiments.methods import Settings, in_order, lora
 from lora_course.injection import adapter_layers
 
 OptimizerOf = Callable[[Any, float], Optimizer]
@@ -50,7 +50,7 @@ def in_trainer(
         if begin:
             begin(rows)
         with tempfile.TemporaryDirectory() as folder:
-            arguments = training_arguments(folder, **recipe(settings, learning_rate, seed))
+            arguments = training_arguments(folder, **in_order(settings, learning_rate, seed))
             own = optimizer(model, learning_rate) if optimizer else None
             trainer = Trainer(model, arguments, train_dataset=rows, optimizers=(own, None))
             trainer.remove_callback(PrinterCallback)

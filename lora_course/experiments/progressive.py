@@ -19,9 +19,9 @@ import torch
 from lora_course import progressive
 from lora_course.arguments import training_arguments
 from lora_course.checkpoint import save_adapter
-from lora_course.experiments import ROUNDING, Runs, Study, Witness
-from lora_course.experiments.arms import base_of, base_runs, bits_of, rows_of
-from lora_course.experiments.rates import Kept, compete, run_key
+from lora_course.experiments import Runs, Study, Witness
+from lora_course.experiments.arms import NANO, base_of, base_runs, bits_of, rows_of
+from lora_course.experiments.rates import at_rate, compete_all
 from lora_course.injection import adapter_layers
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -29,9 +29,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "restarts": {"mode": "restart", "r": 4, "stages": 4}, "stack": {"mode": "stack", "r": 4, "stages": 4},
     "merge": {"mode": "merge", "r": 4, "stages": 4, "rate_of": "stack"},
 }  # fmt: skip
-SETTINGS: dict[str, Any] = {
-    "model": "nano", "domain": "shakespeare", "steps": 48, "batch": 8, "length": 128, "train_bytes": 1_000_000,
-    "score_bytes": 20_000, "seeds": [0, 1, 2, 3, 4], "search_seeds": [0], "learning_rates": [4e-3, 8e-3, 1.6e-2, 3.2e-2], "scaling": 2.0,
+SETTINGS = NANO | {
+    "steps": 48, "batch": 8, "score_bytes": 20_000, "search_seeds": [0], "learning_rates": [4e-3, 8e-3, 1.6e-2, 3.2e-2], "scaling": 2.0,
     "warmup": 0.1, "methods": METHODS,
 }  # fmt: skip
 TRAINING: dict[str, Any] = {
@@ -112,22 +111,13 @@ def score(found: dict[str, Any], split: str) -> dict[str, Any]:
 
 
 def body(runs: Runs) -> None:
-    rates, seeds = SETTINGS["learning_rates"], SETTINGS["search_seeds"]
-    tried = (len(METHODS) - 1) * len(rates) * len(seeds)
-    runs.expect(2 + tried + len(METHODS) * len(runs.seeds))
+    searching = [method for method, how in METHODS.items() if "rate_of" not in how]
+    runs.expect(2 + len(runs.seeds))
     base_runs(runs, SETTINGS)
-    best: dict[str, float] = {}
-    for method, how in METHODS.items():
-        if "rate_of" in how:
-            rate = best[how["rate_of"]]
-            for seed in runs.seeds:
-                key = run_key(method, rate, seed, "test")
-                runs(key, lambda *of: score(trained(*of), "test"), method, rate, seed)
-        else:
-            best[method] = compete(runs, method, Kept(trained, method), score, rates, seeds)
+    best = compete_all(runs, SETTINGS, searching, trained, score)
+    rate = best[METHODS["merge"]["rate_of"]]
+    at_rate(runs, "merge", rate, lambda *how: score(trained("merge", *how), "test"))
 
 
-WITNESS = Witness(
-    ("stack/0.016/0/test",), {"bits_per_byte": 0.005}, ROUNDING, chapter="2_2_progressive"
-)
+WITNESS = Witness(("stack/0.016/0/test",), {"bits_per_byte": 0.005}, chapter="2_2_progressive")
 STUDY = Study("2_2_progressive", SETTINGS, body, WITNESS)

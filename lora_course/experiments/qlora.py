@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from lora_course import qlora
-from lora_course.experiments import ROUNDING, Arm, Runs, Study, Trained, Witness
-from lora_course.experiments.arms import base_of, bits_of, config_of, train_as, values_of
+from lora_course.experiments import Arm, Runs, Study, Trained, Witness
+from lora_course.experiments.arms import NANO, base_of, bits_of, config_of, train_as, values_of
 from lora_course.experiments.rates import Kept, compete
 from lora_course.injection import inject, merge, unload
 
@@ -24,9 +24,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "qlora": {"quantize": True, "target_modules": "all-linear", "r": 8},
     "attention": {"quantize": True, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"], "r": 21},
 }  # fmt: skip
-SETTINGS: dict[str, Any] = {
-    "model": "nano", "domain": "shakespeare", "steps": 60, "batch": 8, "length": 128, "train_bytes": 1_000_000,
-    "score_bytes": 40_000, "seeds": [0, 1, 2, 3, 4], "search_seeds": [0, 1, 2], "learning_rates": [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2],
+SETTINGS = NANO | {
+    "steps": 60, "batch": 8, "score_bytes": 40_000, "search_seeds": [0, 1, 2], "learning_rates": [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2],
     "methods": METHODS,
 }  # fmt: skip
 
@@ -44,20 +43,17 @@ def trained(method: str, rate: float, seed: int) -> Trained:
     return train_as(SETTINGS, Arm(model), rate, seed)
 
 
-def bits(model: nn.Module, split: str) -> float:
-    return bits_of(SETTINGS, model, split)
-
-
 def score(method: str, found: Trained, split: str) -> dict[str, Any]:
     """A QLoRA is tested after each of the three ways to merge the adapter of a 4-bit model, too."""
     values, model = values_of(SETTINGS, found, split), found.model
     if method == "qlora" and split == "test":
         dequantized = qlora.dequantize_model(copy.deepcopy(model))
-        values["merged"] = {
-            "dequantized": bits(unload(merge(dequantized)), split),
-            "requantized": bits(qlora.merge_requantized(copy.deepcopy(model)), split),
-            "original": bits(qlora.merge_into(base(False), model), split),
+        ways = {
+            "dequantized": unload(merge(dequantized)),
+            "requantized": qlora.merge_requantized(copy.deepcopy(model)),
+            "original": qlora.merge_into(base(False), model),
         }
+        values["merged"] = {way: bits_of(SETTINGS, ways[way], split) for way in ways}
     return values
 
 
@@ -66,16 +62,13 @@ def body(runs: Runs) -> None:
     runs.expect(4 + len(METHODS) * (len(rates) * len(seeds) + len(runs.seeds)))
     for name, quantize in (("fp32", False), ("nf4", True)):
         for split in ("validation", "test"):
-            runs(f"base/{name}/{split}", lambda q, s: {"bits_per_byte": bits(base(q), s)}, quantize, split)  # fmt: skip
+            untrained = lambda q, s: {"bits_per_byte": bits_of(SETTINGS, base(q), s)}  # noqa: E731
+            runs(f"base/{name}/{split}", untrained, quantize, split)
     for method in METHODS:
         scored = functools.partial(score, method)
         compete(runs, method, Kept(trained, method), scored, rates, seeds)
 
 
-WITNESS = Witness(
-    ("qlora/0.008/0/test",),
-    {"bits_per_byte": 0.005, "merged": 0.005, "parameters": 0},
-    ROUNDING,
-    chapter="1_1_qlora",
-)
+TOLERANCES = {"bits_per_byte": 0.005, "merged": 0.005, "parameters": 0}
+WITNESS = Witness(("qlora/0.008/0/test",), TOLERANCES, chapter="1_1_qlora")
 STUDY = Study("1_1_qlora", SETTINGS, body, WITNESS)

@@ -8,13 +8,13 @@ that are written. Scale 2 for all.
 from __future__ import annotations
 
 import copy
-import math
 from typing import Any
 
 import torch
 
 from lora_course.experiments import ROUNDING, Arm, Runs, Study, Trained, Witness
 from lora_course.experiments.arms import (
+    NANO,
     adapted,
     base_runs,
     bits_of,
@@ -22,9 +22,9 @@ from lora_course.experiments.arms import (
     file_bytes,
     train_as,
 )
-from lora_course.experiments.rates import Kept, compete, run_key
-from lora_course.injection import adapter_layers
+from lora_course.experiments.rates import Kept, at_rate, compete
 from lora_course.quantized import QuantizedLoRALinear, quantize_after_training, save_quantized
+from lora_course.states import factor_state, relative_error
 
 RANKS = {"lora": 8, "r1": 1, "r2": 2}
 GRIDS: dict[str, dict[str, Any]] = {
@@ -37,9 +37,8 @@ AFTER = GRIDS | {
     "4 channel": {"bits": 4, "granularity": "channel"}, "2 channel": {"bits": 2, "granularity": "channel"},
 }  # fmt: skip
 R2_AFTER = {"bits": 16, "granularity": "channel"}
-SETTINGS: dict[str, Any] = {
-    "model": "nano", "domain": "shakespeare", "steps": 40, "batch": 4, "length": 128, "r": 8, "scaling": 2,
-    "train_bytes": 1_000_000, "score_bytes": {"validation": 15_000, "test": 25_000}, "seeds": [0, 1, 2, 3, 4], "search_seeds": [0],
+SETTINGS = NANO | {
+    "steps": 40, "batch": 4, "r": 8, "scaling": 2, "score_bytes": {"validation": 15_000, "test": 25_000}, "search_seeds": [0],
     "target_modules": "all-linear", "group_size": 64, "ranks": RANKS, "trained": GRIDS, "after": AFTER, "r2 after": R2_AFTER,
     "learning_rates": [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2], "first": [4e-3, 8e-3, 1.6e-2],
 }  # fmt: skip
@@ -65,18 +64,15 @@ def score(found: Trained, split: str) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def quantized_after(found: Trained, grid: dict[str, Any], with_error: bool) -> dict[str, Any]:
+def quantized_after(found: Trained, grid: dict[str, Any]) -> dict[str, Any]:
     """A plain LoRA, quantised when it was done; error: ‖ΔW − ΔW before‖ / ‖ΔW before‖ over all layers together."""
     model = copy.deepcopy(found.model)
     quantize_after_training(model, group_size=SETTINGS["group_size"], **grid)
-    arm = Arm(model, save=save_quantized)
-    values = {"bits_per_byte": bits_of(SETTINGS, model, "test"), "bytes": file_bytes(arm)}
-    if with_error:
-        before = {n: x.delta_weight() for n, x in adapter_layers(found.model).items()}
-        after = {n: x.delta_weight() for n, x in adapter_layers(model).items()}
-        lost = sum((after[n] - before[n]).square().sum().item() for n in before)
-        values["error"] = math.sqrt(lost / sum(w.square().sum().item() for w in before.values()))
-    return values
+    return {
+        "bits_per_byte": bits_of(SETTINGS, model, "test"),
+        "bytes": file_bytes(Arm(model, save=save_quantized)),
+        "error": relative_error(factor_state(model), factor_state(found.model)),
+    }
 
 
 def body(runs: Runs) -> None:
@@ -84,17 +80,12 @@ def body(runs: Runs) -> None:
     tested = (len(arms) + len(AFTER) + 1) * len(runs.seeds)
     runs.expect(2 + len(arms) * len(first) * len(seeds) + tested)
     base_runs(runs, SETTINGS)
+    grids = {"lora": {f"after {name}": AFTER[name] for name in AFTER}, "r2": {"r2 after": R2_AFTER}}
     for arm in arms:
         kept = Kept(trained, arm)
         best = compete(runs, arm, kept, score, first, seeds)
-
-        def after(seed: int, grid: dict[str, Any], kept=kept, arm=arm, best=best) -> dict[str, Any]:
-            return quantized_after(kept(best, seed), grid, arm == "lora")
-
-        grids = {"lora": {f"after {name}": grid for name, grid in AFTER.items()}}
-        for name, grid in (grids | {"r2": {"r2 after": R2_AFTER}}).get(arm, {}).items():
-            for seed in runs.seeds:
-                runs(run_key(name, best, seed, "test"), after, seed, grid)
+        for name, grid in grids.get(arm, {}).items():
+            at_rate(runs, name, best, lambda *how: quantized_after(kept(*how), grid))
 
 
 WITNESS = Witness(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from lora_course.experiments.study import Runs
@@ -118,9 +118,10 @@ def compete(
     agree: int | None = None,
     value: Value = bits_per_byte,
     seeds: Sequence[int] | None = None,
+    splits: Sequence[str] = ("test",),
 ) -> float:
     """One arm from its search to its tests: `search` on the validation split, then `seeds`, by default those of `runs`, at the
-    chosen rate on the test split.
+    chosen rate on the test split, or on other `splits`.
 
     trained: (rate, seed) → what `score` takes.    score: (trained, split) → the values of a run.
     value: of a run's values the number that is to be low; `lambda found: -found["accuracy"]` for one that is to be high.
@@ -140,6 +141,54 @@ def compete(
 
     best = search(validate, first, search_seeds, agree)
     trained.only([best])
-    for seed in runs.seeds if seeds is None else seeds:
-        runs(run_key(arm, best, seed, "test"), scored, best, seed, "test")
+    for split in splits:
+        for seed in runs.seeds if seeds is None else seeds:
+            runs(run_key(arm, best, seed, split), scored, best, seed, split)
     return best
+
+
+def first_rates(settings: Mapping[str, Any], arm: str) -> Sequence[float]:
+    """Where an arm's search begins: at its own `first_of`, at `first`, or at `learning_rates`, which may be by arm too."""
+    known = settings.get("first_of", {}).get(arm) or settings.get("first")
+    rates = known or settings["learning_rates"]
+    return rates[arm] if isinstance(rates, Mapping) else rates
+
+
+def compete_all(
+    runs: Runs,
+    settings: Mapping[str, Any],
+    arms: Iterable[str],
+    trained: Callable[[str, float, int], Any],
+    score: Callable[[Any, str], Mapping[str, Any]],
+    *,
+    value: Value = bits_per_byte,
+    splits: Sequence[str] = ("test",),
+) -> dict[str, float]:
+    """`compete` for each arm, as the settings say where its search begins and with which seeds. Returns the rates by arm.
+
+    trained: (arm, rate, seed) → what `score` takes.    The rest is as in `compete`.
+    """
+    names, seeds = list(arms), settings["search_seeds"]
+    again = len(seeds) if "validation" in splits else 0  # the search has scored the best there
+    for arm in names:
+        tried = len(first_rates(settings, arm)) * len(seeds)
+        runs.expect(tried + len(splits) * len(runs.seeds) - again)
+    return {
+        arm: compete(
+            runs, arm, Kept(trained, arm), score, first_rates(settings, arm), seeds, value=value,
+            splits=splits,
+        )
+        for arm in names
+    }  # fmt: skip
+
+
+def at_rate(
+    runs: Runs,
+    arm: str,
+    rate: float,
+    compute: Callable[[float, int], Mapping[str, Any]],
+    split: str = "test",
+) -> None:
+    """An arm that searches no rate of its own: every seed at this one. compute: (rate, seed) → the values of a run."""
+    for seed in runs.seeds:
+        runs(run_key(arm, rate, seed, split), compute, rate, seed)

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_course.experiments import ROUNDING, Arm, Runs, Study, Witness
+from lora_course import sparse
+from lora_course.experiments import Arm, Runs, Study, Witness
 from lora_course.experiments.arms import (
+    NANO,
     adapted,
     base_runs,
     config_of,
@@ -24,44 +26,25 @@ from lora_course.experiments.arms import (
 from lora_course.experiments.rates import choose, run_key
 from lora_course.injection import layers_of
 from lora_course.lora import LoRALinear
-from lora_course.sparse import (
-    GatedLoRALinear,
-    GateSparsity,
-    SparseDeltaLinear,
-    SparseLoRALinear,
-    open_gates,
-    prune_gates,
-)
 
 LAYERS = {
-    "lora": LoRALinear,
-    "gates": GatedLoRALinear,
-    "factors": SparseLoRALinear,
-    "delta": SparseDeltaLinear,
-}
+    "lora": LoRALinear, "gates": sparse.GatedLoRALinear, "factors": sparse.SparseLoRALinear, "delta": sparse.SparseDeltaLinear,
+}  # fmt: skip
 METHODS: dict[str, dict[str, Any]] = {
-    "lora/4": {"r": 4},
-    "lora/8": {"r": 8},
-    "lora/2": {"r": 2},
-    "factors/4": {"r": 8, "sparsity": 0.5},
-    "factors/2": {"r": 8, "sparsity": 0.75},
-    "delta/4": {"r": 4},
-    "delta/2": {"r": 2},
-    "delta/magnitude": {"r": 4, "mask": "magnitude"},
-    "gates/2": {"r": 8, "penalty": 2.0},
-    "gates/1": {"r": 8, "penalty": 1.0},
-    "gates/4": {"r": 8, "penalty": 4.0},
-}
+    "lora/4": {"r": 4}, "lora/8": {"r": 8}, "lora/2": {"r": 2},
+    "factors/4": {"r": 8, "sparsity": 0.5}, "factors/2": {"r": 8, "sparsity": 0.75},
+    "delta/4": {"r": 4}, "delta/2": {"r": 2}, "delta/magnitude": {"r": 4, "mask": "magnitude"},
+    "gates/2": {"r": 8, "penalty": 2.0}, "gates/1": {"r": 8, "penalty": 1.0}, "gates/4": {"r": 8, "penalty": 4.0},
+}  # fmt: skip
 SEARCHED = ["lora/4", "factors/4", "delta/4", "gates/2"]
-SETTINGS: dict[str, Any] = {
-    "model": "nano", "domain": "shakespeare", "steps": 40, "batch": 4, "length": 128,
-    "train_bytes": 1_000_000, "score_bytes": {"validation": 15_000, "test": 30_000}, "seeds": [0, 1, 2, 3, 4], "search_seeds": [0],
+SETTINGS = NANO | {
+    "steps": 40, "batch": 4, "score_bytes": {"validation": 15_000, "test": 30_000}, "search_seeds": [0],
     "learning_rates": [4e-3, 8e-3, 1.6e-2, 3.2e-2], "scaling": 2, "methods": METHODS, "searched": SEARCHED,
     "target_modules": "all-linear",
 }  # fmt: skip
 
 
-class Recorder(GateSparsity):
+class Recorder(sparse.GateSparsity):
     """Remembers how many gates are open after each step."""
 
     def __init__(self, model: nn.Module, penalty: float) -> None:
@@ -85,8 +68,8 @@ def make(method: str, seed: int) -> Arm:
 
     def finish(model: nn.Module) -> dict[str, Any]:
         gates = {"start": start, "end": gates_of(model)}
-        prune_gates(model)
-        return {"ranks": open_gates(model), "opened": recorder.opened, "gates": gates}
+        sparse.prune_gates(model)
+        return {"ranks": sparse.open_gates(model), "opened": recorder.opened, "gates": gates}
 
     return Arm(model, [recorder], finish=finish)
 
@@ -96,7 +79,7 @@ def family_of(method: str) -> str:
 
 
 def gates_of(model: nn.Module) -> list[list[float]]:
-    layers = layers_of(model, GatedLoRALinear).values()
+    layers = layers_of(model, sparse.GatedLoRALinear).values()
     return [[round(gate, 4) for gate in layer.gate.tolist()] for layer in layers]
 
 
@@ -120,10 +103,6 @@ def body(runs: Runs) -> None:
             runs(run_key(method, rate, seed, "test"), run_one, method, rate, seed, "test")
 
 
-WITNESS = Witness(
-    ("delta/4/0.016/0/test",),
-    {"bits_per_byte": 0.005, "parameters": 0},
-    ROUNDING,
-    chapter="4_1_sparse",
-)
+TOLERANCES = {"bits_per_byte": 0.005, "parameters": 0}
+WITNESS = Witness(("delta/4/0.016/0/test",), TOLERANCES, chapter="4_1_sparse")
 STUDY = Study("4_1_sparse", SETTINGS, body, WITNESS)

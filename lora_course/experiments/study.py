@@ -31,7 +31,7 @@ class Witness:
         keys: of these runs, at most a minute's work in all.
         within: what of a run is compared, and the largest difference that is allowed: {field: tolerance}. A field may
             hold lists or dictionaries of numbers.
-        reason: of the tolerances.
+        reason: of the tolerances; that of a training's by default.
         chapter: the chapter that runs a run of this record again each time it is built, so that CI need not; "" where none
             does.
         part: computes the beginning of the one key's run, where a whole run takes more than a minute: dictionaries may
@@ -40,7 +40,7 @@ class Witness:
 
     keys: tuple[str, ...]
     within: Mapping[str, float]
-    reason: str
+    reason: str = ROUNDING
     chapter: str = ""
     part: Compute | None = None
 

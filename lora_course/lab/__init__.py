@@ -1,5 +1,6 @@
 """What a chapter uses but does not teach: models, text, profiles, memory, claims and figures."""
 
+from lora_course.lab.agreement import relative_error
 from lora_course.lab.claims import Claims, load_claims
 from lora_course.lab.corpora import (
     DOMAINS,
@@ -44,6 +45,7 @@ __all__ = [
     "pick_profile",
     "preflight",
     "process_peak",
+    "relative_error",
     "say",
     "show",
     "show_source",

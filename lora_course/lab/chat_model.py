@@ -13,14 +13,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import pandas as pd
-
-from lora_course.lab.claims import Claims
+from lora_course.lab.claims import AnswerTable, Claims
+from lora_course.lab.evidence import differences
 from lora_course.lab.study import STUDIES, chosen_rate, load_study
 
 LIKE = "as on nano"
 UNLIKE = "<b>not</b> as on nano"
-SHARES = {"exact": "exactly right", "irregular": "irregular ones"}
 LEVELS = {"bits_per_token": "bits an answer token", "own_text": "bits a byte of other English"}
 
 
@@ -152,37 +150,41 @@ def _has_run(record: Mapping[str, Any], arm: str) -> bool:
     return True
 
 
-def results(record: Mapping[str, Any], names: Mapping[str, str]) -> pd.DataFrame:
-    """What the arms made of the past of English verbs, and how far from LoRA, seed by seed (mean; least to most).
+def results(record: Mapping[str, Any], names: Mapping[str, str]) -> AnswerTable:
+    """What the arms made of the past of English verbs, and how far from LoRA, seed by seed (mean; least to most), the
+    lowest first in bits an answer token.
 
     names: the names of arms that are not to be called as the record calls them.
     """
-    rows = {}
-    for arm in arms_run(record):
-        runs, loras = (_runs(record, name) for name in (arm, "lora"))
-        row = {
-            title: f"{statistics.fmean(run[key] for run in runs):.1%}"
-            for key, title in SHARES.items()
-        }
-        for key, title in LEVELS.items():
-            gaps = [run[key] - lora[key] for run, lora in zip(runs, loras, strict=True)]
-            level = f"{statistics.fmean(lora[key] for lora in loras):.3f}"
+
+    def behind(arm: str) -> float:
+        return statistics.fmean(_gaps(record, arm, "bits_per_token"))
+
+    rows = []
+    for arm in sorted(arms_run(record), key=behind):
+        runs = _runs(record, arm)
+        every, rare = (statistics.fmean(run[of] for run in runs) for of in ("exact", "irregular"))
+        row = [html.escape(names.get(arm, arm)), f"{every:.1%} ({rare:.1%})"]
+        for key in LEVELS:
+            gaps = _gaps(record, arm, key)
             apart = f"{statistics.fmean(gaps):+.3f} ({min(gaps):+.3f} to {max(gaps):+.3f})"
-            row[f"{title}: LoRA's, and less LoRA's"] = level if arm == "lora" else apart
-        rows[names.get(arm, arm)] = row
-    return pd.DataFrame(rows).T
+            own = f"{statistics.fmean(run[key] for run in runs):.3f} itself"
+            row.append(own if arm == "lora" else apart)
+        rows.append(tuple(row))
+    head = ("method", "exactly right (irregular verbs)", *(f"{of}, less LoRA's" for of in LEVELS.values()))  # fmt: skip
+    return AnswerTable(head, rows, named=1)
 
 
-def one_sided(record: Mapping[str, Any], key: str, names: Mapping[str, str]) -> tuple[str, str]:
-    """The arms that are below, and those that are above LoRA with every seed in a level (`LEVELS`); "none" for none."""
-    sides: tuple[list[str], list[str]] = [], []
-    loras = _runs(record, "lora")
-    for arm in arms_run(record):
-        gaps = [run[key] - lora[key] for run, lora in zip(_runs(record, arm), loras, strict=True)]
-        for side, sign in zip(sides, (-1, 1), strict=True):
-            if all(sign * gap > 0 for gap in gaps):
-                side.append(names.get(arm, arm))
-    return ", ".join(sides[0]) or "none", ", ".join(sides[1]) or "none"
+def one_sided(record: Mapping[str, Any], key: str) -> tuple[list[str], list[str]]:
+    """The arms that are below, and those that are above LoRA with every seed in a level (`LEVELS`)."""
+    gaps = {arm: _gaps(record, arm, key) for arm in arms_run(record)}
+    below = [arm for arm, values in gaps.items() if max(values) < 0]
+    return below, [arm for arm, values in gaps.items() if min(values) > 0]
+
+
+def _gaps(record: Mapping[str, Any], arm: str, key: str) -> list[float]:
+    """An arm less LoRA in one of `LEVELS`, seed by seed."""
+    return differences(*([run[key] for run in _runs(record, of)] for of in (arm, "lora")))
 
 
 def _runs(record: Mapping[str, Any], arm: str) -> list[dict[str, Any]]:

@@ -178,10 +178,14 @@ class Claims:
 
 @dataclass(frozen=True, repr=False)
 class AnswerTable:
-    """Questions and what came out, at the head of a chapter; cells are HTML."""
+    """Questions and what came out, at the head of a chapter; cells are HTML.
+
+    named: the first column whose cells say what they are where a table has no head, on a phone, if it has four columns or more.
+    """
 
     head: tuple[str, ...]
     rows: list[tuple[str, ...]]
+    named: int = 2
 
     def _repr_html_(self) -> str:
         return _html(
@@ -194,8 +198,7 @@ class AnswerTable:
         )
 
     def _cell(self, column: int, cell: str) -> str:
-        """On a phone a table has no head: from a third of four columns on each cell says what it is."""
-        named = len(self.head) > 3 and column > 1
+        named = len(self.head) > 3 and column >= self.named
         head = html.escape(re.sub(r"<[^>]+>", "", self.head[column]), quote=True)
         return f'<td data-head="{head}">{cell}</td>' if named else f"<td>{cell}</td>"
 

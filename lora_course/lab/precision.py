@@ -41,19 +41,26 @@ def largest_activation(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[s
 
 
 def check_fp16(model: nn.Module, batch: Mapping[str, Tensor]) -> None:
-    """For a model whose weights are in fp16: prints how near its activations come to fp16's largest number on this batch.
-    Other models pass in silence.
+    """For a model whose weights are in fp16, or in 4 bits that are multiplied in fp16: prints how near its activations come
+    to fp16's largest number on this batch. Other models pass in silence.
 
     Raises RuntimeError where they leave the range, naming the first module that does, and what to do.
     """
-    if embedding_of(model).dtype != torch.float16:
+    four_bits = any(
+        getattr(module, "compute_dtype", None) == torch.float16 for module in model.modules()
+    )
+    if embedding_of(model).dtype != torch.float16 and not four_bits:
         return
     name, largest = largest_activation(model, batch)
     if largest == torch.inf:
+        load = (
+            "in 4 bits that compute in fp32 (qlora.load_4bit(name, compute_dtype=torch.float32))"
+            if four_bits
+            else "in fp32 (lab.load_base(profile, torch.float32))"
+        )
         raise RuntimeError(
             f"activations leave fp16's range ({FP16_LARGEST:,.0f}) in {name!r} on the first batch, so nothing can be trained: "
-            "take a GPU with bf16 (L4, A100), load the base in fp32 (lab.load_base(profile, torch.float32)) with half the "
-            "batch, or set LORA_COURSE_PROFILE=tiny"
+            f"take a GPU with bf16 (L4, A100), load the base {load} with half the batch, or set LORA_COURSE_PROFILE=tiny"
         )
     share = largest / FP16_LARGEST
     print(

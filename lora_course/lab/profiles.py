@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -98,12 +99,13 @@ def needed_memory(profile: Profile, r: int = 8) -> int:
 
 
 def usable_gpu() -> bool:
-    """Whether torch sees a GPU that this build of torch has kernels for: today's have none for a P100 (Kaggle)."""
+    """Whether torch sees an NVIDIA GPU that this build of torch has kernels for: today's have none for a P100 (Kaggle)."""
     if not torch.cuda.is_available():
         return False
     major, minor = torch.cuda.get_device_capability()
-    built = [name.rpartition("_")[2].rstrip("af") for name in torch.cuda.get_arch_list()]
-    return any(int(name[:-1]) == major and int(name[-1]) <= minor for name in built)
+    # sm_90a and compute_120 are such kernels, an AMD GPU's gfx942 is none
+    names = [re.fullmatch(r"\w+_(\d+)(\d)[a-z]?", name) for name in torch.cuda.get_arch_list()]
+    return any(int(name[1]) == major and int(name[2]) <= minor for name in names if name)
 
 
 def pick_profile(

@@ -30,7 +30,7 @@ def run() -> int:
             f"\nmend           {environment.listed(needs)} {'is' if len(needs) == 1 else 'are'} missing, too old or too new."
         )
         print(
-            f"               python -m pip install --upgrade {' '.join(map(repr, map(str, needs)))}"
+            f"               python -m pip install --upgrade {' '.join(map(repr, map(environment.bounded, needs)))}"
         )
         return 1
     print()

@@ -13,13 +13,15 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 COURSE = "lora-course"
-# PEFT raises ImportError at the first plain linear where it finds an older torchao; Colab and Kaggle preinstall 0.10.
-# Where torchao is not installed, nobody needs it.
-REFUSED_WHEN_OLDER = (Requirement("torchao>=0.16.0"),)
+# PEFT raises ImportError at the first plain linear where it finds an older one of these; Colab and Kaggle preinstall
+# torchao 0.10. Where they are not installed, nobody needs them. A newer torchao than asked for may need a newer torch:
+# 0.18 imports names that torch has since 2.10.
+REFUSED_WHEN_OLDER = (Requirement("torchao>=0.16.0"), Requirement("gptqmodel>=7.0.0"))
 KEPT = ("torch", "numpy")  # an image's own builds: nothing may replace them
 RESTART = (
     "restart the session (Colab: Runtime > Restart session; Kaggle: Run > Restart) and run it again"
 )
+replaced_while_loaded: list[str] = []  # by `prepare`; a restart, which mends that, forgets it
 
 
 def installed() -> dict[str, str]:
@@ -57,7 +59,7 @@ def _met(need: Requirement, versions: dict[str, str]) -> bool:
 def install(needs: Iterable[Requirement]) -> None:
     """Installs what is asked for, then what that lacks, and nothing else: pip resolves nothing, so it replaces nothing.
 
-    Of a package that is there already, what is lacking stays in its major version, which its other users ask for.
+    A package that is there already stays in the versions that its other users ask for (`bounded`).
     Raises RuntimeError with one sentence where that can't be: no network, no such version, or another torch would be needed.
     """
     needs = list(needs)
@@ -68,7 +70,7 @@ def install(needs: Iterable[Requirement]) -> None:
                 f"the course would need {listed(kept)}, and {kept[0].name} {installed()[kept[0].name]} is here: take a newer "
                 "runtime, or set LORA_COURSE_SOURCE to an older release of the course"
             )
-        _pip([_in_major(need) for need in needs])
+        _pip([bounded(need) for need in needs])
         needs = _lacking({canonicalize_name(need.name) for need in needs})
 
 
@@ -98,15 +100,22 @@ def _lacking(names: set[str]) -> list[Requirement]:
     return list(found.values())
 
 
-def _in_major(need: Requirement) -> str:
-    """A requirement as pip reads it, kept below the next major version of what is there, unless it asks for more."""
+def bounded(need: Requirement) -> str:
+    """A requirement as pip reads it, kept below the next major version of what is there, unless it asks for more: 1.40 and
+    not 2.4 where 1.11 is. Of a 0.x each minor version may break what the one before did, so there it is the first that is
+    asked for: 0.16 and not 0.18 where 0.10 is."""
     version = installed().get(canonicalize_name(need.name))
     if version is None:
         return str(need)
-    bound = Requirement(f"{need.name}{need.specifier},<{Version(version).major + 1}")
-    lowest = [Version(part.version) for part in need.specifier if part.operator in (">=", "==")]
-    above = any(low.major > Version(version).major for low in lowest)
-    return str(need if above else bound)
+    major = Version(version).major
+    lowest = max(
+        (Version(part.version) for part in need.specifier if part.operator in (">=", "==")),
+        default=Version(version),
+    )
+    if lowest.major > major:
+        return str(need)
+    below = f"0.{lowest.minor + 1}" if major == 0 else major + 1
+    return str(Requirement(f"{need.name}{need.specifier},<{below}"))
 
 
 def prepare(version: str, hosted: bool) -> None:
@@ -117,13 +126,11 @@ def prepare(version: str, hosted: bool) -> None:
     Raises SystemExit with one sentence where the chapter can't go on.
     """
     before = installed()
-    if COURSE not in before:
-        return print("lora-course runs from a folder on the path.")
     if before[COURSE] != version:
         print(f"This chapter was written with lora-course {version}; {before[COURSE]} is here.")
     needs = wanting(before)
     if needs and not hosted:
-        sys.exit(f"The course needs {listed(needs)}. Paste: {pip_line(map(str, needs))}")
+        sys.exit(f"The course needs {listed(needs)}. Paste: {pip_line(map(bounded, needs))}")
     if needs:
         try:
             install(needs)
@@ -131,20 +138,20 @@ def prepare(version: str, hosted: bool) -> None:
             sys.exit(str(error))
         forget_what_was_looked_up()
     after = installed()
+    changed = [name for name, version in after.items() if before.get(name) != version]
     news = [
-        f"{need.name} {after[canonicalize_name(need.name)]}"
-        f" ({'new' if canonicalize_name(need.name) not in before else f'was {before[canonicalize_name(need.name)]}'})"
-        for need in needs
+        f"{name} {after[name]} ({f'was {before[name]}' if name in before else 'new'})"
+        for name in changed
     ]
-    kept = ", ".join(f"{name} {after[name]}" for name in ("torch", "numpy", "transformers"))
+    kept = [name for name in ("torch", "numpy", "transformers") if name not in changed]
     print(
-        f"lora-course {before[COURSE]}: installed {', '.join(news)}; as they were: {kept}."
+        f"lora-course {before[COURSE]}: installed {', '.join(news)}; as they were: {', '.join(f'{name} {after[name]}' for name in kept)}."
         if news
         else f"lora-course {before[COURSE]} is ready."
     )
-    old = [need.name for need in needs if need.name in sys.modules]
-    if old:
-        sys.exit(f"An older {old[0]} is loaded in this session: {RESTART}.")
+    replaced_while_loaded.extend(name for name in changed if name.replace("-", "_") in sys.modules)
+    if replaced_while_loaded:
+        sys.exit(f"An older {replaced_while_loaded[0]} is loaded in this session: {RESTART}.")
 
 
 def forget_what_was_looked_up() -> None:

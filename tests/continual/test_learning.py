@@ -30,7 +30,7 @@ from tests.continual.models import STRATEGIES, arguments, decided, injected, row
 from tests.models import qwen
 from tests.processes import run_until_shot
 
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_metrics_are_gems_and_their_signs_say_better_or_worse() -> None:

@@ -13,7 +13,7 @@ from lora_course.continual import (
 )
 from tests.continual.models import arguments, injected, plain, same, tasks
 
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_each_row_is_kept_with_equal_probability_whenever_it_came() -> None:

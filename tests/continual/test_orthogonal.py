@@ -22,7 +22,7 @@ from tests.continual.models import arguments, decided, injected, rows, tasks
 from tests.models import batch, qwen, randomize, relative
 from tests.tolerances import EXACT, ROUNDED
 
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_freezing_keeps_the_function_and_the_bits_of_what_is_frozen() -> None:

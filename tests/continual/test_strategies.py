@@ -36,7 +36,7 @@ from tests.continual.models import (
 from tests.models import batch, randomize, relative
 from tests.tolerances import EXACT
 
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_the_matrix_shows_what_each_strategy_is_for(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from lora_course.experiments.arms import (
     bits_by_domain,
     bits_of,
     file_bytes,
+    in_peft,
     rows_of,
     train_as,
     values_of,
@@ -22,6 +23,7 @@ from lora_course.experiments.arms import (
 from lora_course.experiments.record import Record
 from lora_course.injection import adapter_layers, trainable_parameters
 from lora_course.states import factor_state
+from tests.models import randomize
 
 SETTINGS = {
     "model": "nano", "domain": "bible", "length": 32, "train_bytes": 20_000, "score_bytes": 500, "seeds": [0, 1], "steps": 3,
@@ -102,3 +104,17 @@ def test_the_base_is_scored_on_both_splits(tmp_path: Path) -> None:
     assert runs.recorded == {
         f"base/{split}": base_score(SETTINGS, split) for split in ("validation", "test")
     }
+
+
+def test_pefts_model_holds_each_adapter_under_its_name_and_computes_what_ours_does() -> None:
+    ours = {name: randomize(adapted(SETTINGS, 0, config_of(2)), seed) for seed, name in enumerate("ab", 1)}  # fmt: skip
+    states = {name: factor_state(model) for name, model in ours.items()}
+    theirs = in_peft(SETTINGS, states, config_of(2))
+    ids = rows_of(SETTINGS)[:2]["input_ids"]
+    logits = {}
+    for name, model in ours.items():
+        theirs.set_adapter(name)
+        with torch.no_grad():
+            logits[name] = model.eval()(ids).logits
+            torch.testing.assert_close(theirs.eval()(ids).logits, logits[name], atol=1e-4, rtol=1e-4)  # fmt: skip
+    assert (logits["a"] - logits["b"]).abs().max() > 0.1  # not twice the same

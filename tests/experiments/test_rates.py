@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from lora_course.experiments import Kept, Runs, choose, compete, search
+from lora_course.experiments import Kept, Runs, choose, compete, run_key, search
+from lora_course.experiments.rates import at_rate, compete_all, first_rates
 from lora_course.experiments.record import Record
 
 SETTINGS = {"seeds": [0, 1]}
@@ -97,3 +98,47 @@ def test_a_choice_reads_and_keeps_the_runs_on_validation_text_alone(tmp_path: Pa
     assert asked == [(rate, seed, "validation") for rate in (1, 2, 4, 8) for seed in (0, 1)]
     assert list(runs.recorded) == [f"arm/{rate:g}/{s}/{split}" for rate, s, split in asked]
     assert choose(*how, value=lambda run: run["ACC"], edges=False) == 2 and len(asked) == 8
+
+
+def test_arms_compete_from_where_the_settings_say_and_a_chosen_one_is_scored_on_every_split(
+    tmp_path: Path,
+) -> None:
+    settings = SETTINGS | {
+        "search_seeds": [0], "first": [4e-3, 8e-3, 1.6e-2], "first_of": {"vera": [3.2e-2, 6.4e-2, 0.128]},
+    }  # fmt: skip
+    best, made = {"lora": 8e-3, "vera": 6.4e-2}, []
+
+    def trained(arm: str, rate: float, seed: int) -> tuple[str, float]:
+        made.append((arm, rate, seed))
+        return arm, rate
+
+    def score(found: tuple[str, float], split: str) -> dict[str, float]:
+        return {"bits_per_byte": 2 + math.log2(found[1] / best[found[0]]) ** 2}
+
+    runs = Runs(Record(tmp_path / "s.json", "s", settings), progress=str)
+    splits = ("test", "validation")
+    assert compete_all(runs, settings, iter(best), trained, score, splits=splits) == best
+    asked = [(arm, settings["first_of"].get(arm, settings["first"])) for arm in best]
+    searched = [(arm, rate, 0) for arm, first in asked for rate in first]
+    # the second seed is trained once for both splits
+    assert sorted(made) == sorted([*searched, *((arm, rate, 1) for arm, rate in best.items())])
+    assert set(runs.recorded) == {
+        *(run_key(arm, rate, seed, "validation") for arm, rate, seed in made),
+        *(run_key(arm, rate, seed, "test") for arm, rate in best.items() for seed in (0, 1)),
+    }
+    assert runs.expected == len(runs.recorded) == len(runs.done)
+
+
+def test_rates_may_be_by_arm() -> None:
+    by_arm = {"learning_rates": {"small": [1e-3], "random": [2e-3]}}
+    assert first_rates(by_arm, "random") == [2e-3]
+    assert first_rates({"learning_rates": [4e-3]}, "small") == [4e-3]
+
+
+def test_an_arm_without_a_search_has_every_seed_at_the_given_rate(tmp_path: Path) -> None:
+    runs = Runs(Record(tmp_path / "s.json", "s", SETTINGS), progress=str)
+    at_rate(runs, "control", 8e-3, lambda rate, seed: {"bits_per_byte": rate + seed})
+    assert runs.recorded == {
+        "control/0.008/0/test": {"bits_per_byte": 8e-3},
+        "control/0.008/1/test": {"bits_per_byte": 1.008},
+    }

@@ -82,14 +82,17 @@ def test_the_table_has_loras_level_and_the_others_paired_differences(record: Pat
         }
         found |= {"irregular": 0.25, "own_text": lost[arm][int(seed)]}
     text["runs"]["gates/0.002/0/test"] = run(0.3, 0.5)  # its second seed has not run
-    found = chat_model.results(text, {"dora": "DoRA"})
-    assert list(found.index) == ["lora", "DoRA", "adalora", "nested"]
-    exact, irregular, bits, lost = (found[title] for title in found.columns)
-    assert exact["DoRA"] == "60.0%" and irregular["lora"] == "25.0%"
-    assert bits["lora"] == "0.350" and bits["DoRA"] == "-0.050 (-0.050 to -0.050)"
-    assert lost["adalora"] == "-0.050 (-0.200 to +0.100)"
-    assert chat_model.one_sided(text, "bits_per_token", {"dora": "DoRA"}) == ("DoRA", "none")
-    assert chat_model.one_sided(text, "own_text", {}) == ("dora", "nested")
+    table = chat_model.results(text, {"dora": "D<o>RA"})
+    found = {row[0]: row[1:] for row in table.rows}
+    assert list(found)[0] == "D&lt;o&gt;RA" and list(found)[-1] == "lora"  # the lowest first
+    assert found["lora"] == ("50.0% (25.0%)", "0.350 itself", "1.200 itself")
+    assert found["D&lt;o&gt;RA"][:2] == ("60.0% (25.0%)", "-0.050 (-0.050 to -0.050)")
+    assert found["adalora"][2] == "-0.050 (-0.200 to +0.100)"
+    page = table._repr_html_()  # on a phone there is no head, and each cell says what it is
+    assert '<td>lora</td><td data-head="exactly right (irregular verbs)">50.0% (25.0%)</td>' in page
+    assert page.count("data-head=") == 3 * len(found)
+    assert chat_model.one_sided(text, "bits_per_token") == (["dora"], [])
+    assert chat_model.one_sided(text, "own_text") == (["dora"], ["nested"])
 
 
 def test_values_inside_a_run_are_averaged_seed_by_seed(record: Path) -> None:

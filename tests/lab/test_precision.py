@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from lora_course.lab.models import load_base
+from lora_course.lab.models import base_path, load_base
 from lora_course.lab.precision import check_fp16, largest_activation
+from lora_course.qlora import load_4bit
 
 BATCH = {"input_ids": torch.arange(5, 37).reshape(2, 16)}
 
@@ -32,4 +33,19 @@ def test_a_model_in_fp16_that_overflows_is_refused_with_its_module(capsys) -> No
     ):
         check_fp16(model, BATCH)
     check_fp16(load_base("nano")[0], BATCH)
+    assert capsys.readouterr().out == ""
+
+
+def test_four_bits_that_are_multiplied_in_fp16_are_measured_too(capsys) -> None:
+    """Their embeddings and norms lie in fp32, so the weights' type doesn't tell."""
+    nano = base_path("nano")
+    options = {"gradient_checkpointing": False}
+    model = load_4bit(nano, compute_dtype=torch.float16, **options)
+    check_fp16(model, BATCH)
+    assert capsys.readouterr().out.startswith("fp16: the largest activation")
+    with torch.no_grad():
+        model.model.layers[1].post_attention_layernorm.weight.fill_(3e4)
+    with pytest.raises(RuntimeError, match=r"layers\.1\.mlp.*compute_dtype=torch\.float32"):
+        check_fp16(model, BATCH)
+    check_fp16(load_4bit(nano, compute_dtype=torch.float32, **options), BATCH)
     assert capsys.readouterr().out == ""

@@ -24,7 +24,7 @@ from lora_course.lab.profiles import (
     profiles,
     usable_gpu,
 )
-from tools.run_chapters import chapters
+from tools.chapters import chapters
 
 WITHIN = 1.15  # the factor that estimate and measurement may differ by
 
@@ -96,6 +96,14 @@ def test_a_gpu_without_kernels_in_this_torch_is_none(monkeypatch) -> None:
     for capability, usable in {(7, 5): True, (8, 9): True, (9, 0): True, (10, 0): False}.items():
         gpu(monkeypatch, 15, capability=capability)
         assert usable_gpu() == usable, capability
+    for names, usable in {
+        ("sm_90a",): True,
+        ("compute_90",): True,
+        ("gfx942", "gfx90a"): False,
+    }.items():
+        gpu(monkeypatch, 15, capability=(9, 4))
+        monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: names)
+        assert usable_gpu() == usable, names
 
 
 def test_without_a_gpu_it_is_tiny_unless_the_environment_names_another(monkeypatch) -> None:

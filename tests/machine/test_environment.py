@@ -1,18 +1,21 @@
 """The set-up cell and what it rests on, in small environments that have the images' versions."""
 
 import importlib.metadata
+import importlib.util
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import jupytext
+import peft.import_utils
 import pytest
 from packaging.requirements import Requirement
 
-from lora_course.machine.environment import wanting
+from lora_course.machine.environment import installed, wanting
 from tests.images import Image, course_wheel, wheel
 from tools import facts
-from tools.run_chapters import chapters
+from tools.chapters import chapters
 
 CELL = jupytext.read(chapters()[0]).cells[[c.cell_type for c in jupytext.read(chapters()[0]).cells].index("code")].source  # fmt: skip
 NEEDED = [Requirement(text) for text in facts.project()["dependencies"]]
@@ -34,7 +37,8 @@ def image(tmp_path: Path) -> Image:
         wheel(made.index, need.name, lowest(need))
     for name in ("torch", "numpy", "gradio"):
         wheel(made.index, name, "99.0")
-    wheel(made.index, "torchao", "0.18.0", ("torch",))
+    for version in ("0.16.1", "0.18.0"):
+        wheel(made.index, "torchao", version, ("torch",))
     course_wheel(made.index)
     return made
 
@@ -51,11 +55,11 @@ def test_the_cell_installs_what_is_missing_mends_torchao_and_touches_nothing_els
     run = image.run(CELL, hosted, LORA_COURSE_SOURCE=source(image))
     assert run.returncode == 0, run.stderr
     after = image.versions()
-    assert after["torchao"] == "0.18.0" and after["peft"] == "0.21"
+    assert after["torchao"] == "0.16.1" and after["peft"] == "0.21"
     changed = {name for name in after if after[name] != before.get(name)}
     assert changed == {"lora-course", "peft", "bitsandbytes", "torchao"}
     (line,) = run.stdout.splitlines()
-    for part in ("peft 0.21 (was 0.20.0)", "torchao 0.18.0 (was 0.10.0)", "bitsandbytes 0.49 (new)", f"torch {before['torch']}"):  # fmt: skip
+    for part in ("peft 0.21 (was 0.20.0)", "torchao 0.16.1 (was 0.10.0)", "bitsandbytes 0.49 (new)", f"torch {before['torch']}"):  # fmt: skip
         assert part in line
     again = image.run(CELL, hosted, LORA_COURSE_SOURCE="/nowhere.whl")
     version = facts.read().version
@@ -74,7 +78,10 @@ def test_a_newer_transformers_moves_its_own_within_their_major_version(tmp_path:
     course_wheel(image.index)
     run = image.run(CELL, "kaggle", LORA_COURSE_SOURCE=source(image))
     assert run.returncode == 0, run.stderr
-    assert "transformers 5.23.0 (was 5.0.0)" in run.stdout
+    said = run.stdout
+    for part in ("transformers 5.23.0 (was 5.0.0)", "huggingface-hub 1.40.0 (was 1.11.0)"):
+        assert part in said
+    assert "transformers" not in said.partition("as they were")[2]
     after = image.versions()
     assert after["huggingface-hub"] == "1.40.0" and after["tokenizers"] == "0.23.3"
 
@@ -86,15 +93,45 @@ def test_a_torchao_that_is_not_there_is_not_brought(image: Image) -> None:
     assert run.returncode == 0 and "torchao" not in image.versions(), run.stderr
 
 
-def test_a_package_that_the_session_has_loaded_asks_for_a_restart(image: Image) -> None:
-    run = image.run(f"import numpy\n{CELL}", LORA_COURSE_SOURCE=source(image))
-    assert run.returncode == 0, run.stderr
-    for path in image.site.glob("peft*"):
-        subprocess.run(["rm", "-r", path], check=True)
-    wheel(image.index, "peft", "0.20.0")
-    assert image.run("import subprocess, sys; subprocess.run([sys.executable, '-m', 'pip', 'install', 'peft==0.20.0'])").returncode == 0  # fmt: skip
-    run = image.run(f"import peft\n{CELL}", LORA_COURSE_SOURCE=source(image))
-    assert run.returncode == 1 and "older peft is loaded" in run.stderr and "restart" in run.stderr
+def test_a_package_that_the_session_has_loaded_asks_for_a_restart_until_there_was_one(
+    image: Image,
+) -> None:
+    cell_again = f"""
+try:
+    exec({CELL!r})
+except SystemExit as stopped:
+    print(stopped)
+exec({CELL!r})
+"""
+    run = image.run(f"import peft\n{cell_again}", LORA_COURSE_SOURCE=source(image))
+    assert run.returncode == 1, run.stdout
+    for said in (run.stdout, run.stderr):
+        assert "older peft is loaded" in said and "restart" in said
+    assert image.run(CELL).stdout.endswith("is ready.\n")
+
+
+def test_a_loaded_package_that_another_one_takes_along_asks_for_a_restart_too(
+    tmp_path: Path,
+) -> None:
+    """Kaggle: who logs in to the hub first has its client loaded, which a newer transformers replaces."""
+    there = {need.name: lowest(need) for need in NEEDED}
+    image = Image(tmp_path, there | {"transformers": "5.0.0", "huggingface-hub": "1.11.0"})
+    wheel(image.index, "transformers", "5.23.0", ("huggingface-hub>=1.31,<3",))
+    wheel(image.index, "huggingface-hub", "1.40.0")
+    course_wheel(image.index)
+    run = image.run(f"import huggingface_hub\n{CELL}", "kaggle", LORA_COURSE_SOURCE=source(image))
+    assert run.returncode == 1 and "older huggingface-hub is loaded" in run.stderr
+
+
+def test_a_clone_on_the_path_is_no_installation(image: Image) -> None:
+    """Its folder is found before a distribution is there, and what it needs stands in the distribution's metadata."""
+    with zipfile.ZipFile(source(image)) as archive:
+        members = [name for name in archive.namelist() if name.startswith("lora_course/")]
+        archive.extractall(image.index, members)  # the working directory
+    run = image.run(CELL, hosted=None)
+    assert run.returncode == 1 and "Install the course first" in run.stderr
+    run = image.run(CELL, LORA_COURSE_SOURCE=source(image))
+    assert run.returncode == 0 and "peft 0.21 (was 0.20.0)" in run.stdout, run.stderr
 
 
 def test_no_network_or_a_repository_that_moved_ends_with_a_sentence(image: Image) -> None:
@@ -117,7 +154,7 @@ def test_on_a_laptop_it_says_what_to_paste(image: Image) -> None:
     pip = [image.python, "-m", "pip", "install", "-q", "--no-index", "--find-links", image.index]
     subprocess.run([*pip, f"torchao=={OLD_TORCHAO}"], check=True, capture_output=True)
     run = image.run(CELL, hosted=None)
-    assert run.returncode == 1 and '%pip install --upgrade "torchao>=0.16.0"' in run.stderr
+    assert run.returncode == 1 and '%pip install --upgrade "torchao<0.17,>=0.16.0"' in run.stderr
 
 
 def test_a_package_that_would_need_another_torch_is_refused(image: Image) -> None:
@@ -151,6 +188,28 @@ def test_the_ranges_are_met_by_the_images_but_for_what_the_cell_installs(
     pins = [line.split("==") for line in lines if "==" in line]
     versions = {name.lower().replace("_", "-"): version for name, version in pins}
     assert {need.name for need in wanting(versions)} == {"peft", "bitsandbytes", "torchao"} | more
+
+
+@pytest.mark.parametrize(
+    ("name", "older", "accepted"),
+    [("torchao", "0.15.0", "0.16.0"), ("gptqmodel", "6.0.3", "7.0.0")],
+)
+def test_what_peft_refuses_is_what_its_own_check_refuses(
+    name: str, older: str, accepted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = getattr(peft.import_utils, f"is_{name}_available").__wrapped__
+    monkeypatch.setattr(importlib.util, "find_spec", lambda found: found == name or None)
+    monkeypatch.setattr(peft.import_utils, "is_optimum_available", lambda: True)
+    here = installed()
+    for version, refused in ((older, True), (accepted, False)):
+        there = here | {name: version, "optimum": "2.0.0"}
+        monkeypatch.setattr(importlib.metadata, "version", there.__getitem__)
+        assert [need.name for need in wanting(there)] == [name] * refused
+        if refused:
+            with pytest.raises(ImportError, match=name):
+                check()
+        else:
+            check()
 
 
 def test_this_environment_wants_nothing() -> None:

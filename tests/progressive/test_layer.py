@@ -19,7 +19,7 @@ from tests.models import batch, config, linear4bit, qwen, relative
 from tests.progressive.models import STAGES, fill, logits, same, stacked, weights
 from tests.tolerances import EXACT, ROUNDED
 
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def layer_of_three_stages() -> tuple[StackedLoRALinear, list[tuple[Tensor, Tensor]]]:

@@ -17,7 +17,7 @@ from tests.models import config, qwen, relative
 from tests.progressive.models import MODES, STAGES, fill, logits, same, stacked
 from tests.tolerances import EXACT, ROUNDED
 
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("mode", MODES)

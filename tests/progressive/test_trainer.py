@@ -31,7 +31,7 @@ from tests.models import config, qwen, relative
 from tests.processes import run_until_shot
 from tests.progressive.models import MODES, STAGES, logits, same, stacked, weights
 
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def rows(count: int = 24) -> datasets.Dataset:

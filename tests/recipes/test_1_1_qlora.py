@@ -1,6 +1,8 @@
 """The recipe of chapter 1.1."""
 
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,11 +18,11 @@ from tests.recipes import recipe, small
 
 @pytest.mark.slow
 def test_1_1_trains_on_four_bits_and_exports_what_peft_loads_on_the_same_base(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    given = {"texts": lab.load_text("shakespeare", "train")[:2]}
-    code, merging = small(recipe("1_1_qlora"), steps=3).split("import torch\n")
+    given: dict[str, Any] = {"texts": lab.excerpt(lab.load_text("shakespeare", "train"), 90_000)}
+    code, alone, merging = small(recipe("1_1_qlora"), steps=3).split("import torch\n")
     exec(code, given)
     layers = adapter_layers(given["model"])
     assert len(layers) == 28 and all(
@@ -28,6 +30,9 @@ def test_1_1_trains_on_four_bits_and_exports_what_peft_loads_on_the_same_base(
     )
     # the first step's rate is 0 (warm-up); from the second on every B moves, by about the rate a step
     assert all(layer.B.abs().max() > 1e-5 for layer in layers.values())
+    assert not set(map(str, given["held_out"]["input_ids"])) & set(map(str, given["rows"]["input_ids"]))  # fmt: skip
+    held_out_loss = float(capsys.readouterr().out.split()[-1])
+    assert 2 < held_out_loss < math.log(4096)  # of chance over nano's vocabulary
 
     base = qlora.load_4bit(lab.base_path("nano"))
     served = PeftModel.from_pretrained(base, tmp_path / "adapters" / "mine")
@@ -49,3 +54,16 @@ def test_1_1_trains_on_four_bits_and_exports_what_peft_loads_on_the_same_base(
     assert (wanted - before).norm() > 0.2 * wanted.norm()
     # bf16 has 8 bits for each weight of the sum
     assert (merged - wanted).norm() < 0.05 * wanted.norm()
+
+    # With PEFT alone. Trainer wants to be told of a CPU, which has nothing to page.
+    on_cpu = alone.replace("bf16=True", "bf16=True, use_cpu=True")
+    exec("import torch\n" + on_cpu.replace("paged_adamw_32bit", "adamw_torch"), given)
+    twins = {n: m for n, m in given["model"].named_modules() if isinstance(m, Linear4bitLora)}
+    assert len(twins) == 28
+    assert any(getattr(m, "gradient_checkpointing", False) for m in given["model"].modules())
+    assert all(t.lora_B["default"].weight.abs().max() > 1e-5 for t in twins.values())
+    assert 2 < float(capsys.readouterr().out.split()[-1]) < math.log(4096)
+    again = PeftModel.from_pretrained(base, tmp_path / "adapters" / "plain-peft")
+    for name, module in twins.items():
+        twin = again.get_submodule(name)
+        torch.testing.assert_close(twin.lora_B["default"].weight.cpu(), module.lora_B["default"].weight.cpu(), atol=1e-6, rtol=1e-6)  # fmt: skip

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -14,7 +15,7 @@ from lora_course.injection import adapter_layers, inject, unload
 from lora_course.quantized import QuantizedLoRALinear, load_quantized
 from tests.models import config, randomize, relative
 from tests.recipes import LARGE, recipe
-from tools.run_chapters import ROOT
+from tools.chapters import ROOT
 
 
 @pytest.mark.slow
@@ -34,9 +35,9 @@ def test_4_3_packs_a_folder_of_peft_and_gives_a_server_the_rounded_adapter(
     fp32 = peft_file.stat().st_size
     unload(base)
 
-    code = recipe("4_3_quantized")
+    code, apart = recipe("4_3_quantized").split("from transformers import AutoTokenizer\n")
     assert LARGE in code
-    given: dict = {}
+    given: dict = {"held_out": lab.load_text("shakespeare", "validation")[:1]}
     exec(code.replace(LARGE, repr(name)), given)
     with torch.no_grad():
         logits = given["model"](ids).logits
@@ -53,6 +54,15 @@ def test_4_3_packs_a_folder_of_peft_and_gives_a_server_the_rounded_adapter(
     # the line that stores 16 bits: half the bytes beside a header, and the same adapter to PEFT
     assert peft_file.stat().st_size < 0.52 * fp32
     assert relative(halved, trained) < 0.01
+
+    exec("from transformers import AutoTokenizer\n" + apart, given)
+    with torch.no_grad():
+        again, few_bits = (given[model](ids).logits.float() for model in ("model", "served"))
+    assert relative(again, trained) < 0.01  # the adapter in 16 bits, on the base as it was
+    # the same adapter on the base in NF4, whose weights are off by a tenth: near, and not the same
+    assert type(next(iter(adapter_layers(given["served"]).values())).base_layer) is Linear4bit
+    assert 0.01 < relative(few_bits, trained) < 0.5 * relative(plain, trained)
+    assert given["few"] != given["wide"] and abs(given["few"] / given["wide"] - 1) < 0.1
 
 
 def test_4_3_the_line_that_trains_with_the_rounding_does() -> None:

@@ -19,7 +19,7 @@ from lora_course.injection import disabled, inject, unload
 from lora_course.serving import row_adapters
 from tests.models import config, randomize, relative
 from tests.recipes import recipe, small
-from tools.run_chapters import ROOT
+from tools.chapters import ROOT
 
 TEMPLATE = "<|endoftext|>{% for message in messages %}{{ message['content'] }}{% endfor %}"
 

@@ -16,7 +16,7 @@ from lora_course.experiments.neighbours import LINES
 from lora_course.lab import study
 from lora_course.lab.evidence import differences, interval, verdict
 from tests.recipes import recipe, small
-from tools.run_chapters import ROOT
+from tools.chapters import ROOT
 
 CHAPTER = ROOT / "notebooks" / "5_1_comparison.md"
 
@@ -41,8 +41,8 @@ def test_5_1_compares_two_methods_by_pairs_each_at_its_own_rate(
     alone = dict(
         given
     )  # a method against itself: the same A and the same rows, so no difference at all
-    assert code.count('{"use_dora": True}') == 1
-    exec(small(code.replace('{"use_dora": True}', "{}"), steps=3), alone)
+    assert code.count("use_dora=True, ") == 1
+    exec(small(code.replace("use_dora=True, ", ""), steps=3), alone)
     assert alone["gaps"] == [0, 0] and len(set(alone["found"]["lora"])) == 2
 
 

@@ -14,8 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from tools.chapters import ROOT
 from tools.lanes.places import Place, build_wheel, stems
-from tools.run_chapters import ROOT
 
 # What the course needs, what those need, and neighbours on the image that state versions of them.
 MET = (Path(__file__).parent / "met.txt").read_text().split()

@@ -12,7 +12,7 @@ import re
 import urllib.request
 from collections.abc import Callable
 
-from tools.run_chapters import ROOT
+from tools.chapters import ROOT
 
 COLAB, KAGGLE = "googlecolab/backend-info", "Kaggle/docker-python"
 LIST = "pip-freeze.gpu.txt"

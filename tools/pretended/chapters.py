@@ -6,7 +6,8 @@
 
 Models of the hub stand in as random ones of the same configuration, narrower, with nano's tokenizer, and what lies on the
 device trains on a corner of each batch: what is tested is on which device and in which precision things are, and not what
-comes out. What lies on the CPU runs as it is, as its numbers are compared with records.
+comes out. What lies on the CPU runs as it is, as its numbers are compared with records; under a larger profile only outside
+of the cells that the profile changes.
 """
 
 import argparse
@@ -21,9 +22,9 @@ from typing import Any
 import jupytext
 
 from lora_course.lab.estimate import Shape
+from tools.chapters import chapters
 from tools.pretended.held import Meter
-from tools.pretended.live import live
-from tools.run_chapters import chapters
+from tools.pretended.live import changed, live, read_all
 
 # No matrix of it has the shape of one of nano's, which don't count as bases (`held`).
 NARROW = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
@@ -67,10 +68,12 @@ def redirect(folder: Path) -> Shape:
     return shapes[0]
 
 
-def train_on_corners(step: Callable[[int], None] = lambda tokens: None) -> None:
+def train_on_corners(
+    step: Callable[[int], None] = lambda tokens: None, on_cpu: Callable[[], bool] = lambda: False
+) -> None:
     """A `Trainer` whose model is on the device takes two short rows a step: every step is made, and costs next to nothing.
 
-    step: is told how many tokens each would have had.
+    step: is told how many tokens each would have had. on_cpu: whether one on the CPU takes such rows too.
     """
     from torch import Tensor
     from transformers import Trainer
@@ -78,8 +81,10 @@ def train_on_corners(step: Callable[[int], None] = lambda tokens: None) -> None:
     prepare = Trainer._prepare_inputs
 
     def _prepare_inputs(self: Any, inputs: Any) -> Any:
-        if self.args.device.type == "cuda":
+        there = self.args.device.type == "cuda"
+        if there:
             step(inputs["input_ids"].numel())
+        if there or on_cpu():
             inputs = {
                 key: value[CORNER[: value.dim()]] if isinstance(value, Tensor) else value
                 for key, value in inputs.items()
@@ -100,6 +105,10 @@ def run(chapter: Path, meter: Meter, live_only: bool = False) -> list[str]:
     shell, text, failures = InteractiveShell.instance(), chapter.read_text(), []
     code = [cell for cell in jupytext.read(chapter).cells if cell.cell_type == "code"]
     sources = [cell.source for cell in code]
+    larger = os.environ["LORA_COURSE_PROFILE"] != "tiny"
+    under_profile = changed(read_all(sources)) if larger else set()
+    number = 0
+    train_on_corners(meter.step, on_cpu=lambda: number in under_profile)
     for number in live(sources) if live_only else range(len(sources)):
         source = sources[number]
         result = shell.run_cell(source, silent=True)
@@ -126,7 +135,6 @@ def run_here(stem: str, gpus: int, bf16: bool, live_only: bool) -> list[str]:
     with TemporaryDirectory() as folder:
         os.environ["LORA_COURSE_CLAIMS"] = f"{folder}/claims"
         meter = Meter(redirect(Path(folder)))
-        train_on_corners(meter.step)
         pretend(gpus, bf16, 80 * GIB if bf16 else 15 * GIB)
         os.chdir(folder)
         (chapter,) = [path for path in chapters() if path.stem == stem]

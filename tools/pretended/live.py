@@ -85,14 +85,11 @@ def root(node: ast.AST) -> str:
     return node.id if isinstance(node, ast.Name) else ""
 
 
-def live(sources: Sequence[str]) -> list[int]:
-    """Indices of the cells that read `profile` or what such a cell made, and of those before them that they need.
-
-    The first cells, up to the one that picks the profile, always run.
-    """
+def read_all(sources: Sequence[str]) -> list[Cell]:
+    """The cells of a chapter; one that calls a function uses what that reads, as it is then."""
     cells = [read(source) for source in sources]
     inside: dict[str, set[str]] = {}
-    for cell in cells:  # who calls a function reads what it reads, as it is then
+    for cell in cells:
         for name in sorted(cell.uses):
             cell.uses |= inside.get(name, set())
         inside = {name: free for name, free in inside.items() if name not in cell.binds}
@@ -100,7 +97,17 @@ def live(sources: Sequence[str]) -> list[int]:
             name: free | {n for called in free for n in inside.get(called, ())}
             for name, free in cell.inside.items()
         }
-    first = next((i for i, cell in enumerate(cells) if PICKED in cell.binds), -1)
+    return cells
+
+
+def picks(cells: Sequence[Cell]) -> int:
+    """Index of the cell that picks the profile; -1 where none does."""
+    return next((i for i, cell in enumerate(cells) if PICKED in cell.binds), -1)
+
+
+def changed(cells: Sequence[Cell]) -> set[int]:
+    """Indices of the cells that read `profile` or what such a cell made: under another one they compute something else."""
+    first = picks(cells)
     tainted, chosen = {PICKED}, set()
     for i, cell in enumerate(cells[first + 1 :], start=first + 1):
         if cell.uses & tainted:
@@ -108,6 +115,16 @@ def live(sources: Sequence[str]) -> list[int]:
             tainted |= (cell.binds | cell.changes) - SHARED
         else:
             tainted -= cell.binds
+    return chosen
+
+
+def live(sources: Sequence[str]) -> list[int]:
+    """Indices of the cells that a profile changes, and of those before them that they need.
+
+    The first cells, up to the one that picks the profile, always run.
+    """
+    cells = read_all(sources)
+    first, chosen = picks(cells), changed(cells)
     wanted: set[str] = set()
     for i in range(len(cells) - 1, first, -1):
         if i in chosen or (cells[i].binds | cells[i].changes) & wanted:

@@ -3,6 +3,7 @@
 import math
 import statistics
 
+import numpy as np
 from scipy import stats
 
 from lora_course.classroom.exercises import Draw, case, exercise
@@ -30,13 +31,11 @@ def seeds_needed(
     half=1.0,
 ):
     """The least n whose interval is narrow enough, with each part exchangeable for a mistake."""
-    s = deviation(method, reference)
-    for n in range(2, ENOUGH):
-        degrees = n + freedom if of is None else of(len(method))
-        t = stats.t.ppf(quantile, degrees) if degrees else stats.norm.ppf(quantile)
-        if half * t * s / math.sqrt(n) <= margin:
-            return n
-    return ENOUGH
+    s, n = deviation(method, reference), np.arange(2, ENOUGH)
+    degrees = n + freedom if of is None else of(len(method))
+    t = stats.t.ppf(quantile, degrees) if np.all(degrees) else stats.norm.ppf(quantile)
+    enough = half * t * s / np.sqrt(n) <= margin
+    return int(n[enough.argmax()]) if enough.any() else ENOUGH
 
 
 def _needed(**other):

@@ -18,6 +18,7 @@ from typing import Any
 
 from lora_course.classroom.draws import Draw, case
 from lora_course.classroom.judge import Exercise
+from lora_course.classroom.plain import plain
 
 Choices = dict[str, str]
 """For each convention the choice that was drawn: `{"power": "2", "rounding": "up"}`."""
@@ -162,7 +163,7 @@ class Family:
     def exercise(self, choice: Choices, explain: bool = True) -> Exercise:
         """The check of a drawn problem. explain: a rule that a wrong answer misses is named."""
         mistakes = {
-            f"All is right but one rule. Read it again: “{self.sentence(choice, name)}”{' ' * i}": self.function(other)
+            f"All is right but one rule. Read it again: “{plain(self.sentence(choice, name))}”{' ' * i}": self.function(other)
             for name, others in self.neighbours(choice).items()
             for i, other in enumerate(others)
         } if explain else {}  # fmt: skip

@@ -108,7 +108,7 @@ def body(runs: Runs) -> None:
 
 
 WITNESS = Witness(
-    ("token/0.3/0/test",),
+    ("token/0.1/0/test",),
     {"bits_per_byte": 0.005},
     ROUNDING,
 )

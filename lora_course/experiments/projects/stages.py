@@ -82,7 +82,7 @@ def body(runs: Runs) -> None:
 
 
 WITNESS = Witness(
-    ("full rates/0.016/0/test",),
+    ("full rates/0.008/0/test",),
     {"bits_per_byte": 0.005},
     ROUNDING,
 )
