@@ -8,6 +8,7 @@
 # make image      chapters with Colab's package versions (IMAGE=kaggle: Kaggle's), from one file each
 # make wheel-alone  chapters from the wheel, without repository and network
 # make sphinx9    the staged book with plain Sphinx 9
+# make served     vLLM on the CPU with the course's adapters, held against `generate`, into lora_course/data/served.json
 # make record     run the chapters and record what they took here (LORA_COURSE_PROFILE=t4 on a GPU)
 # make pdf        the book as one PDF, printed by Chromium
 # make notebooks  rewrite notebooks/*.ipynb from notebooks/*.md
@@ -21,7 +22,7 @@ PY     := $(VENV)/bin/python
 WORKERS ?= auto
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: book test unit lint test-gpu bench pretended pretended-quick image wheel-alone sphinx9 record pdf notebooks facts wheel install clean distclean
+.PHONY: book test unit lint test-gpu bench pretended pretended-quick image wheel-alone sphinx9 served record pdf notebooks facts wheel install clean distclean
 .DEFAULT_GOAL := book
 
 book: $(VENV)/.installed
@@ -63,6 +64,9 @@ wheel-alone: $(VENV)/.installed
 
 sphinx9: book
 	@$(PY) -m tools.lanes.sphinx9
+
+served: $(VENV)/.installed
+	@$(PY) -m tools.lanes.serve $(ARGUMENTS)
 
 record: $(VENV)/.installed
 	@$(PY) -m tools.record_runs $(ARGUMENTS)

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from tools.chapters import ROOT
-from tools.lanes import image, refresh
+from tools.lanes import image, refresh, serve
 
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 
@@ -76,3 +76,49 @@ def test_only_a_job_that_pushes_keeps_the_token(path) -> None:
             if "actions/checkout@" in step.get("uses", ""):
                 kept = step.get("with", {}).get("persist-credentials", True)
                 assert kept == pushes, f"{path.name}: {name}"
+
+
+def test_a_server_gets_what_it_needs_and_no_other_torch() -> None:
+    lines = [
+        "numpy", "torch==2.13.0+cpu; platform_machine == 'x86_64'", "torchvision", "fastapi[standard]<0.137",
+        "six; python_version < '3'", "boto3; extra == 's3'", "protobuf!=6.30.*,>=5.29",
+    ]  # fmt: skip
+    assert serve.wanted(lines) == ["numpy", "fastapi[standard]<0.137", "protobuf!=6.30.*,>=5.29"]
+
+
+def test_the_served_record_is_of_the_chapters_command() -> None:
+    """What was run has the flags that chapter 4.4 gives, one adapter at the start, one added, one refused."""
+    record = json.loads(serve.RECORD.read_text())
+    section = (ROOT / "notebooks" / "4_4_fused.md").read_text()
+    told = set(
+        re.findall(r"--[a-z-]*lora[a-z-]*", re.search(r"vllm serve .*?```", section, re.S)[0])
+    )
+    slots = {"a slot to spare": serve.SERVED + 1, "every slot taken": serve.SERVED}
+    asked = [(name, word) for name in ("base", "past", "plural") for word in serve.questions(name)]
+    for name, count in slots.items():
+        seen, arguments = record[name], record[name]["arguments"]
+        assert len(told) == 4 and told <= set(arguments)
+        assert arguments[arguments.index("--max-loras") + 1] == str(count)
+        assert seen["listed"] == ["base", "past"]
+        assert seen["listed after"] == ["base", "past", "plural"] and seen["added"][0] == 200
+        limit = arguments[arguments.index("--max-lora-rank") + 1]
+        status, message = seen["refused"]
+        assert record["adapters"]["wide"]["r"] > int(limit) and status >= 400
+        assert "rank" in message and limit in message
+        assert [(answer["model"], answer["question"]) for answer in seen["answers"]] == asked
+
+
+def test_a_server_answers_as_generate_does_while_a_slot_is_free() -> None:
+    """With every slot taken the adapters still do, and the base alone; beside adapters in a batch it has another's update."""
+    record = json.loads(serve.RECORD.read_text())
+
+    def wrong(seen: dict, *names: str) -> int:
+        return sum(a["server"] != a["generate"] for a in seen["answers"] if a["model"] in names)
+
+    spare, full = record["a slot to spare"], record["every slot taken"]
+    assert wrong(spare, "base", "past", "plural") <= 2, "in fp32 few near-ties fall the other way"
+    assert wrong(full, "past", "plural") <= 1 and wrong(full, "base") > 4
+    alone = [a["generate"] for a in full["answers"] if a["model"] == "base"]
+    assert sum(a != b for a, b in zip(full["base by itself"], alone, strict=True)) <= 1
+    first = {answer["model"]: answer["server"] for answer in spare["answers"]}
+    assert len(set(first.values())) == 3, "each name is answered by a model of its own"
