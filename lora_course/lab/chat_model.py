@@ -17,8 +17,8 @@ from lora_course.lab.claims import AnswerTable, Claims
 from lora_course.lab.evidence import differences
 from lora_course.lab.study import STUDIES, chosen_rate, load_study
 
-LIKE = "as on nano"
-UNLIKE = "<b>not</b> as on nano"
+BOTH, NEITHER = "holds on both models", "holds on neither model"
+HERE, THERE = "holds here, <b>not on nano</b>", "holds on nano, <b>not here</b>"
 LEVELS = {"bits_per_token": "bits an answer token", "own_text": "bits a byte of other English"}
 
 
@@ -44,6 +44,7 @@ def _lower(a: str, b: str) -> str:
 
 
 PAST, SEVERAL = "smol_past", "smol_several"
+ASKED = {PAST: "unseen English verbs", SEVERAL: "unseen English verbs and German nouns"}
 SMALLER = (1, 2, 4)
 QUESTIONS: dict[str, Question] = {
     "0.1-s": Question(
@@ -218,16 +219,20 @@ def answer(claims: Claims, *ids: str) -> list[tuple[str, str, str]]:
         values = {name: series(record, paths) for name, paths in question.arms.items()}
         one, two = values.values()
         apart = [a - b for a, b in zip(one, two, strict=True)]
-        effect = f"{statistics.fmean(apart):+.3f} bits an answer token ({min(apart):+.3f} to {max(apart):+.3f})"
+        low, high = min(apart), max(apart)
+        effect = f"{statistics.fmean(apart):+.3f} bits an answer token ({low:+.3f} to {high:+.3f})"
         nano = claims[question.nano]
         claims.add(
             id, question.statement, f"this course, as {question.nano} on nano", "stated before the runs", values,
             question.rule, f"On nano {question.nano}: {nano.verdict}.", kind="observation", evidence="smol", effect=effect,
         )  # fmt: skip
-        first, second = (right(record, paths[0]) for paths in question.arms.values())
-        exact = f"{first} and {second} of unseen words exactly right, " if first and second else ""
-        holds = claims[id].holds
-        seen = "seen" if holds else "not seen"
-        same = f"the claim was {seen}, {LIKE if holds == nano.holds else UNLIKE}"
-        rows.append((asked, f"{exact}{effect}, {len(one)} seeds ({claims.link(id)})", same))
+        names = [html.escape(name) for name in (question.first, question.second)]
+        shares = [right(record, paths[0]) for paths in question.arms.values()]
+        exact = " and ".join(f"{share} ({name})" for share, name in zip(shares, names, strict=True))
+        won = record["runs"]["base/test"]["bits_per_token"] - statistics.fmean(two)
+        said = f"{exact} of {ASKED[question.study]} exactly right. " if all(shares) else ""
+        said += f"{names[0]} less {names[1]}: {effect}, the least and the most of {len(one)} seeds; training wins {won:.1f}"
+        verdicts = {(True, True): BOTH, (False, False): NEITHER, (True, False): HERE, (False, True): THERE}  # fmt: skip
+        same = f"claim {claims.link(id)} {verdicts[claims[id].holds, nano.holds]}"
+        rows.append((asked, said[0].upper() + said[1:], same))
     return rows

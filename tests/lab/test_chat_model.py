@@ -9,7 +9,16 @@ import pytest
 from lora_course.experiments import smol_several
 from lora_course.experiments.smol_past import METHODS
 from lora_course.lab import Claims, chat_model
-from lora_course.lab.chat_model import LIKE, QUESTIONS, UNLIKE, answer, missing, series
+from lora_course.lab.chat_model import (
+    BOTH,
+    HERE,
+    NEITHER,
+    QUESTIONS,
+    THERE,
+    answer,
+    missing,
+    series,
+)
 
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 TEXTS = {path.stem: path.read_text() for path in NOTEBOOKS.glob("[0-9]*.md")}
@@ -22,7 +31,7 @@ def run(bits: float, exact: float, **more: object) -> dict:
 @pytest.fixture
 def record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Two seeds: DoRA lower with both, AdaLoRA with one; nested lower than the cuts on average and not at rank 1."""
-    runs = {}
+    runs = {"base/test": run(4.35, 0.0)}
     for seed, shift in ((0, 0.0), (1, 0.1)):
         cuts = {"1": 0.5 + shift, "2": 0.4 + shift, "4": 0.3 + shift}
         runs[f"lora/0.002/{seed}/test"] = run(0.3 + shift, 0.5, cut=cuts)
@@ -47,23 +56,24 @@ def with_nano(holds: bool, id: str) -> Claims:
 
 
 def test_a_row_says_whether_the_verdict_is_nanos(record: Path) -> None:
-    for holds, said in ((True, LIKE), (False, UNLIKE)):
+    for holds, said in ((True, BOTH), (False, HERE)):
         claims = with_nano(holds, "5.1-s")
         (row,) = answer(claims, "5.1-s")
-        assert row[2] == f"the claim was seen, {said}"
-        assert "60% and 50% of unseen words" in row[1] and "-0.050 bits" in row[1]
-        assert ", 2 seeds (" in row[1]  # the table's head speaks of nano's
+        assert row[2].endswith(f" {said}") and "5.1-s" in row[2]
+        assert row[1] == (
+            "60% (DoRA) and 50% (LoRA) of unseen English verbs exactly right. DoRA less LoRA: -0.050 bits an answer token "
+            "(-0.050 to -0.050), the least and the most of 2 seeds; training wins 4.0"
+        )
         assert claims.claims[-1].holds and claims.claims[-1].evidence == "smol"
-    assert (
-        answer(with_nano(False, "1.2-s"), "1.2-s")[0][2] == f"the claim was not seen, {LIKE}"
-    )  # lower with one seed of two
+    for holds, said in ((False, NEITHER), (True, THERE)):  # lower with one seed of two
+        assert answer(with_nano(holds, "1.2-s"), "1.2-s")[0][2].endswith(f" {said}")
 
 
 def test_a_row_has_its_own_claims_verdict_whatever_claims_stand_behind_it(record: Path) -> None:
     claims = with_nano(True, "5.1-s")
     claims.add("5.1-z", "later in the order", "here", "higher", {"x": [1.0]}, "x[0] < 0", "why")
     (row,) = answer(claims, "5.1-s")
-    assert row[2] == f"the claim was seen, {LIKE}"
+    assert row[2].endswith(f" {BOTH}")
     assert claims["5.1-s"].holds and not claims["5.1-z"].holds
     with pytest.raises(KeyError):
         claims["5.1-y"]
@@ -73,6 +83,8 @@ def test_the_table_has_loras_level_and_the_others_paired_differences(record: Pat
     path = record / "smol_past.json"
     text = json.loads(path.read_text())
     for key, found in text["runs"].items():
+        if key == "base/test":
+            continue
         arm, _, seed, _ = key.split("/")
         lost = {
             "lora": [1.1, 1.3],
@@ -98,7 +110,7 @@ def test_the_table_has_loras_level_and_the_others_paired_differences(record: Pat
 def test_values_inside_a_run_are_averaged_seed_by_seed(record: Path) -> None:
     claims = with_nano(False, "4.2-s")
     (row,) = answer(claims, "4.2-s")
-    assert row[2] == f"the claim was seen, {UNLIKE}" and "words" not in row[1]
+    assert row[2].endswith(f" {HERE}") and row[1].startswith("Nested less cut by SVD: ")
     assert claims.claims[-1].values["svd"] == pytest.approx([0.4, 0.5])
 
 
