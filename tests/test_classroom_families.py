@@ -241,10 +241,3 @@ def test_a_message_names_the_missed_rule_without_tex(family: Family) -> None:
         messages = family.exercise(choice).mistakes
         assert len(messages) >= len(family.conventions)
         assert not any(sign in text for text in messages for sign in ("$", "\\"))
-
-
-def test_a_formula_in_a_message_keeps_its_meaning() -> None:
-    assert plain(r"By $\sqrt{in \cdot out}$, or $\lfloor u \rfloor$.") == "By √(in · out), or ⌊u⌋."
-    assert plain(r"$\mathrm{KL}(p\,\|\,q)$ costs 3") == "KL(p‖q) costs 3"
-    with pytest.raises(KeyError, match="frac"):
-        plain(r"$\frac{1}{2}$")
