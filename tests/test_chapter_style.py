@@ -37,6 +37,13 @@ def test_a_chapter_is_read_in_one_sitting(chapter: Chapter) -> None:
 
 
 @each
+def test_a_chapter_asks_before_it_shows_and_again_at_the_end(chapter: Chapter) -> None:
+    """Three questions before a look, five of the self-test, and a bug to find."""
+    before, after, bugs = chapter.recall
+    assert before >= 3 and after >= 5 and bugs >= 1
+
+
+@each
 def test_sections_stand_in_the_order_of_every_chapter(chapter: Chapter) -> None:
     found = [name for heading in chapter.headings for name in ORDER if heading.startswith(name)]
     assert found == list(ORDER), f"{found} of {chapter.headings}"
