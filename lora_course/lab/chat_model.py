@@ -230,7 +230,7 @@ def answer(claims: Claims, *ids: str) -> list[tuple[str, str, str]]:
         shares = [right(record, paths[0]) for paths in question.arms.values()]
         exact = " and ".join(f"{share} ({name})" for share, name in zip(shares, names, strict=True))
         won = record["runs"]["base/test"]["bits_per_token"] - statistics.fmean(two)
-        said = f"{exact} of {ASKED[question.study]} exactly right. " if all(shares) else ""
+        said = f"{exact} of {ASKED[question.study]} exactly right; " if all(shares) else ""
         said += f"{names[0]} less {names[1]}: {effect}, the least and the most of {len(one)} seeds; training wins {won:.1f}"
         verdicts = {(True, True): BOTH, (False, False): NEITHER, (True, False): HERE, (False, True): THERE}  # fmt: skip
         same = f"claim {claims.link(id)} {verdicts[claims[id].holds, nano.holds]}"
