@@ -104,6 +104,13 @@ def test_second_build_executes_and_builds_nothing(book: Path, capfd: pytest.Capt
     assert "up to date" in said and "executing" not in said
 
 
+def test_the_start_page_has_an_icon_and_leads_to_the_book(book: Path) -> None:
+    """Without an icon a browser asks for /favicon.ico, and whether it does so in time is chance."""
+    text = (book / "index.html").read_text()
+    assert 'rel="icon" href="_static/favicon.svg"' in text and "url=book/intro.html" in text
+    assert (book / "_static" / "favicon.svg").is_file()
+
+
 @pytest.mark.slow
 @pytest.mark.browser
 def test_no_page_complains_or_asks_the_outside_for_anything(

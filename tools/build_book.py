@@ -22,6 +22,8 @@ from tools.chapters import ROOT
 from tools.fingerprint import fingerprint
 from tools.run_chapters import say
 
+ICON = '<link rel="icon" href="_static/favicon.svg" />'
+
 
 def build(root: Path = ROOT, only: list[str] | None = None) -> Path:
     """Execute, stage and build; return the start page. only: these chapters alone, as a preview beside the book.
@@ -58,6 +60,7 @@ def _build(root: Path, only: list[str] | None) -> Path:
         if built[2:] != [frame]:
             shutil.rmtree(output / "_build", ignore_errors=True)
         _run_sphinx(root, staged, output)
+        _give_icon(html / "index.html")
         ran = sum(r.seconds for r in results if r.fresh)
         say(f"built in {time.perf_counter() - start:.0f} s, of which chapters {ran:.0f} s")
     stamp.write_text(f"{sources}\n{digest}\n{frame}\n")
@@ -74,6 +77,13 @@ def _run_sphinx(root: Path, staged: Path, output: Path) -> None:
         cwd=root,
         check=True,
     )
+
+
+def _give_icon(redirect: Path) -> None:
+    """A page without one makes a browser ask the site for /favicon.ico, and complain."""
+    text = redirect.read_text()
+    if ICON not in text:
+        redirect.write_text(f"{ICON}\n{text}")
 
 
 def main() -> None:
