@@ -17,7 +17,7 @@ from tools.chapters import chapters
 from tools.crosslinks import LINK
 
 FOLDED = {"hide-input", "hide-cell", "remove-input", "remove-cell"}
-COLUMNS, CELL, WORDS = 88, 15, 3000  # a line, a cell's lines, a chapter's words: at most
+COLUMNS, CELL, WORDS = 88, 15, 3200  # a line, a cell's lines, a chapter's words: at most
 ORDER = (  # sections of a chapter of the second edition; others may stand between them
     "When you need it", "Use it", "The idea", "Build it", "The sketch", "Check it", "Train it",
     "Claims", "Exercises",
@@ -32,11 +32,6 @@ QUESTIONS = re.compile(
 )
 ANSWERS = re.compile(r"^<details><summary>\d\. ", re.MULTILINE)
 TIME = re.compile(r"\*\*Time\*\*: (\d+) minutes to read, (\d+) for the exercises")
-
-
-def _words(text: str) -> int:
-    """A formula, an address and a code span are none."""
-    return len(re.sub(r"\$[^$]*\$|`[^`]*`|(?<=\])\([^)]*\)", " ", text).split())
 
 
 @dataclass(frozen=True)
@@ -65,8 +60,9 @@ class Chapter:
 
     @property
     def words(self) -> int:
-        """Words of prose, without what a reader answers: exercises, self-test, and questions before a look."""
-        return _words(QUESTIONS.sub("", SELF_TEST.sub("", EXERCISES.sub("", self.prose))))
+        """Words of prose without the exercises, which have minutes of their own; a formula, an address and a code span are none."""
+        read = EXERCISES.sub("", self.prose)
+        return len(re.sub(r"\$[^$]*\$|`[^`]*`|(?<=\])\([^)]*\)", " ", read).split())
 
     @property
     def recall(self) -> tuple[int, int, int]:
@@ -113,8 +109,7 @@ class Chapter:
     def minutes(self) -> tuple[int, int]:
         """Minutes to read, by the rule above, in steps of five; minutes of the exercises, as they state them."""
         lines = sum(map(len, self.visible))
-        read = _words(EXERCISES.sub("", self.prose))  # exercises have minutes of their own
-        reading = read / WORDS_A_MINUTE + lines * SECONDS_A_LINE / 60
+        reading = self.words / WORDS_A_MINUTE + lines * SECONDS_A_LINE / 60
         return 5 * math.ceil(reading / 5), sum(map(int, MINUTES.findall(self.prose)))
 
 
