@@ -24,6 +24,7 @@ KINDS = {
     "observation": "observed: few seeds, one machine or no interval",
     "chosen": "chosen after seeing the numbers",
 }
+VERDICTS = ("✓ holds", "✗ does not hold here", "✓ seen", "✗ not seen")
 EVIDENCE = {"tiny": "nano", "smol": "SmolLM2-135M", "gpu": "a GPU"}
 
 
@@ -50,9 +51,10 @@ class Claim:
     @property
     def verdict(self) -> str:
         """In words beside the sign, with what kind of statement it is."""
+        holds, fails, seen, unseen = VERDICTS
         if self.kind != "claim":
-            return "✓ seen" if self.holds else "✗ not seen"
-        return "✓ holds" if self.holds else "✗ does not hold here"
+            return seen if self.holds else unseen
+        return holds if self.holds else fails
 
     @property
     def anchor(self) -> str:
@@ -209,12 +211,27 @@ class AnswerTable:
 
 @dataclass(frozen=True, repr=False)
 class ClaimTable:
-    """Claims, a row each: id, sentence, verdict, effect; the id leads to the ledger, where the raw values are."""
+    """Claims, a row each: id, sentence, verdict, effect; the id leads to the ledger, where the raw values are.
+
+    In HTML a line counts the verdicts, and the rows are folded under it: a link to one of them unfolds them.
+    """
 
     claims: list[Claim]
 
     def _repr_html_(self) -> str:
-        return _html(COLUMNS, [self._row(claim) for claim in self.claims], "claims")
+        rows = _html(COLUMNS, [self._row(claim) for claim in self.claims], "claims")
+        return f'<details class="claims"><summary>{self.counted()}</summary>{rows}</details>'
+
+    def counted(self) -> str:
+        """`7 claims: 4 ✓ holds · 2 ✓ seen · 1 ✗ not seen (2.1-c)`; what fails is named."""
+        parts = []
+        for verdict in VERDICTS:
+            ids = [claim.id for claim in self.claims if claim.verdict == verdict]
+            if ids:
+                named = f" ({', '.join(ids)})" if verdict.startswith("✗") else ""
+                parts.append(f"{len(ids)} {verdict}{named}")
+        noun = "claim" if len(self.claims) == 1 else "claims"
+        return f"{len(self.claims)} {noun}: {' · '.join(parts)}"
 
     def __repr__(self) -> str:
         return "\n".join(" | ".join(row) for row in [COLUMNS, *map(_cells, self.claims)])

@@ -123,6 +123,16 @@ def test_the_table_has_a_row_a_claim_with_anchor_and_link_to_the_ledger() -> Non
     assert repr(table).splitlines()[1] == "2.1-a | ✗ does not hold here | 4 < 5 & more | x 1"
 
 
+def test_the_table_is_folded_under_a_line_that_counts_and_names_what_failed() -> None:
+    claims = Claims("0_0_test")
+    for id, value, kind in [("2.1-a", 3, "claim"), ("2.1-b", 1, "claim"), ("2.1-c", 3, "observation"), ("2.1-d", 3, "chosen")]:  # fmt: skip
+        claims.add(id, "s", "own", "e", {"x": [value]}, "mean(x) > 2", "why", kind=kind)
+    line = "4 claims: 1 ✓ holds · 1 ✗ does not hold here (2.1-b) · 2 ✓ seen"
+    page = claims.table()._repr_html_()
+    assert page.startswith(f'<details class="claims"><summary>{line}</summary>')
+    assert page.endswith("</details>") and page.count("<tr id=") == 4
+
+
 def test_answers_at_the_head_lead_to_their_claims() -> None:
     claims = Claims("0_0_test")
     claims.add("2.1-a", "s", "own", "e", {"x": [1.0]}, "mean(x) > 2", "too small")
