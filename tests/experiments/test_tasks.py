@@ -7,7 +7,7 @@ import datasets
 import pytest
 import torch
 
-from lora_course.experiments import smol_past, smol_several, task_scores, tasks_nano
+from lora_course.experiments import beginning, smol_past, smol_several, task_scores, tasks_nano
 from lora_course.experiments.arms import base_of, train
 from lora_course.experiments.smol_past import METHODS
 from lora_course.injection import trainable_parameters
@@ -102,7 +102,7 @@ def test_specialists_are_taken_up_from_disk_and_serve_their_own_task(
 
 
 def test_the_average_of_specialists_of_weight_one_is_their_sum(small: None) -> None:
-    merged = smol_several.merged_score("average", 1e-2, 0, 1.0, "validation")
+    merged = smol_several.merged_score(1e-2, 0, 1.0, "validation")
     model = base_of(smol_several.SETTINGS)
     from lora_course.experts import fixed_gates, mix_experts
 
@@ -110,6 +110,12 @@ def test_the_average_of_specialists_of_weight_one_is_their_sum(small: None) -> N
     with fixed_gates(model, [1.0] * len(smol_several.TASKS)):
         summed = smol_several.score(model, "validation")
     assert merged["bits_per_token"] == pytest.approx(summed["bits_per_token"], rel=0.01)
+
+
+def test_the_witness_begins_as_the_joint_training_does(small: None) -> None:
+    losses = smol_several.beginning()["losses"]
+    assert len(losses) == beginning.STEPS and losses[-1] < losses[0]
+    assert losses == smol_several.beginning()["losses"]
 
 
 @pytest.mark.parametrize("name", smol_several.STRATEGIES)
