@@ -95,7 +95,10 @@ def test_the_table_has_loras_level_and_the_others_paired_differences(record: Pat
         found |= {"irregular": 0.25, "own_text": lost[arm][int(seed)]}
     text["runs"]["gates/0.002/0/test"] = run(0.3, 0.5)  # its second seed has not run
     table = chat_model.results(text, {"dora": "D<o>RA"})
-    found = {row[0]: row[1:] for row in table.rows}
+    found = {
+        row[0]: tuple(cell.replace("\N{NO-BREAK SPACE}", " ") for cell in row[1:])
+        for row in table.rows
+    }
     assert list(found)[0] == "D&lt;o&gt;RA" and list(found)[-1] == "lora"  # the lowest first
     assert found["lora"] == ("50.0% (25.0%)", "0.350 itself", "1.200 itself", "10.0")
     assert found["D&lt;o&gt;RA"][:2] == ("60.0% (25.0%)", "-0.050 (-0.050 to -0.050)")
