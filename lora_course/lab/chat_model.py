@@ -172,11 +172,11 @@ def results(record: Mapping[str, Any], names: Mapping[str, str]) -> AnswerTable:
             gaps = _gaps(record, arm, key)
             apart = f"{statistics.fmean(gaps):+.3f} ({min(gaps):+.3f} to {max(gaps):+.3f})"
             own = f"{statistics.fmean(run[key] for run in runs):.3f} itself"
-            row.append((own if arm == "lora" else apart).replace(" ", "\N{NO-BREAK SPACE}"))
+            row.append(own if arm == "lora" else apart)
         row.append(f"{adapter_bytes(record, arm) / 1e6:.1f}")
-        rows.append(tuple(row))
+        rows.append(tuple(cell.replace(" ", "\N{NO-BREAK SPACE}") for cell in row))
     levels = (f"{of}, less LoRA's" for of in LEVELS.values())
-    head = ("method", "exactly right (irregular verbs)", *levels, "adapter, MB")
+    head = ("method", "exactly right (irregular)", *levels, "adapter, MB")
     return AnswerTable(head, rows, named=1)
 
 

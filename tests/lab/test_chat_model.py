@@ -104,7 +104,10 @@ def test_the_table_has_loras_level_and_the_others_paired_differences(record: Pat
     assert found["D&lt;o&gt;RA"][:2] == ("60.0% (25.0%)", "-0.050 (-0.050 to -0.050)")
     assert found["adalora"][2] == "-0.050 (-0.200 to +0.100)"
     page = table._repr_html_()  # on a phone there is no head, and each cell says what it is
-    assert '<td>lora</td><td data-head="exactly right (irregular verbs)">50.0% (25.0%)</td>' in page
+    assert (
+        '<td>lora</td><td data-head="exactly right (irregular)">50.0%\N{NO-BREAK SPACE}(25.0%)</td>'
+        in page
+    )
     assert page.count("data-head=") == 4 * len(found)
     assert chat_model.one_sided(text, "bits_per_token") == (["dora"], [])
     assert chat_model.one_sided(text, "own_text") == (["dora"], ["nested"])
