@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -53,28 +54,40 @@ def step(model: nn.Module, ids: torch.Tensor, autocast: bool = False) -> None:
     loss.backward()
 
 
+class Kept:
+    """A tensor as long as a graph keeps it."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+
 def saved_bytes(model: nn.Module, run: Callable[[], Any]) -> int:
-    """Bytes that the graph made by `run` keeps for its backward pass; parameters left out, each storage counted once."""
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, torch.Tensor] = {}
+    """Bytes that the graph of what `run` returns keeps for its backward pass, each storage once.
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.untyped_storage().data_ptr() not in parameters:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
+    What the model holds anyway is left out, and so are graphs that are dropped on the way (DoRA's of its norms).
+    """
+    held = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    there: weakref.WeakSet[Kept] = weakref.WeakSet()
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        run()
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    def pack(tensor: torch.Tensor) -> Kept:
+        kept = Kept(tensor.detach())  # an output with its graph would hold itself
+        there.add(kept)
+        return kept
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
+        result = run()
+    storages = {kept.tensor.untyped_storage().data_ptr(): kept.tensor for kept in there}
+    del result  # which held the graph
+    return sum(t.untyped_storage().nbytes() for at, t in storages.items() if at not in held)
 
 
 def memory(kind: str, r: int, dropout: float, autocast: bool) -> dict[str, int]:
     """Bytes kept for the backward pass, and the peak of a step's tensors, gradients of the adapter included."""
     model, ids = injected(kind, r, dropout), tokens(SETTINGS["batch"], SETTINGS["length"])
 
-    def forward() -> None:
+    def forward() -> Any:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            model(input_ids=ids, labels=ids, use_cache=False)
+            return model(input_ids=ids, labels=ids, use_cache=False)
 
     saved = saved_bytes(model, forward)
     gc.collect()
