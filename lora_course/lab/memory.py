@@ -44,6 +44,22 @@ def tensor_bytes(model: nn.Module) -> int:
     return sum(storages.values())
 
 
+def saved_bytes(model: nn.Module, function: Callable[[], object]) -> int:
+    """Bytes that the graph made by `function()` keeps for its backward pass; the model's parameters are left out, and each
+    storage counts once. What a checkpoint keeps lies outside of the graph and is not seen."""
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}  # held, so that no address comes twice
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in parameters:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        function()
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
 def peak_memory(function: Callable[[], Result]) -> tuple[Result, int]:
     """Runs `function()` and returns its result and the peak, in bytes, of the tensors it allocated on top of what was there.
 
