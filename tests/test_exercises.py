@@ -35,7 +35,7 @@ def judged(answers: Answers, answer: Any, seed: int = 0) -> Result:
 
 @functools.cache
 def chapter_cells(number: str) -> list[Any]:
-    """All cells of a chapter, "2.1": read once, as that takes longer than most of what is asked of them."""
+    """All cells of a chapter, "2.1"; read once for all of its exercises."""
     (chapter,) = ROOT.glob(f"notebooks/{number.replace('.', '_')}_*.md")
     return jupytext.read(chapter).cells
 
