@@ -44,6 +44,9 @@ def test_what_the_backward_pass_needs_is_counted_once_and_without_parameters() -
     assert saved_bytes(layer, lambda: layer(x)) == 20 * 50 * 4
     assert saved_bytes(layer, lambda: layer(x) + layer(x)) == 20 * 50 * 4  # the same x
     assert saved_bytes(layer, lambda: layer(x).exp()) == (20 * 50 + 20 * 30) * 4
+    assert (
+        saved_bytes(layer, lambda: [layer(x).exp().sum(), None][1]) == 0
+    )  # a graph that is dropped
     with torch.no_grad():
         assert saved_bytes(layer, lambda: layer(x)) == 0
 
