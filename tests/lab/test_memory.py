@@ -43,6 +43,8 @@ def test_what_the_backward_pass_needs_is_counted_once_and_without_parameters() -
     layer, x = nn.Linear(50, 30), torch.ones(20, 50)
     assert saved_bytes(layer, lambda: layer(x)) == 20 * 50 * 4
     assert saved_bytes(layer, lambda: layer(x) + layer(x)) == 20 * 50 * 4  # the same x
+    learnt = torch.ones(20, 50, requires_grad=True)  # its gradient needs the weight, too
+    assert saved_bytes(layer, lambda: layer(learnt)) == 20 * 50 * 4
     assert saved_bytes(layer, lambda: layer(x).exp()) == (20 * 50 + 20 * 30) * 4
     assert (
         saved_bytes(layer, lambda: [layer(x).exp().sum(), None][1]) == 0
