@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +15,7 @@ from lora_course.experiments import base_of, config_of
 from lora_course.experiments.timing import race
 from lora_course.fused import FusedLoRALinear
 from lora_course.injection import inject
+from lora_course.lab.memory import saved_bytes
 from lora_course.lora import LoRALinear
 
 SETTINGS: dict[str, Any] = {
@@ -47,49 +47,21 @@ def tokens(batch: int, length: int) -> torch.Tensor:
     return torch.randint(4096, (batch, length), generator=torch.Generator().manual_seed(0))
 
 
+def forward(model: nn.Module, ids: torch.Tensor, autocast: bool = False) -> torch.Tensor:
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        return model(input_ids=ids, labels=ids, use_cache=False).loss
+
+
 def step(model: nn.Module, ids: torch.Tensor, autocast: bool = False) -> None:
     """Forward and backward pass."""
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-    loss.backward()
+    forward(model, ids, autocast).backward()
 
 
-class Kept:
-    """A tensor as long as a graph keeps it."""
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor = tensor
-
-
-def saved_bytes(model: nn.Module, run: Callable[[], Any]) -> int:
-    """Bytes that the graph of what `run` returns keeps for its backward pass, each storage once.
-
-    What the model holds anyway is left out, and so are graphs that are dropped on the way (DoRA's of its norms).
-    """
-    held = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    there: weakref.WeakSet[Kept] = weakref.WeakSet()
-
-    def pack(tensor: torch.Tensor) -> Kept:
-        kept = Kept(tensor.detach())  # an output with its graph would hold itself
-        there.add(kept)
-        return kept
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
-        result = run()
-    storages = {kept.tensor.untyped_storage().data_ptr(): kept.tensor for kept in there}
-    del result  # which held the graph
-    return sum(t.untyped_storage().nbytes() for at, t in storages.items() if at not in held)
-
-
-def memory(kind: str, r: int, dropout: float, autocast: bool) -> dict[str, int]:
+def memory(kind: str, r: int, dropout: float, autocast: bool = False) -> dict[str, int]:
     """Bytes kept for the backward pass, and the peak of a step's tensors, gradients of the adapter included."""
     model, ids = injected(kind, r, dropout), tokens(SETTINGS["batch"], SETTINGS["length"])
 
-    def forward() -> Any:
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            return model(input_ids=ids, labels=ids, use_cache=False)
-
-    saved = saved_bytes(model, forward)
+    saved = saved_bytes(model, lambda: forward(model, ids, autocast))
     gc.collect()
     return {"saved": saved, "peak": lab.peak_memory(lambda: step(model, ids, autocast))[1]}
 

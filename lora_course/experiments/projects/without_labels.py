@@ -65,7 +65,7 @@ def counted() -> dict[str, Any]:
 
 
 def student(arm: str, rate: float, seed: int) -> dict[str, Any]:
-    rows = models.mixed_rows(of=None if arm == "alpha 1" else fresh_rows)
+    rows = models.mixed_rows(of=models.rows if arm == "alpha 1" else fresh_rows)
     if arm == "fresh labels":
         return chapter.trained_result(models.on_data(rate, seed, rows), "test")
     states, config = models.teacher_states(seed), DistillationConfig(alpha=1.0)
