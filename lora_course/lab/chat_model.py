@@ -17,7 +17,7 @@ from lora_course.lab.claims import AnswerTable, Claims
 from lora_course.lab.evidence import differences
 from lora_course.lab.study import STUDIES, chosen_rate, load_study
 
-BOTH, NEITHER = "holds on both models", "holds on neither model"
+BOTH, NEITHER = "holds here, as on nano", "holds neither here nor on nano"
 HERE, THERE = "holds here, <b>not on nano</b>", "holds on nano, <b>not here</b>"
 LEVELS = {"bits_per_token": "bits an answer token", "own_text": "bits a byte of other English"}
 BYTES_OF = {"delta": 8, "factors-2bit": 2 / 8 + 4 / 64}
@@ -240,7 +240,7 @@ def answer(claims: Claims, *ids: str) -> list[tuple[str, str, str]]:
         exact = " and ".join(f"{share} ({name})" for share, name in zip(shares, names, strict=True))
         won = record["runs"]["base/test"]["bits_per_token"] - statistics.fmean(two)
         said = f"{exact} of {ASKED[question.study]} exactly right; " if all(shares) else ""
-        said += f"{names[0]} less {names[1]}: {effect}, the least and the most of {len(one)} seeds; training wins {won:.1f}"
+        said += f"{names[0]} less {names[1]}: {effect}, the least and the most of {len(one)} seeds; the training itself gained {won:.1f}"
         verdicts = {(True, True): BOTH, (False, False): NEITHER, (True, False): HERE, (False, True): THERE}  # fmt: skip
         same = f"claim {claims.link(id)} {verdicts[claims[id].holds, nano.holds]}"
         rows.append((asked, said[0].upper() + said[1:], same))

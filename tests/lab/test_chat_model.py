@@ -62,7 +62,7 @@ def test_a_row_says_whether_the_verdict_is_nanos(record: Path) -> None:
         assert row[2].endswith(f" {said}") and "5.1-s" in row[2]
         assert row[1] == (
             "60% (DoRA) and 50% (LoRA) of unseen English verbs exactly right; DoRA less LoRA: -0.050 bits an answer token "
-            "(-0.050 to -0.050), the least and the most of 2 seeds; training wins 4.0"
+            "(-0.050 to -0.050), the least and the most of 2 seeds; the training itself gained 4.0"
         )
         assert claims.claims[-1].holds and claims.claims[-1].evidence == "smol"
     for holds, said in ((False, NEITHER), (True, THERE)):  # lower with one seed of two
