@@ -13,8 +13,7 @@ def affine(x, bits, *, top=None, low=None, high=None, zero=torch.round, codes=No
     high = x.max().clamp(min=0) if high is None else high(x)
     scale = ((high - low) / top).clamp(min=tiny)
     zero = zero(-low / scale)
-    right = ((x / scale).round() + zero).clamp(0, 2**bits - 1)
-    return codes(x, scale, zero, low) if codes else right, scale, zero
+    return codes(x, scale, zero, low) if codes else (x / scale).round() + zero, scale, zero
 
 
 def _affine(**other):
