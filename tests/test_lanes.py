@@ -43,8 +43,9 @@ def test_lists_are_renewed_and_kaggles_is_of_its_day() -> None:
 
 @pytest.mark.slow
 def test_a_place_beside_this_environment_has_its_torch_and_not_its_course(tmp_path) -> None:
-    found = Place(tmp_path).versions()
+    found = Place(tmp_path / "alone").versions()
     assert "torch" in found and "lora-course" not in found  # else the set-up cell installs nothing
+    assert "lora-course" in Place(tmp_path / "with", course=True).versions()
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)

@@ -40,11 +40,17 @@ def build_wheel(folder: Path) -> Path:
 class Place:
     """A virtual environment in a folder, with a Jupyter kernel in it.
 
-    beside: also finds what is installed in this environment, behind its own (torch, say, which is large); but not the
-    course, so that only what the lane installs of it counts.
+    beside: also finds what is installed in this environment, behind its own (torch, say, which is large).
+    course: so too the course; else only what the lane installs of it counts.
     """
 
-    def __init__(self, folder: Path, beside: bool = True, python: str = sys.executable) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        beside: bool = True,
+        python: str = sys.executable,
+        course: bool = False,
+    ) -> None:
         self.folder, self.python = folder, folder / "python" / "bin" / "python"
         if python == sys.executable:
             venv.create(folder / "python", with_pip=True, symlinks=os.name != "nt")
@@ -57,7 +63,7 @@ class Place:
             ).stdout.strip()  # fmt: skip
             (folder / "beside").mkdir()
             for path in Path(sysconfig.get_path("purelib")).iterdir():
-                if "lora_course" not in path.name:
+                if course or "lora_course" not in path.name:
                     (folder / "beside" / path.name).symlink_to(path)
             (Path(site) / "beside.pth").write_text(f"{folder / 'beside'}\n")
 

@@ -40,7 +40,7 @@ def main() -> None:
     if not (stage / "_config.yml").exists():
         raise SystemExit("there is no staged book: run `make book` first")
     with tempfile.TemporaryDirectory() as folder:
-        place = Place(Path(folder))
+        place = Place(Path(folder), course=True)
         place.install(*PACKAGES)
         (Path(folder) / "conf.py").write_text(configuration(stage))
         settings = os.environ | {"PYTHONPATH": str(ROOT)}
