@@ -32,7 +32,8 @@ def configuration(stage: Path) -> str:
     conf.unlink()
     for extension in JUPYTER_BOOKS_OWN:
         text = text.replace(f"'{extension}', ", "").replace(f", '{extension}'", "")
-    return text
+    # conf.py lies elsewhere, and the icon's path counts from where it lies
+    return text.replace("html_favicon = '", f"html_favicon = '{stage}/")
 
 
 def main() -> None:
