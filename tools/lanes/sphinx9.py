@@ -32,8 +32,8 @@ def configuration(stage: Path) -> str:
     conf.unlink()
     for extension in JUPYTER_BOOKS_OWN:
         text = text.replace(f"'{extension}', ", "").replace(f", '{extension}'", "")
-    # conf.py lies elsewhere, and the icon's path counts from where it lies
-    return text.replace("html_favicon = '", f"html_favicon = '{stage}/")
+    # conf.py lies elsewhere, and these paths count from where it lies
+    return text.replace("'book/_static", f"'{stage}/book/_static")
 
 
 def main() -> None:
