@@ -73,6 +73,7 @@ def evaluated(name: str, model: Any = None) -> Any:
 
 @pytest.mark.parametrize("name", [n for n in LINES if n not in ("plus", "lora_fa")])
 def test_a_line_for_peft_gives_a_model_that_starts_as_the_base_and_learns(name: str) -> None:
+    torch.manual_seed(0)  # at this rate an unlucky A can make four steps diverge
     base = lab.load_base("nano")[0]
     with torch.no_grad():
         before = base(input_ids=IDS).logits
