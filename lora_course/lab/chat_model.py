@@ -17,8 +17,7 @@ from lora_course.lab.claims import AnswerTable, Claims
 from lora_course.lab.evidence import differences
 from lora_course.lab.study import STUDIES, chosen_rate, load_study
 
-BOTH, NEITHER = "holds here, as on nano", "holds neither here nor on nano"
-HERE, THERE = "holds here, <b>not on nano</b>", "holds on nano, <b>not here</b>"
+ALIKE, UNLIKE = "as on nano", "<b>unlike nano</b>"
 LEVELS = {"bits_per_token": "bits an answer token", "own_text": "bits a byte of other English"}
 BYTES_OF = {"delta": 8, "factors-2bit": 2 / 8 + 4 / 64}
 """Of a number of an adapter on disk, where it isn't fp32 alone: with its place; in 2 bits, with a scale for each 64."""
@@ -229,19 +228,27 @@ def answer(claims: Claims, *ids: str) -> list[tuple[str, str, str]]:
         one, two = values.values()
         apart = [a - b for a, b in zip(one, two, strict=True)]
         low, high = min(apart), max(apart)
-        effect = f"{statistics.fmean(apart):+.3f} bits an answer token ({low:+.3f} to {high:+.3f})"
+        mean, least, most = (f"{value:+.3f}" for value in (statistics.fmean(apart), low, high))
         nano = claims[question.nano]
         claims.add(
             id, question.statement, f"this course, as {question.nano} on nano", "stated before the runs", values,
-            question.rule, f"On nano {question.nano}: {nano.verdict}.", kind="observation", evidence="smol", effect=effect,
+            question.rule, f"On nano {question.nano}: {nano.verdict}.", kind="observation", evidence="smol",
+            effect=f"{mean} bits an answer token ({least} to {most})",
         )  # fmt: skip
         names = [html.escape(name) for name in (question.first, question.second)]
+        ahead = names[0] if high < 0 else names[1] if low > 0 else "neither"
+        said = f"Ahead with every seed: {ahead}. "
         shares = [right(record, paths[0]) for paths in question.arms.values()]
-        exact = " and ".join(f"{share} ({name})" for share, name in zip(shares, names, strict=True))
+        if all(shares):
+            exact = " and ".join(
+                f"{share} ({name})" for share, name in zip(shares, names, strict=True)
+            )
+            said += f"{exact} of {ASKED[question.study]} right. "
         won = record["runs"]["base/test"]["bits_per_token"] - statistics.fmean(two)
-        said = f"{exact} of {ASKED[question.study]} exactly right; " if all(shares) else ""
-        said += f"{names[0]} less {names[1]}: {effect}, the least and the most of {len(one)} seeds; the training itself gained {won:.1f}"
-        verdicts = {(True, True): BOTH, (False, False): NEITHER, (True, False): HERE, (False, True): THERE}  # fmt: skip
-        same = f"claim {claims.link(id)} {verdicts[claims[id].holds, nano.holds]}"
-        rows.append((asked, said[0].upper() + said[1:], same))
+        said += (
+            f"In bits an answer token {names[0]} less {names[1]} is {mean}, {least} to {most} over "
+            f"{len(one)} seeds; training gained {won:.1f}."
+        )
+        same = ALIKE if claims[id].holds == nano.holds else UNLIKE
+        rows.append((asked, said, f"{same} (claim {claims.link(id)})"))
     return rows

@@ -10,11 +10,9 @@ from lora_course.experiments import smol_past, smol_several
 from lora_course.experiments.smol_past import METHODS
 from lora_course.lab import Claims, chat_model
 from lora_course.lab.chat_model import (
-    BOTH,
-    HERE,
-    NEITHER,
+    ALIKE,
     QUESTIONS,
-    THERE,
+    UNLIKE,
     answer,
     missing,
     series,
@@ -55,25 +53,28 @@ def with_nano(holds: bool, id: str) -> Claims:
     return claims
 
 
-def test_a_row_says_whether_the_verdict_is_nanos(record: Path) -> None:
-    for holds, said in ((True, BOTH), (False, HERE)):
+def test_a_row_says_which_is_ahead_and_whether_the_verdict_is_nanos(record: Path) -> None:
+    for holds, said in ((True, ALIKE), (False, UNLIKE)):
         claims = with_nano(holds, "5.1-s")
         (row,) = answer(claims, "5.1-s")
-        assert row[2].endswith(f" {said}") and "5.1-s" in row[2]
+        assert row[2].startswith(f"{said} (claim ") and "5.1-s" in row[2]
         assert row[1] == (
-            "60% (DoRA) and 50% (LoRA) of unseen English verbs exactly right; DoRA less LoRA: -0.050 bits an answer token "
-            "(-0.050 to -0.050), the least and the most of 2 seeds; the training itself gained 4.0"
+            "Ahead with every seed: DoRA. 60% (DoRA) and 50% (LoRA) of unseen English verbs right. "
+            "In bits an answer token DoRA less LoRA is -0.050, -0.050 to -0.050 over 2 seeds; training gained 4.0."
         )
         assert claims.claims[-1].holds and claims.claims[-1].evidence == "smol"
-    for holds, said in ((False, NEITHER), (True, THERE)):  # lower with one seed of two
-        assert answer(with_nano(holds, "1.2-s"), "1.2-s")[0][2].endswith(f" {said}")
+    for holds, said in ((False, ALIKE), (True, UNLIKE)):  # lower with one seed of two
+        (row,) = answer(with_nano(holds, "1.2-s"), "1.2-s")
+        assert row[2].startswith(f"{said} (") and row[1].startswith(
+            "Ahead with every seed: neither."
+        )
 
 
 def test_a_row_has_its_own_claims_verdict_whatever_claims_stand_behind_it(record: Path) -> None:
     claims = with_nano(True, "5.1-s")
     claims.add("5.1-z", "later in the order", "here", "higher", {"x": [1.0]}, "x[0] < 0", "why")
     (row,) = answer(claims, "5.1-s")
-    assert row[2].endswith(f" {BOTH}")
+    assert row[2].startswith(f"{ALIKE} (")
     assert claims["5.1-s"].holds and not claims["5.1-z"].holds
     with pytest.raises(KeyError):
         claims["5.1-y"]
@@ -130,7 +131,8 @@ def test_bytes_of_a_number_are_those_of_the_file(arm: str, each: float, tmp_path
 def test_values_inside_a_run_are_averaged_seed_by_seed(record: Path) -> None:
     claims = with_nano(False, "4.2-s")
     (row,) = answer(claims, "4.2-s")
-    assert row[2].endswith(f" {HERE}") and row[1].startswith("Nested less cut by SVD: ")
+    assert row[2].startswith(f"{UNLIKE} (")
+    assert row[1].startswith("Ahead with every seed: nested. In bits an answer token nested less")
     assert claims.claims[-1].values["svd"] == pytest.approx([0.4, 0.5])
 
 
