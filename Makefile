@@ -1,6 +1,6 @@
 # make book       install, execute the chapters, build the book into _build/html
 # make test       every test, the chapters under nbmake included
-# make unit       tests of the package alone, without chapters and book (three minutes)
+# make unit       tests of the package alone, without chapters, their exercises and the book (three minutes)
 # make lint       ruff and mypy
 # make test-gpu   what is marked `gpu`, and the chapters' `gpu` cells (needs an NVIDIA GPU)
 # make bench      time and memory against PEFT, into lora_course/data/benchmarks.json (about 20 minutes on two idle cores)
@@ -33,7 +33,7 @@ test: $(VENV)/.installed
 	@$(PY) -m pytest --numprocesses $(WORKERS) --dist worksteal
 
 unit: $(VENV)/.installed
-	@$(PY) -m pytest --numprocesses $(WORKERS) --dist worksteal -m "not slow and not browser and not lane" --ignore=tests/test_chapters.py --ignore=tests/test_book.py
+	@$(PY) -m pytest --numprocesses $(WORKERS) --dist worksteal -m "not slow and not browser and not lane" --ignore=tests/test_chapters.py --ignore=tests/test_exercises.py --ignore=tests/test_book.py
 
 lint: $(VENV)/.installed
 	@$(PY) -m ruff check .

@@ -30,6 +30,7 @@ from benchmarks.bases import NATIVE_BF16
 from benchmarks.groups import groups
 from benchmarks.measuring import measure
 from lora_course.experiments.record import commit
+from lora_course.experiments.timing import processors
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "lora_course" / "data" / "benchmarks.json"
@@ -39,22 +40,13 @@ PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 
 def provenance() -> dict[str, Any]:
     """What the numbers depend on, beside the date."""
-    names = [
-        line.split(":", 1)[1].strip()
-        for line in _cpuinfo()
-        if line.startswith(("model name", "CPU part"))
-    ]
+    names = processors()
     return {
         "machine": f"{platform.system()} {platform.machine()}", "processor": names[0] if names else platform.processor() or "unknown",
         "cores": os.cpu_count(), "threads": torch.get_num_threads(), "native_bf16": NATIVE_BF16,
         "versions": {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}},
         "commit": commit(),
     }  # fmt: skip
-
-
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
 
 
 def run(

@@ -372,6 +372,21 @@ def test_a_link_to_a_claim_opens_it_in_the_ledger_and_the_filter_counts(
 
 
 @pytest.mark.browser
+def test_a_link_to_a_claim_unfolds_the_chapters_table_and_paper_shows_it(
+    browser: chromium.Browser, address: str
+) -> None:
+    browser.open(f"{address}/notebooks/{CHAPTERS[0]}.html")
+    shown = "document.querySelector('details.claims tr[id]').checkVisibility({contentVisibilityAuto: true})"
+    assert not browser.evaluate(shown)
+    browser.call("Emulation.setEmulatedMedia", media="print")
+    browser.wait(shown)
+    browser.call("Emulation.setEmulatedMedia", media="screen")
+    browser.wait(f"!{shown}")
+    browser.evaluate("document.querySelector('.claims.answers a[href^=\"#claim-\"]').click()")
+    browser.wait(shown)
+
+
+@pytest.mark.browser
 @pytest.mark.parametrize("query", ["持续", "蒸馏"])
 def test_search_finds_parts_of_chinese_terms(
     browser: chromium.Browser, address: str, query: str

@@ -1,6 +1,7 @@
 """Every exercise's check on wrong answers, right answers, mutants of the solution, and the chapter's own cells."""
 
 import ast
+import functools
 import importlib
 import math
 import pickle
@@ -32,22 +33,27 @@ def judged(answers: Answers, answer: Any, seed: int = 0) -> Result:
     return answers.check.exercise.judge(answer, seed)
 
 
+@functools.cache
+def chapter_cells(number: str) -> list[Any]:
+    """All cells of a chapter, "2.1"; read once for all of its exercises."""
+    (chapter,) = ROOT.glob(f"notebooks/{number.replace('.', '_')}_*.md")
+    return jupytext.read(chapter).cells
+
+
 def cells(id: str, kind: str) -> list[str]:
     """The code of the chapter's cells of an exercise, tagged `exercise` or `solution`."""
-    (chapter,) = ROOT.glob(f"notebooks/{id.split('-')[0].replace('.', '_')}_*.md")
     return [
         cell.source
-        for cell in jupytext.read(chapter).cells
+        for cell in chapter_cells(id.split("-")[0])
         if kind in cell.metadata.get("tags", []) and cell.metadata.get("exercise_id") == id
     ]
 
 
 def imports(id: str, source: str) -> dict[str, Any]:
     """What the chapter imports, as far as `source` uses it: all that a solution may rest on."""
-    (chapter,) = ROOT.glob(f"notebooks/{id.split('-')[0].replace('.', '_')}_*.md")
     used = {node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)}
     namespace: dict[str, Any] = {}
-    for cell in jupytext.read(chapter).cells:
+    for cell in chapter_cells(id.split("-")[0]):
         if cell.cell_type != "code" or cell.source.lstrip().startswith("%"):
             continue
         try:

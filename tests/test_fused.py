@@ -13,6 +13,7 @@ from lora_course.checkpoint import load_adapter, save_adapter
 from lora_course.export import export_peft
 from lora_course.fused import FusedLoRA, FusedLoRALinear
 from lora_course.injection import adapter_layers, inject, merge, unload, unmerge
+from lora_course.lab.memory import saved_bytes
 from lora_course.lora import LARGEST_COPIED_RANK, LoRALinear
 from lora_course.qlora import quantize_model
 from lora_course.states import factor_state, use_adapter
@@ -137,26 +138,11 @@ def test_trained_steps_equal_plain_ones() -> None:
         )
 
 
-def saved_bytes(model: nn.Module, autocast: bool = False) -> int:
-    """Bytes that a forward pass keeps for the backward one, parameters left out, each storage once."""
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, tuple[int, torch.Tensor]] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = (
-                storage.nbytes(),
-                tensor,
-            )  # held, so that no address comes twice
-        return tensor
-
-    with (
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
-        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
-    ):
-        model(torch.randn(32, 40, generator=torch.Generator().manual_seed(0)).requires_grad_())
-    return sum(nbytes for nbytes, _ in kept.values())
+def kept_bytes(layer: torch.nn.Module, autocast: bool = False) -> int:
+    """Bytes that a forward pass on 32 rows keeps for the backward one."""
+    x = torch.randn(32, 40, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        return saved_bytes(layer, lambda: layer(x))
 
 
 @pytest.mark.parametrize(("p", "autocast"), [(0.0, False), (0.3, False), (0.0, True), (0.3, True)])
@@ -165,8 +151,8 @@ def test_it_keeps_x_and_a_byte_of_mask_an_element_whatever_the_rank(
 ) -> None:
     for r in (2, 16):
         fused = FusedLoRALinear(nn.Linear(40, 24), r, 8, p)
-        assert saved_bytes(fused, autocast) == 32 * 40 * (4 + (1 if p else 0))
-        plain = saved_bytes(LoRALinear(nn.Linear(40, 24), r, 8, p), autocast)
+        assert kept_bytes(fused, autocast) == 32 * 40 * (4 + (1 if p else 0))
+        plain = kept_bytes(LoRALinear(nn.Linear(40, 24), r, 8, p), autocast)
         size = 2 if autocast else 4
         assert (
             plain >= 32 * 40 * size + 32 * r * size

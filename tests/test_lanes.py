@@ -8,6 +8,7 @@ import yaml
 
 from tools.chapters import ROOT
 from tools.lanes import image, refresh, serve
+from tools.lanes.places import Place
 
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 
@@ -38,6 +39,13 @@ def test_lists_are_renewed_and_kaggles_is_of_its_day() -> None:
     first, last = found["kaggle.txt"].splitlines()
     assert "20260514-060047" in first and "(2026-05-14)" in first and last == "torch==2.10.0+cu128"
     assert all(address.startswith("https://") for address in asked)
+
+
+@pytest.mark.slow
+def test_a_place_beside_this_environment_has_its_torch_and_not_its_course(tmp_path) -> None:
+    found = Place(tmp_path / "alone").versions()
+    assert "torch" in found and "lora-course" not in found  # else the set-up cell installs nothing
+    assert "lora-course" in Place(tmp_path / "with", course=True).versions()
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)

@@ -120,6 +120,9 @@ def test_what_the_answers_say_of_the_records_holds() -> None:
     alone = of["3.2"]
     assert {alone[key].verdict for key in ("taught", "new", "text")} == {"within noise"}
     assert alone["alone"].verdict == "higher" and alone["merged"].verdict == "lower"
+    assert (
+        alone["quarter"].verdict == "within noise" and alone["three_quarters"].verdict == "higher"
+    )
     assert abs(fmean(alone["new"].differences)) < alone["new"].half
     assert float(alone["check"]) < 0.005  # the tolerance of a training's repetition
     assert not any(study.load_study("3_2_project")["runs"]["rows"]["both"].values())

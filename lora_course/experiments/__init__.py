@@ -100,6 +100,7 @@ NAMES = {
     "3_1_controls": "adaptive_controls",
     "3_1_project": "projects.chance",
     "3_2_distillation": "distillation",
+    "3_2_larger": "distillation_larger",
     "3_2_merge": "distillation_merge",
     "3_2_project": "projects.without_labels",
     "3_3_continual": "continual",
@@ -114,6 +115,7 @@ NAMES = {
     "4_4_fused": "fused",
     "4_4_project": "projects.whole_mlp",
     "5_1_comparison": "comparison",
+    "5_1_costs": "neighbours_costs",
     "5_1_longer": "longer",
     "5_1_neighbours": "neighbours",
     "smol_past": "smol_past",
@@ -138,6 +140,7 @@ TITLES = {
     "3_1_controls": "A rank that stays small, and growth at random places",
     "3_1_project": "The project of 3.1: growth by score and by lot under a cap on the ranks",
     "3_2_distillation": "Four teachers into one student, and other ways to make one of four",
+    "3_2_larger": "A larger teacher, raw and fine-tuned, and a smaller student",
     "3_2_merge": "Merged teachers at smaller weights, and a short distillation",
     "3_2_project": "The project of 3.2: a student of teachers alone, on their text and on text they never read",
     "3_3_continual": "Four domains one after another, and their adapters merged",
@@ -152,6 +155,7 @@ TITLES = {
     "4_4_fused": "What fusing, merging and batching save in memory and time",
     "4_4_project": "The project of 4.4: a block's whole MLP as one function",
     "5_1_comparison": "Eleven methods side by side on two domains",
+    "5_1_costs": "What a step of PEFT's neighbours of LoRA costs beside LoRA's: bytes and time",
     "5_1_longer": "Methods that take time, after 100 and 320 steps",
     "5_1_neighbours": "PEFT's neighbours of LoRA under the comparison's rule, and LoRA turned down",
     "smol_past": "SmolLM2-135M learns the past of English verbs: each chapter's method against LoRA",
@@ -160,7 +164,7 @@ TITLES = {
 }
 """What a study is about, in one line, by the name of its record."""
 
-UNDER_WAY = ("smol_several", "tasks_nano")
+UNDER_WAY = ("tasks_nano",)
 """Studies whose records are still to be completed: what is there is whole, and a chapter that reads one says what is missing."""
 
 

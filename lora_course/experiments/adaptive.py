@@ -13,14 +13,13 @@ import math
 from typing import Any
 
 import torch
-from peft import LoraConfig
 from torch import nn
 from transformers import TrainerCallback
 
 from lora_course.adaptive import GrowingLoRALinear, GrowthSchedule, RankGrower, rank_history
 from lora_course.experiments import Arm, Runs, Study, Trained, Witness
 from lora_course.experiments.adaptive_moment import moment
-from lora_course.experiments.arms import NANO, adapted, base_runs, bits_of, train_as
+from lora_course.experiments.arms import NANO, adapted, base_runs, bits_of, config_of, train_as
 from lora_course.experiments.rates import at_rate, compete_all, run_key
 from lora_course.injection import adapter_layers
 from lora_course.lora import LoRALinear
@@ -107,11 +106,9 @@ def with_ranks(layer: type[LoRALinear], ranks: int | Ranks, seed: int) -> nn.Mod
     """nano with an adapter of the study's scale; ranks: one for all layers, or by layer."""
     by_layer = ranks if isinstance(ranks, dict) else {}
     common = ranks if isinstance(ranks, int) else min(ranks.values())
-    s = SETTINGS["scaling"]
-    config = LoraConfig(
-        r=common, lora_alpha=s * common, target_modules="all-linear", rank_pattern=by_layer,
-        alpha_pattern={name: s * r for name, r in by_layer.items()},
-    )  # fmt: skip
+    alpha = {name: SETTINGS["scaling"] * r for name, r in by_layer.items()}
+    patterns: dict[str, Any] = {"rank_pattern": by_layer, "alpha_pattern": alpha}
+    config = config_of(common, SETTINGS["scaling"], **patterns)
     return adapted(SETTINGS, seed, config, layer=layer)
 
 

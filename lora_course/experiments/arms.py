@@ -200,6 +200,13 @@ def serving(settings: Mapping[str, Any], state: AdapterState) -> nn.Module:
     return use_adapter(adapted(settings, 0, config_of(1)), state)
 
 
+def components(state: AdapterState, start: int, count: int) -> AdapterState:
+    """Of each A so many rows, and of each B as many columns, from `start` on; at the same scale."""
+    end = start + count
+    cut = {"A": lambda t: t[start:end], "B": lambda t: t[:, start:end], "scaling": lambda t: t}
+    return {name: cut[name.rpartition(".")[2]](t).clone() for name, t in state.items()}
+
+
 def in_peft(
     settings: Mapping[str, Any], states: Mapping[str, AdapterState], config: LoraConfig
 ) -> Any:

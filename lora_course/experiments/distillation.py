@@ -16,13 +16,17 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-from lora_course.experiments import Runs, Study, Witness
+from torch import nn
+
+from lora_course.experiments import Runs, Study, Witness, base_of
 from lora_course.experiments import distillation_costs as costs
 from lora_course.experiments import distillation_models as made
-from lora_course.experiments.arms import base_of, bits_by_domain
-from lora_course.experiments.distillation_models import DISTILLED, DOMAINS, SETTINGS, Found
+from lora_course.experiments.arms import bits_by_domain
+from lora_course.experiments.distillation_models import DISTILLED, SETTINGS, Found
+from lora_course.experiments.domains import own_bits
 from lora_course.experiments.rates import at_rate, choose
 from lora_course.injection import trainable_parameters
+from lora_course.lora import AdapterState
 
 score = functools.partial(bits_by_domain, SETTINGS)
 
@@ -31,31 +35,28 @@ def result(scores: dict[str, float], **more: Any) -> dict[str, Any]:
     return {"bits_per_byte": statistics.fmean(scores.values()), "by_domain": scores} | more
 
 
+def scored(served: nn.Module | AdapterState, split: str) -> dict[str, Any]:
+    return result(score(served, split))
+
+
 def trained_result(found: Found, split: str) -> dict[str, Any]:
     model, history = found
-    seconds = round(history["seconds"], 2)
     curves = {key: [round(x, 4) for x in history[key]] for key in history if key != "seconds"}
-    counted = {"parameters": trainable_parameters(model), "seconds": seconds}
-    return result(score(model, split), **counted, **curves)
+    counted = {"parameters": trainable_parameters(model), "seconds": round(history["seconds"], 2)}
+    return scored(model, split) | counted | curves
 
 
-def of_kind(kind: str, rate: float, seed: int, split: str, **how: Any) -> dict[str, Any]:
+def of_kind(kind: str, rate: float, seed: int, split: str = "test", **how: Any) -> dict[str, Any]:
     return trained_result(made.distilled(kind, rate, seed, **how), split)
 
 
 ARMS: dict[str, Callable[[float, int, str], dict[str, Any]]] = {
     "data alone": lambda rate, seed, split: trained_result(made.on_data(rate, seed), split),
-    "by domain": lambda rate, seed, split: of_kind("by domain", rate, seed, split),
-    "merged": lambda weight, seed, split: result(score(made.merged(weight, seed), split)),
-    "experts": lambda rate, seed, split: result(score(made.with_router(rate, seed), split)),
+    "by domain": functools.partial(of_kind, "by domain"),
+    "merged": lambda weight, seed, split: scored(made.merged(weight, seed), split),
+    "experts": lambda rate, seed, split: scored(made.with_router(rate, seed), split),
 }
 """The arms that choose something, as functions of what they choose, seed and split."""
-
-
-def own_teachers(seed: int) -> dict[str, Any]:
-    """Each domain's test text with that domain's teacher."""
-    states = made.teacher_states(seed)
-    return result({domain: score(states[domain], "test", [domain])[domain] for domain in DOMAINS})
 
 
 def body(runs: Runs) -> None:
@@ -67,9 +68,9 @@ def body(runs: Runs) -> None:
         "experts": (SETTINGS["router_rates"], searching[:1]),
     }
     tried = sum(len(grid) * len(asked) for grid, asked in grids.values())
-    sweep = 2 * len(SETTINGS["temperatures"])
-    runs.expect(3 + tried + (len(DISTILLED) + 6 + sweep) * len(seeds))
-    runs("base/test", lambda: result(score(base_of(SETTINGS), "test")))
+    sweep = list(itertools.product(SETTINGS["temperatures"], (True, False)))
+    runs.expect(3 + tried + (len(DISTILLED) + 6 + len(sweep)) * len(seeds))
+    runs("base/test", lambda: scored(base_of(SETTINGS), "test"))
     best = {}
     for arm, (grid, asked) in grids.items():
         # merged weights were no search beyond an edge: study 3_2_merge goes on below
@@ -78,14 +79,14 @@ def body(runs: Runs) -> None:
     for arm in ("data alone", "merged", "experts"):
         at_rate(runs, arm, best[arm], lambda r, s: ARMS[arm](r, s, "test"))
     for kind in DISTILLED:
-        at_rate(runs, kind, rate, lambda r, s: of_kind(kind, r, s, "test"))
+        at_rate(runs, kind, rate, functools.partial(of_kind, kind))
     for seed in seeds:
-        runs(f"own teacher/{seed}/test", own_teachers, seed)
+        own = lambda s: result(own_bits(SETTINGS, made.teacher_states(s), "test"))  # noqa: E731
+        runs(f"own teacher/{seed}/test", own, seed)
         for mixture in ("probabilities", "logits"):
-            ensemble = lambda m, s: result(score(costs.ensemble(s, m), "test"))  # noqa: E731
+            ensemble = lambda m, s: scored(costs.ensemble(s, m), "test")  # noqa: E731
             runs(f"ensemble, {mixture}/{seed}/test", ensemble, mixture, seed)
-    swept = itertools.product(SETTINGS["temperatures"], (True, False), seeds)
-    for temperature, squared, seed in swept:
+    for (temperature, squared), seed in itertools.product(sweep, seeds):
         how = {"temperature": temperature, "temperature_squared": squared}
         key = f"sweep/{temperature:g}/{'with' if squared else 'without'} T²/{seed}/validation"
         runs(key, functools.partial(of_kind, **how), "by domain", rate, seed, "validation")

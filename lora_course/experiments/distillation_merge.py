@@ -12,9 +12,11 @@ from typing import Any
 import torch
 
 from lora_course.distillation import DistillationConfig
-from lora_course.experiments import Kept, Runs, Study, Witness, compete
+from lora_course.experiments import Runs, Study, Witness, compete_all
 from lora_course.experiments import distillation as first
 from lora_course.experiments import distillation_models as models
+from lora_course.experiments.domains import own_bits
+from lora_course.lora import AdapterState
 
 SETTINGS: dict[str, Any] = {
     "weights": [0.0625, 0.125, 0.1875, 0.25, 0.5], "seeds": [0, 1, 2], "search_seeds": [0, 1, 2],
@@ -30,19 +32,20 @@ def pair() -> dict[str, Any]:
     plan = (how["learning_rate"], how["seed"], how["steps"])
     rows = models.mixed_rows(domains, how["steps"])
     model, history = models.distil(states, weights, config, *plan, rows)
-    own = {d: first.score(state, "test", [d])[d] for d, state in states.items()}
+    own = own_bits(models.SETTINGS, states, "test")
     scores = first.score(model, "test", domains)
     return first.result(scores, own_teacher=own, divergences=history["divergences"])
 
 
+def summed(arm: str, weight: float, seed: int) -> AdapterState:
+    return models.merged(weight, seed, cut=arm == "cut")
+
+
 def body(runs: Runs) -> None:
-    weights, seeds = SETTINGS["weights"], SETTINGS["search_seeds"]
-    runs.expect(1 + 2 * (len(weights) * len(seeds) + len(runs.seeds)))
+    runs.expect(1)
     runs("pair/0/test", pair)
-    for arm in ("cut", "whole"):
-        summed = Kept(lambda weight, seed, cut=arm == "cut": models.merged(weight, seed, cut))
-        scored = lambda state, split: first.result(first.score(state, split))  # noqa: E731
-        compete(runs, arm, summed, scored, weights, seeds)
+    searched = SETTINGS | {"first": SETTINGS["weights"]}
+    compete_all(runs, searched, ("cut", "whole"), summed, first.scored)
 
 
 WITNESS = Witness(

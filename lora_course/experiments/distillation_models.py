@@ -5,20 +5,20 @@ from __future__ import annotations
 import functools
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import datasets
 import torch
 from torch import nn
 
-from lora_course import experts
 from lora_course.arguments import training_arguments
 from lora_course.distillation import DistillationConfig, DistillationTrainer, Teachers
-from lora_course.experiments.arms import Arm, adapted, base_of, config_of, recipe, rows_of, train
+from lora_course.experiments import domains as several
+from lora_course.experiments.arms import adapted, config_of, recipe, rows_of
 from lora_course.lab import study
 from lora_course.lora import AdapterState
-from lora_course.states import adapter_state, concatenate, truncate
+from lora_course.states import concatenate, truncate
 
 # What the teachers' mixture is made of: each row's own teacher, all four equally, or all four's logits equally.
 DISTILLED: dict[str, dict[str, Any]] = {
@@ -39,32 +39,21 @@ DOMAINS = SETTINGS["domains"]
 R, STEPS = SETTINGS["student"]["r"], SETTINGS["student"]["steps"]
 Found = tuple[nn.Module, dict[str, Any]]
 
+rows = functools.partial(rows_of, SETTINGS)
+
 
 def mixed_rows(
-    domains: Sequence[str] = DOMAINS,
-    steps: int = STEPS,
-    of: Callable[[str], datasets.Dataset] | None = None,
+    domains: Sequence[str] = DOMAINS, steps: int = STEPS, of: several.RowsOf = rows
 ) -> datasets.Dataset:
-    """What the students read: equally many rows of each domain, which say of which they are.
-
-    of: the rows of a domain; by default those that its teacher reads from.
-    """
-    count, parts = steps * SETTINGS["batch"] // len(domains), []
-    for i, domain in enumerate(domains):
-        rows = (of(domain) if of else rows_of(SETTINGS, domain)).select(range(count))
-        parts.append(rows.add_column("domain", [i] * count))
-    return datasets.concatenate_datasets(parts).with_format("torch")
+    """What the students read, equally many rows of each domain; by default of those that its teacher reads from."""
+    return several.mixed_rows(SETTINGS, domains, steps, of)
 
 
 @functools.cache
 def teacher_states(seed: int) -> dict[str, AdapterState]:
     """One adapter a domain, each trained on its own text."""
-    states, how = {}, SETTINGS["teacher"]
-    for domain in DOMAINS:
-        model = adapted(SETTINGS, seed, config_of(how["r"]))
-        train(Arm(model), rows_of(SETTINGS, domain), how["learning_rate"], seed, how["steps"], SETTINGS["batch"])  # fmt: skip
-        states[domain] = adapter_state(model)
-    return states
+    r, steps, rate = (SETTINGS["teacher"][key] for key in ("r", "steps", "learning_rate"))
+    return several.one_each(SETTINGS, DOMAINS, r, rate, seed, steps, rows)
 
 
 def on_data(rate: float, seed: int, rows: datasets.Dataset | None = None) -> Found:
@@ -110,8 +99,6 @@ def merged(weight: float, seed: int, cut: bool = True) -> AdapterState:
 
 
 def with_router(rate: float, seed: int) -> nn.Module:
-    """The teachers as frozen experts behind trained routers (chapter 2.1): all of them stay, and run at once."""
-    model = base_of(SETTINGS)
-    torch.manual_seed(seed)
-    experts.mix_experts(model, list(teacher_states(seed).values()))
-    return train(Arm(model), mixed_rows(), rate, seed, STEPS, SETTINGS["batch"]).model
+    """The teachers as frozen experts behind trained routers (chapter 2.1)."""
+    states = list(teacher_states(seed).values())
+    return several.routed(SETTINGS, states, mixed_rows(), rate, seed, STEPS)

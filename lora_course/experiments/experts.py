@@ -18,22 +18,13 @@ import torch
 from torch import nn
 
 from lora_course import experts, lab
-from lora_course.experiments import Runs, Study, Witness
-from lora_course.experiments.arms import (
-    Arm,
-    adapted,
-    base_of,
-    bits_by_domain,
-    config_of,
-    rows_of,
-    tokenizer_of,
-    train,
-)
+from lora_course.experiments import Kept, Runs, Study, Witness, base_of, domains, tokenizer_of
+from lora_course.experiments.arms import Arm, adapted, bits_by_domain, config_of, rows_of, train
 from lora_course.experiments.experts_cost import cost
-from lora_course.experiments.rates import Kept, choose, compete
+from lora_course.experiments.rates import choose, compete_all
 from lora_course.injection import trainable_parameters
 from lora_course.lora import AdapterState
-from lora_course.states import concatenate, factor_state
+from lora_course.states import concatenate
 
 SETTINGS: dict[str, Any] = {
     "model": "nano", "domains": ["bible", "shakespeare", "milton", "python"], "steps": 16, "router_steps": 16, "batch": 8,
@@ -44,6 +35,8 @@ SETTINGS: dict[str, Any] = {
 }  # fmt: skip
 DOMAINS, STEPS, R = SETTINGS["domains"], SETTINGS["steps"], SETTINGS["r"]
 
+score = functools.partial(bits_by_domain, SETTINGS)
+
 
 def rows(domain: str) -> datasets.Dataset:
     """The rows of one domain that its expert reads once."""
@@ -52,50 +45,32 @@ def rows(domain: str) -> datasets.Dataset:
 
 def mixed_rows() -> datasets.Dataset:
     """The rows of all domains."""
-    return datasets.concatenate_datasets([rows(domain) for domain in DOMAINS]).with_format("torch")
+    return domains.mixed_rows(SETTINGS, DOMAINS, STEPS * len(DOMAINS), rows)
 
 
-def fit(
-    model: nn.Module, rows: datasets.Dataset, rate: float, seed: int, steps: int, balance: float = 0
-) -> nn.Module:
-    auxiliary = functools.partial(experts.balance_loss, weight=balance) if balance else None
-    arm = Arm(model, auxiliary_loss=auxiliary)
-    return train(arm, rows, rate, seed, steps, SETTINGS["batch"]).model
-
-
-def train_experts(rate: float, seed: int) -> list[AdapterState]:
+def train_experts(rate: float, seed: int) -> dict[str, AdapterState]:
     """One LoRA a domain, each trained on its own text."""
-    states = []
-    for domain in DOMAINS:
-        model = adapted(SETTINGS, seed, config_of(R))
-        states.append(factor_state(fit(model, rows(domain), rate, seed, STEPS)))
-    return states
+    return domains.one_each(SETTINGS, DOMAINS, R, rate, seed, STEPS, rows)
 
 
-def train_lora(rate: float, seed: int) -> nn.Module:
-    """One LoRA with as many parameters as all experts together, on all text."""
-    model = adapted(SETTINGS, seed, config_of(R * len(DOMAINS)))
-    return fit(model, mixed_rows(), rate, seed, STEPS * len(DOMAINS))
-
-
-def train_joint(
-    rate: float, seed: int, balance: float = SETTINGS["balance"], **arguments: Any
-) -> nn.Module:
-    """Experts and routers together, on all text."""
-    layer = {"layer": experts.ExpertsLinear, "num_experts": len(DOMAINS)}
-    model = adapted(SETTINGS, seed, config_of(R), **layer, **arguments)
-    return fit(model, mixed_rows(), rate, seed, STEPS * len(DOMAINS), balance)
-
-
-def train_router(states: list[AdapterState], rate: float, seed: int) -> nn.Module:
+def train_router(states: Mapping[str, AdapterState], rate: float, seed: int) -> nn.Module:
     """Frozen experts, and routers trained on all text."""
-    model = base_of(SETTINGS)
-    torch.manual_seed(seed)
-    experts.mix_experts(model, states)
-    return fit(model, mixed_rows(), rate, seed, SETTINGS["router_steps"])
+    each, steps = list(states.values()), SETTINGS["router_steps"]
+    return domains.routed(SETTINGS, each, mixed_rows(), rate, seed, steps)
 
 
-score = functools.partial(bits_by_domain, SETTINGS)
+def train_whole(
+    method: str, rate: float, seed: int, balance: float = SETTINGS["balance"], **layer: Any
+) -> nn.Module:
+    """One model on all text: experts and routers together ("joint"), or one LoRA with as many parameters as all experts."""
+    if method == "joint":
+        how = {"layer": experts.ExpertsLinear, "num_experts": len(DOMAINS)} | layer
+        arm = Arm(adapted(SETTINGS, seed, config_of(R), **how))
+        if balance:
+            arm.auxiliary_loss = functools.partial(experts.balance_loss, weight=balance)
+    else:
+        arm = Arm(adapted(SETTINGS, seed, config_of(R * len(DOMAINS))))
+    return train(arm, mixed_rows(), rate, seed, STEPS * len(DOMAINS), SETTINGS["batch"]).model
 
 
 def mean(run: Mapping[str, Any]) -> float:
@@ -121,22 +96,24 @@ def usage(model: nn.Module) -> dict[str, Any]:
 
 def own_experts(rate: float, seed: int, split: str) -> dict[str, Any]:
     """Each domain with its own expert."""
-    states = zip(DOMAINS, train_experts(rate, seed), strict=True)
-    return result({domain: score(state, split, [domain])[domain] for domain, state in states})
+    return result(domains.own_bits(SETTINGS, train_experts(rate, seed), split))
 
 
-def separate(states: list[AdapterState], router_rate: float, seed: int) -> dict[str, Any]:
+def separate(trained: Mapping[str, AdapterState], rate: float, seed: int) -> dict[str, Any]:
     """The mixture of trained experts, each of them alone, and their average."""
-    mixture = train_router(states, router_rate, seed)
+    mixture, states = train_router(trained, rate, seed), list(trained.values())
     average = concatenate(states, [1 / len(states)] * len(states))
     each, counted = [score(state, "test") for state in states], trainable_parameters(mixture)
     more = {"each": each, "average": score(average, "test"), "usage": usage(mixture)}
     return result(score(mixture, "test"), **more, router_parameters=counted)
 
 
-def whole(method: str, found: tuple[nn.Module, float], split: str) -> dict[str, Any]:
-    """One model for all domains and its rate: a large LoRA, or experts and routers trained together."""
-    model, rate = found
+def whole(method: str, rate: float, seed: int) -> tuple[str, float, nn.Module]:
+    return method, rate, train_whole(method, rate, seed)
+
+
+def score_whole(found: tuple[str, float, nn.Module], split: str) -> dict[str, Any]:
+    method, rate, model = found
     values = result(score(model, split))
     if split == "test":
         values |= {"parameters": trainable_parameters(model), "rate": rate}
@@ -145,14 +122,14 @@ def whole(method: str, found: tuple[nn.Module, float], split: str) -> dict[str, 
 
 
 def top_k(rate: float, seed: int, balance: float) -> dict[str, Any]:
-    model = train_joint(rate, seed, balance, top_k=SETTINGS["top_k"])
+    model = train_whole("joint", rate, seed, balance, top_k=SETTINGS["top_k"])
     return result(score(model, "test"), usage=usage(model))
 
 
 def body(runs: Runs) -> None:
     rates, router_rates = SETTINGS["learning_rates"], SETTINGS["router_rates"]
     seeds = SETTINGS["search_seeds"]
-    runs.expect(2 + 3 * len(rates) + len(router_rates) + 2 + 5 * len(runs.seeds))
+    runs.expect(2 + len(rates) + len(router_rates) + 2 + 3 * len(runs.seeds))
     for split in ("validation", "test"):
         runs(f"base/{split}", lambda s: result(score(base_of(SETTINGS), s)), split)
 
@@ -166,10 +143,7 @@ def body(runs: Runs) -> None:
     for seed in runs.seeds:
         key = f"separate/{seed}/test"
         runs(key, lambda s: separate(trained(expert_rate, s), router_rate, s), seed)
-    best = {}
-    for method, make in (("lora", train_lora), ("joint", train_joint)):
-        scored, kept = functools.partial(whole, method), Kept(lambda r, s, m=make: (m(r, s), r))
-        best[method] = compete(runs, method, kept, scored, rates, seeds, value=mean)
+    best = compete_all(runs, SETTINGS, ("lora", "joint"), whole, score_whole, value=mean)
     for name in SETTINGS["cost"]:
         runs(f"cost/{name}", cost, SETTINGS, name)
     for balance, seed in itertools.product(SETTINGS["balances"], runs.seeds):

@@ -9,6 +9,7 @@ evenly over each of five texts.
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any
 
 import bitsandbytes as bnb
@@ -27,21 +28,21 @@ SETTINGS: dict[str, Any] = {
 
 def roundtrip(weight: Tensor, kind: str) -> Tensor:
     """The nearest weight that a format can represent, `[out, in]`."""
-    if kind in ("nf4", "fp4", "nf4 double"):
-        double = kind.endswith("double")
-        packed, state = bnb.functional.quantize_4bit(
-            weight, blocksize=64, quant_type=kind[:3], compress_statistics=double
-        )
-        return bnb.functional.dequantize_4bit(packed, state)
+    if kind != "int4":
+        how: dict[str, Any] = {
+            "quant_type": kind[:3],
+            "compress_statistics": kind.endswith("double"),
+        }
+        packed = bnb.functional.quantize_4bit(weight, blocksize=64, **how)
+        return bnb.functional.dequantize_4bit(*packed)
+    blocks, largest = blocks_of(weight)
+    return (torch.round(blocks / (largest / 7)) * (largest / 7)).reshape(weight.shape)
+
+
+def blocks_of(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The blocks of a weight, `[blocks, 64]`, and the largest |w| of each, `[blocks, 1]`."""
     blocks = weight.reshape(-1, 64)
-    scale = blocks.abs().amax(1, keepdim=True).clamp(min=1e-12) / 7
-    return (torch.round(blocks / scale) * scale).reshape(weight.shape)
-
-
-def magnitude(weight: Tensor) -> Tensor:
-    """|w| over the largest of its block, `[out, in]`, from 0 to 1."""
-    blocks = weight.reshape(-1, 64).abs()
-    return (blocks / blocks.amax(1, keepdim=True).clamp(min=1e-12)).reshape(weight.shape)
+    return blocks, blocks.abs().amax(1, keepdim=True).clamp(min=1e-12)
 
 
 def windows(tokenizer: PreTrainedTokenizerBase, domain: str) -> Tensor:
@@ -72,22 +73,21 @@ def losses(count: int) -> dict[str, list[float]]:
 
 @torch.no_grad()
 def measure(
-    kind: str | None,
-    low: float = 0,
-    high: float = 1,
-    draw: int | None = None,
-    count: int = SETTINGS["windows"],
-) -> dict[str, Any]:
-    """Error and losses with the weights between `low` and `high` of their block's largest rounded; draw: with new signs.
-    count: of the windows of each text."""
+    kind: str | None, part: tuple[float, float] = (0, 1), draw: int | None = None, count: int = SETTINGS["windows"]
+) -> dict[str, Any]:  # fmt: skip
+    """Error and losses with weights rounded; `count`: of the windows of each text.
+
+    part: only weights whose magnitude lies between these parts of their block's largest.    draw: of the errors' signs.
+    """
     model, originals, _ = loaded()
     error, total = 0.0, sum(w.square().sum().item() for w in originals.values())
     if draw is not None:
         torch.manual_seed(draw)
     for name, weight in originals.items():
         rounded = weight if kind is None else roundtrip(weight, kind)
-        if kind and (low, high) != (0, 1):
-            size = magnitude(weight)
+        if part != (0, 1):
+            blocks, largest = blocks_of(weight)
+            size, (low, high) = (blocks.abs() / largest).reshape(weight.shape), part
             inside = (size >= low) & ((size < high) | (high == 1))
             rounded = torch.where(inside, rounded, weight)
         if draw is not None:
@@ -105,11 +105,11 @@ def body(runs: Runs) -> None:
     for kind in (*formats, "nf4 double"):
         runs(f"{kind}/all", measure, kind)
     for kind in formats:
-        for low, high in zip(edges[:-1], edges[1:], strict=True):
-            runs(f"{kind}/{low:g}-{high:g}", measure, kind, low, high)
+        for low, high in itertools.pairwise(edges):
+            runs(f"{kind}/{low:g}-{high:g}", measure, kind, (low, high))
     for draw in range(draws):
         for kind in formats:
-            runs(f"{kind}/signs {draw}", measure, kind, 0, 1, draw)
+            runs(f"{kind}/signs {draw}", measure, kind, (0, 1), draw)
 
 
 WITNESS = Witness(

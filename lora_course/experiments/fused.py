@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import itertools
 import platform
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ import torch
 from lora_course.experiments import ROUNDING, Arm, Runs, Study, Witness
 from lora_course.experiments import fused_costs as costs
 from lora_course.experiments import fused_serving as serving
-from lora_course.experiments.arms import adapted, bits_of, config_of, rows_of, train
+from lora_course.experiments.arms import adapted, bits_of, config_of, train_as
+from lora_course.experiments.timing import processors
 
 SETTINGS = costs.SETTINGS | serving.SETTINGS | {
     "domains": ["bible", "shakespeare", "milton", "python"], "r": 8, "lora_alpha": 16, "learning_rate": 8e-3,
@@ -28,53 +30,48 @@ SETTINGS = costs.SETTINGS | serving.SETTINGS | {
 def trained(kind: str, domain: str, seed: int) -> dict[str, Any]:
     """Bits a byte on test text after training on one domain."""
     model = adapted(SETTINGS, seed, config_of(SETTINGS["r"]), layer=costs.LAYERS[kind])
-    plan = (SETTINGS["learning_rate"], seed, SETTINGS["steps"], SETTINGS["batch"])
-    found = train(Arm(model), rows_of(SETTINGS, domain), *plan)
+    found = train_as(SETTINGS, Arm(model), SETTINGS["learning_rate"], seed, domain)
     bits = bits_of(SETTINGS | {"score_bytes": SETTINGS["test_bytes"]}, model, "test", domain)
     return {"bits_per_byte": bits, "last_loss": found.losses[-1]}
 
 
 def machine() -> dict[str, Any]:
     """What the times were measured on."""
-    cpuinfo, names = Path("/proc/cpuinfo"), []
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text().splitlines()
-        names = [x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")]
+    names = processors()
     found = {"processor": (names or [platform.processor()])[0], "cores": len(names)}
     return found | {"threads": torch.get_num_threads(), "system": platform.system()}
 
 
+def plan(seeds: Sequence[int]) -> dict[str, Callable[[], dict[str, Any]]]:
+    """All runs by key, in the order in which they are made."""
+    kinds, modes = (*costs.LAYERS, "peft"), {"fp32": 0.0, "dropout": SETTINGS["dropout"]}
+    found: dict[str, Callable[[], dict[str, Any]]] = {"machine": machine}
+    for kind in kinds:
+        for r, mode in itertools.product(SETTINGS["memory_ranks"], modes):
+            found[f"memory/{mode}/{r}/{kind}"] = partial(costs.memory, kind, r, modes[mode])
+        for dropout in modes.values():
+            found[f"process/{dropout:g}/{kind}"] = partial(costs.process, kind, dropout)
+    for r, mode in itertools.product(SETTINGS["step_ranks"], modes):
+        found[f"step/{mode}/{r}"] = partial(costs.step_times, r, modes[mode])
+    found["layer"] = costs.layer_times
+    found |= {f"orders/{r}": partial(costs.order_times, r) for r in SETTINGS["orders"]["ranks"]}
+    found |= {f"latency/{n}": partial(serving.latency, n) for n in SETTINGS["tokens"]}
+    found |= {f"served/{n}": partial(serving.served, n) for n in SETTINGS["served"]["adapters"]}
+    found["generate"] = serving.generated
+    for seed, domain, kind in itertools.product(seeds, SETTINGS["domains"], costs.LAYERS):
+        found[f"trained/{domain}/{seed}/{kind}"] = partial(trained, kind, domain, seed)
+    r = SETTINGS["autocast_rank"]
+    return found | {
+        f"memory/autocast/{r}/{k}": partial(costs.memory, k, r, 0.0, True) for k in kinds
+    }
+
+
 def body(runs: Runs) -> None:
     torch.set_num_threads(1)
-    kinds, modes = (*costs.LAYERS, "peft"), (("fp32", 0.0), ("dropout", SETTINGS["dropout"]))
-    ranks, learnt = SETTINGS["memory_ranks"], len(SETTINGS["domains"]) * len(costs.LAYERS)
-    once = ("step_ranks", "step_ranks", "tokens")
-    counted = sum(len(SETTINGS[name]) for name in once) + len(SETTINGS["orders"]["ranks"])
-    counted += len(SETTINGS["served"]["adapters"]) + len(kinds) * (2 * len(ranks) + 2 + 1) + 3
-    runs.expect(counted + learnt * len(runs.seeds))
-    runs("machine", machine)
-    for kind in kinds:
-        for r in ranks:
-            for mode, dropout in modes:
-                runs(f"memory/{mode}/{r}/{kind}", costs.memory, kind, r, dropout, False)
-        for _, dropout in modes:
-            runs(f"process/{dropout:g}/{kind}", costs.process, kind, dropout)
-    for r in SETTINGS["step_ranks"]:
-        for mode, dropout in modes:
-            runs(f"step/{mode}/{r}", costs.step_times, r, dropout)
-    runs("layer", costs.layer_times)
-    for r in SETTINGS["orders"]["ranks"]:
-        runs(f"orders/{r}", costs.order_times, r)
-    for count in SETTINGS["tokens"]:
-        runs(f"latency/{count}", serving.latency, count)
-    for count in SETTINGS["served"]["adapters"]:
-        runs(f"served/{count}", serving.served, count)
-    runs("generate", serving.generated)
-    for seed, domain, kind in itertools.product(runs.seeds, SETTINGS["domains"], costs.LAYERS):
-        runs(f"trained/{domain}/{seed}/{kind}", trained, kind, domain, seed)
-    r = SETTINGS["autocast_rank"]
-    for kind in kinds:
-        runs(f"memory/autocast/{r}/{kind}", costs.memory, kind, r, 0.0, True)
+    runs_to_make = plan(runs.seeds)
+    runs.expect(len(runs_to_make))
+    for key, compute in runs_to_make.items():
+        runs(key, compute)
 
 
 WITNESS = Witness(

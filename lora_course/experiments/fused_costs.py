@@ -15,6 +15,7 @@ from lora_course.experiments import base_of, config_of
 from lora_course.experiments.timing import race
 from lora_course.fused import FusedLoRALinear
 from lora_course.injection import inject
+from lora_course.lab.memory import saved_bytes
 from lora_course.lora import LoRALinear
 
 SETTINGS: dict[str, Any] = {
@@ -46,37 +47,21 @@ def tokens(batch: int, length: int) -> torch.Tensor:
     return torch.randint(4096, (batch, length), generator=torch.Generator().manual_seed(0))
 
 
+def forward(model: nn.Module, ids: torch.Tensor, autocast: bool = False) -> torch.Tensor:
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        return model(input_ids=ids, labels=ids, use_cache=False).loss
+
+
 def step(model: nn.Module, ids: torch.Tensor, autocast: bool = False) -> None:
     """Forward and backward pass."""
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-    loss.backward()
+    forward(model, ids, autocast).backward()
 
 
-def saved_bytes(model: nn.Module, run: Callable[[], Any]) -> int:
-    """Bytes that the graph made by `run` keeps for its backward pass; parameters left out, each storage counted once."""
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, torch.Tensor] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.untyped_storage().data_ptr() not in parameters:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        run()
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-
-
-def memory(kind: str, r: int, dropout: float, autocast: bool) -> dict[str, int]:
+def memory(kind: str, r: int, dropout: float, autocast: bool = False) -> dict[str, int]:
     """Bytes kept for the backward pass, and the peak of a step's tensors, gradients of the adapter included."""
     model, ids = injected(kind, r, dropout), tokens(SETTINGS["batch"], SETTINGS["length"])
 
-    def forward() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            model(input_ids=ids, labels=ids, use_cache=False)
-
-    saved = saved_bytes(model, forward)
+    saved = saved_bytes(model, lambda: forward(model, ids, autocast))
     gc.collect()
     return {"saved": saved, "peak": lab.peak_memory(lambda: step(model, ids, autocast))[1]}
 

@@ -12,7 +12,6 @@ from lora_course.experiments.arms import base_of, in_peft
 from lora_course.experiments.fused_costs import config, injected, tokens
 from lora_course.experiments.timing import race
 from lora_course.injection import merge, unload
-from lora_course.lora import AdapterState
 from lora_course.serving import load_adapters, row_adapters
 from lora_course.states import factor_state, use_adapter
 
@@ -36,67 +35,52 @@ def latency(count: int) -> dict[str, list[float]]:
     return race(arms, SETTINGS["latency_rounds"])
 
 
-def fleet(count: int, r: int) -> tuple[dict[str, AdapterState], Any, Any, Any]:
-    """States of so many adapters; all of them on one base, ours and PEFT's; and a model that takes one at a time."""
+def ways(
+    count: int, r: int, ids: torch.Tensor, call: Callable[..., Any]
+) -> dict[str, Callable[[], Any]]:
+    """So many adapters on rows that use them in turn: the base alone; as one batch, with the copying; by groups of rows, whose
+    outputs come in a list; and in PEFT. call: (model, ids, **fields that PEFT wants) → what is written."""
     states = {f"adapter {i}": factor_state(injected("plain", r, seed=i)) for i in range(count)}
-    ours = load_adapters(base_of(SETTINGS), states).eval()
-    one = injected("plain", r).eval()
-    return states, ours, one, in_peft(SETTINGS, states, config(r)).eval()
+    base, ours = base_of(SETTINGS), load_adapters(base_of(SETTINGS), states).eval()
+    one, theirs = injected("plain", r).eval(), in_peft(SETTINGS, states, config(r)).eval()
+    names = [f"adapter {i % count}" for i in range(len(ids))]
+
+    def batched() -> Any:
+        with row_adapters(ours, names):
+            return call(ours, ids)
+
+    def by_groups() -> list[Any]:
+        return [
+            call(use_adapter(one, states[name]), ids[i::count]) for i, name in enumerate(states)
+        ]
+
+    return {
+        "base": lambda: call(base, ids),
+        "batched": batched,
+        "by groups": by_groups,
+        "peft": lambda: call(theirs, ids, adapter_names=names),
+    }
 
 
 @torch.no_grad()
 def served(count: int) -> dict[str, list[float]]:
-    """One forward pass of rows of one token that use `count` adapters: as one batch (with the copying), by groups, and in PEFT."""
+    """One forward pass of rows of one token that use `count` adapters."""
     s = SETTINGS["served"]
-    states, ours, one, theirs = fleet(count, s["r"])
-    base = base_of(SETTINGS)
-    ids, names = tokens(s["rows"], 1), [f"adapter {i % count}" for i in range(s["rows"])]
-
-    def by_groups() -> None:
-        for name, state in states.items():
-            use_adapter(one, state)
-            one(input_ids=ids[[i for i, n in enumerate(names) if n == name]], use_cache=False)
-
-    def batched() -> None:
-        with row_adapters(ours, names):
-            ours(input_ids=ids, use_cache=False)
-
-    arms = {
-        "base": lambda: base(input_ids=ids, use_cache=False),
-        "batched": batched,
-        "by groups": by_groups,
-        "peft": lambda: theirs(input_ids=ids, adapter_names=names, use_cache=False),
-    }
-    return race(arms, s["rounds"])
+    call = lambda model, ids, **how: model(input_ids=ids, use_cache=False, **how)  # noqa: E731
+    return race(ways(count, s["r"], tokens(s["rows"], 1), call), s["rounds"])
 
 
 @torch.no_grad()
 def generated() -> dict[str, list[float]]:
     """Cached, greedy generation of rows that use several adapters; and that all wrote the same."""
     s = SETTINGS["generate"]
-    states, ours, one, theirs = fleet(s["adapters"], s["r"])
-    base = base_of(SETTINGS)
-    ids = tokens(s["rows"], s["prompt"])
-    names = [f"adapter {i % s['adapters']}" for i in range(s["rows"])]
     how = {"max_new_tokens": s["new"], "min_new_tokens": s["new"]}
     how |= {"do_sample": False, "pad_token_id": 0}
 
-    def batched() -> torch.Tensor:
-        with row_adapters(ours, names):
-            return ours.generate(ids, **how)
+    def call(model: Any, ids: torch.Tensor, **fields: Any) -> torch.Tensor:
+        return model.generate(input_ids=ids, **fields, **how)
 
-    def by_groups() -> torch.Tensor:
-        written = torch.empty(len(ids), s["prompt"] + s["new"], dtype=ids.dtype)
-        for name, state in states.items():
-            own = [i for i, n in enumerate(names) if n == name]
-            use_adapter(one, state)
-            written[own] = one.generate(ids[own], **how)
-        return written
-
-    def peft() -> torch.Tensor:
-        return theirs.generate(input_ids=ids, adapter_names=names, **how)
-
-    same = [float((batched() == other()).all(1).float().mean()) for other in (by_groups, peft)]
-    arms: dict[str, Callable[[], Any]] = {"base": lambda: base.generate(ids, **how)}
-    arms |= {"batched": batched, "by groups": by_groups, "peft": peft}
+    arms = ways(s["adapters"], s["r"], tokens(s["rows"], s["prompt"]), call)
+    written, groups = arms["batched"](), torch.stack(arms["by groups"](), 1).flatten(0, 1)
+    same = [(written == other).all(1).float().mean().item() for other in (groups, arms["peft"]())]
     return race(arms, s["rounds"]) | {"rows written alike": same}

@@ -15,16 +15,8 @@ from typing import Any
 
 import torch
 
-from lora_course.experiments import Arm, Runs, Study, Trained, Witness
-from lora_course.experiments.arms import (
-    NANO,
-    adapted,
-    base_runs,
-    bits_of,
-    config_of,
-    serving,
-    train_as,
-)
+from lora_course.experiments import NANO, Arm, Runs, Study, Trained, Witness, adapted, bits_of
+from lora_course.experiments.arms import base_runs, components, config_of, serving, train_as
 from lora_course.experiments.rates import Kept, compete
 from lora_course.hierarchical import NestedLoRALinear, RankSampler, cut
 from lora_course.injection import adapter_layers
@@ -70,16 +62,10 @@ def adapters(model: torch.nn.Module, how: str) -> dict[int, AdapterState]:
     if how == "whole":
         return {r: whole}
     if how == "sliced":
-        return {b: sliced(whole, b) for b in RANKS}
+        return {b: components(whole, 0, b) for b in RANKS}
     if how == "svd":
         return {b: truncate(whole, b) for b in RANKS}
     return {b: cut(model, b, weighted=how == "cut") for b in RANKS}
-
-
-def sliced(whole: AdapterState, b: int) -> AdapterState:
-    """The first `b` rows of each A and columns of each B."""
-    rows = {"A": lambda t: t[:b], "B": lambda t: t[:, :b], "scaling": lambda t: t}
-    return {name: rows[name.rpartition(".")[2]](t).clone() for name, t in whole.items()}
 
 
 def score(how: str, found: Trained, split: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import datasets
 import torch
+from torch import nn
 
 from lora_course import progressive
 from lora_course.arguments import training_arguments
@@ -23,6 +24,7 @@ from lora_course.experiments import Runs, Study, Witness
 from lora_course.experiments.arms import NANO, base_of, base_runs, bits_of, rows_of
 from lora_course.experiments.rates import at_rate, compete_all
 from lora_course.injection import adapter_layers
+from lora_course.progressive import Stage, load_stage
 
 METHODS: dict[str, dict[str, Any]] = {
     "small": {"mode": "stack", "r": 4, "stages": 1}, "large": {"mode": "stack", "r": 16, "stages": 1},
@@ -49,45 +51,41 @@ def parts_of(seed: int, count: int) -> list[datasets.Dataset]:
 def trained(method: str, rate: float, seed: int) -> dict[str, Any]:
     """One training: the adapted model, its losses, and the spectra of its stages."""
     how, model = METHODS[method], base_of(SETTINGS)
-    steps, parts = SETTINGS["steps"] // how["stages"], parts_of(seed, how["stages"])
-    stages = [progressive.Stage(how["r"], "all-linear", rate, steps, SETTINGS["warmup"])]
-    stages *= how["stages"]
+    count, restarts = how["stages"], how["mode"] == "restart"
+    steps, parts = SETTINGS["steps"] // count, parts_of(seed, count)
+    stages = [Stage(how["r"], "all-linear", rate, steps, SETTINGS["warmup"])] * count
     with tempfile.TemporaryDirectory() as path:
         folder = Path(path)
-        if how["mode"] == "restart":
-            losses = restart(model, stages, parts, seed, folder)
+        if restarts:
+            history = restart(model, stages, parts, seed, folder)
         else:
-            results = progressive.train_stages(
-                model, stages, parts, folder, how["mode"], scaling=SETTINGS["scaling"], seed=seed, **TRAINING,
-            )  # fmt: skip
-            losses = [entry["loss"] for result in results for entry in result["history"]]
-        kept = 1 if how["mode"] == "restart" else how["stages"]
-        spectra = [spectrum(progressive.load_stage(base_of(SETTINGS), folder, k)) for k in range(kept)]  # fmt: skip
-    return {"model": model, "losses": [round(loss, 4) for loss in losses], "spectra": spectra}
+            plan: dict[str, Any] = {"scaling": SETTINGS["scaling"], "seed": seed} | TRAINING
+            done = progressive.train_stages(model, stages, parts, folder, how["mode"], **plan)
+            history = [entry for result in done for entry in result["history"]]
+        kept = range(1 if restarts else count)
+        spectra = [spectrum(load_stage(base_of(SETTINGS), folder, k)) for k in kept]
+    losses = [round(entry["loss"], 4) for entry in history]
+    return {"model": model, "losses": losses, "spectra": spectra}
 
 
 def restart(
-    model: torch.nn.Module,
-    stages: list[progressive.Stage],
-    parts: list[datasets.Dataset],
-    seed: int,
-    folder: Path,
-) -> list[float]:
-    """One LoRA through the learning rates and fresh optimisers of all stages."""
+    model: nn.Module, stages: list[Stage], parts: list[datasets.Dataset], seed: int, folder: Path
+) -> list[dict[str, float]]:
+    """One LoRA through the learning rates and fresh optimisers of all stages; what it keeps is read as one stage."""
     progressive.inject_stages(model, stages, SETTINGS["scaling"])
     progressive.begin_stage(model, stages[0], seed)
-    losses = []
+    history = []
     for k, stage in enumerate(stages):
         plan: dict[str, Any] = {"learning_rate": stage.learning_rate, "max_steps": stage.steps}
         args = training_arguments(folder, **plan | TRAINING, seed=seed + 1000 * k)
         trainer = progressive.StageTrainer(model, args, stages, k, "run", train_dataset=parts[k])
         trainer.train()
-        losses += [entry["loss"] for entry in trainer.history]
+        history += trainer.history
     save_adapter(model, folder / "stage-0")
-    return losses
+    return history
 
 
-def spectrum(model: torch.nn.Module) -> dict[str, Any]:
+def spectrum(model: nn.Module) -> dict[str, Any]:
     """Over the adapted layers: ranks of the accumulated update (singular values above a millionth of the largest), the mean
     effective rank, the mean size ‖ΔW‖ / ‖W₀‖, and the mean singular values as shares of the largest."""
     values, layers = progressive.singular_values(model), adapter_layers(model)

@@ -12,16 +12,8 @@ from typing import Any
 
 import torch
 
-from lora_course.experiments import ROUNDING, Arm, Runs, Study, Trained, Witness
-from lora_course.experiments.arms import (
-    NANO,
-    adapted,
-    base_runs,
-    bits_of,
-    config_of,
-    file_bytes,
-    train_as,
-)
+from lora_course.experiments import NANO, ROUNDING, Arm, Runs, Study, Trained, Witness, adapted
+from lora_course.experiments.arms import base_runs, bits_of, config_of, file_bytes, train_as
 from lora_course.experiments.rates import Kept, at_rate, compete
 from lora_course.quantized import QuantizedLoRALinear, quantize_after_training, save_quantized
 from lora_course.states import factor_state, relative_error

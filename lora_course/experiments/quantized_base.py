@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_course.experiments import ROUNDING, Runs, Study, Witness
+from lora_course.experiments import Runs, Study, Witness
 from lora_course.experiments import qlora as chapter
 from lora_course.experiments.arms import bits_of, config_of
 from lora_course.experiments.rates import run_key
@@ -45,7 +45,5 @@ def body(runs: Runs) -> None:
         runs(run_key("plain on nf4", rate, seed, "test"), put, rate, seed)
 
 
-WITNESS = Witness(
-    ("plain on nf4/0.008/0/test",), {"bits_per_byte": 0.005, "where_trained": 0.005}, ROUNDING
-)
+WITNESS = Witness(("plain on nf4/0.008/0/test",), {"bits_per_byte": 0.005, "where_trained": 0.005})
 STUDY = Study("4_3_base", SETTINGS, body, WITNESS)

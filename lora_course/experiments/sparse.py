@@ -6,24 +6,15 @@ One method of each family searches its learning rate, and all methods of the fam
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from torch import nn
 
 from lora_course import sparse
-from lora_course.experiments import Arm, Runs, Study, Witness
-from lora_course.experiments.arms import (
-    NANO,
-    adapted,
-    base_runs,
-    config_of,
-    file_bytes,
-    train_as,
-    values_of,
-)
-from lora_course.experiments.rates import choose, run_key
+from lora_course.experiments import NANO, Arm, Runs, Study, Trained, Witness, adapted
+from lora_course.experiments.arms import base_runs, config_of, file_bytes, train_as, values_of
+from lora_course.experiments.rates import at_rate, compete_all
 from lora_course.injection import layers_of
 from lora_course.lora import LoRALinear
 
@@ -83,24 +74,24 @@ def gates_of(model: nn.Module) -> list[list[float]]:
     return [[round(gate, 4) for gate in layer.gate.tolist()] for layer in layers]
 
 
-def run_one(method: str, rate: float, seed: int, split: str) -> dict[str, Any]:
-    found = train_as(SETTINGS, make(method, seed), rate, seed)
+def trained(method: str, rate: float, seed: int) -> Trained:
+    return train_as(SETTINGS, make(method, seed), rate, seed)
+
+
+def score(found: Trained, split: str) -> dict[str, Any]:
     values = values_of(SETTINGS, found, split) | {"bytes": file_bytes(found.arm)}
     return values | found.seen if split == "test" else values
 
 
 def body(runs: Runs) -> None:
-    rates, seeds = SETTINGS["learning_rates"], SETTINGS["search_seeds"]
-    runs.expect(2 + len(SEARCHED) * len(rates) * len(seeds) + len(METHODS) * len(runs.seeds))
+    others = [method for method in METHODS if method not in SEARCHED]
+    runs.expect(2 + len(others) * len(runs.seeds))
     base_runs(runs, SETTINGS)
-    best = {}
-    for method in SEARCHED:
-        compute = functools.partial(run_one, method)
-        best[family_of(method)] = choose(runs, method, compute, rates, seeds)
-    for seed in runs.seeds:  # so that a study that is stopped early has every method
-        for method in METHODS:
-            rate = best[family_of(method)]
-            runs(run_key(method, rate, seed, "test"), run_one, method, rate, seed, "test")
+    found = compete_all(runs, SETTINGS, SEARCHED, trained, score)
+    best = {family_of(method): rate for method, rate in found.items()}
+    for method in others:
+        tested = lambda r, s: score(trained(method, r, s), "test")  # noqa: E731
+        at_rate(runs, method, best[family_of(method)], tested)
 
 
 TOLERANCES = {"bits_per_byte": 0.005, "parameters": 0}

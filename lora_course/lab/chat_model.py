@@ -17,9 +17,11 @@ from lora_course.lab.claims import AnswerTable, Claims
 from lora_course.lab.evidence import differences
 from lora_course.lab.study import STUDIES, chosen_rate, load_study
 
-BOTH, NEITHER = "holds on both models", "holds on neither model"
+BOTH, NEITHER = "holds here, as on nano", "holds neither here nor on nano"
 HERE, THERE = "holds here, <b>not on nano</b>", "holds on nano, <b>not here</b>"
 LEVELS = {"bits_per_token": "bits an answer token", "own_text": "bits a byte of other English"}
+BYTES_OF = {"delta": 8, "factors-2bit": 2 / 8 + 4 / 64}
+"""Of a number of an adapter on disk, where it isn't fp32 alone: with its place; in 2 bits, with a scale for each 64."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,7 @@ def _has_run(record: Mapping[str, Any], arm: str) -> bool:
 
 def results(record: Mapping[str, Any], names: Mapping[str, str]) -> AnswerTable:
     """What the arms made of the past of English verbs, and how far from LoRA, seed by seed (mean; least to most), the
-    lowest first in bits an answer token.
+    lowest first in bits an answer token; last the size of the adapter on disk, without the file's header.
 
     names: the names of arms that are not to be called as the record calls them.
     """
@@ -171,9 +173,16 @@ def results(record: Mapping[str, Any], names: Mapping[str, str]) -> AnswerTable:
             apart = f"{statistics.fmean(gaps):+.3f} ({min(gaps):+.3f} to {max(gaps):+.3f})"
             own = f"{statistics.fmean(run[key] for run in runs):.3f} itself"
             row.append(own if arm == "lora" else apart)
-        rows.append(tuple(row))
-    head = ("method", "exactly right (irregular verbs)", *(f"{of}, less LoRA's" for of in LEVELS.values()))  # fmt: skip
+        row.append(f"{adapter_bytes(record, arm) / 1e6:.1f}")
+        rows.append(tuple(cell.replace(" ", "\N{NO-BREAK SPACE}") for cell in row))
+    levels = (f"{of}, less LoRA's" for of in LEVELS.values())
+    head = ("method", "exactly right (irregular)", *levels, "adapter, MB")
     return AnswerTable(head, rows, named=1)
+
+
+def adapter_bytes(record: Mapping[str, Any], arm: str) -> float:
+    """Of the served adapter's numbers on disk, the mean over the seeds."""
+    return BYTES_OF.get(arm, 4) * statistics.fmean(run["parameters"] for run in _runs(record, arm))
 
 
 def one_sided(record: Mapping[str, Any], key: str) -> tuple[list[str], list[str]]:
@@ -231,7 +240,7 @@ def answer(claims: Claims, *ids: str) -> list[tuple[str, str, str]]:
         exact = " and ".join(f"{share} ({name})" for share, name in zip(shares, names, strict=True))
         won = record["runs"]["base/test"]["bits_per_token"] - statistics.fmean(two)
         said = f"{exact} of {ASKED[question.study]} exactly right; " if all(shares) else ""
-        said += f"{names[0]} less {names[1]}: {effect}, the least and the most of {len(one)} seeds; training wins {won:.1f}"
+        said += f"{names[0]} less {names[1]}: {effect}, the least and the most of {len(one)} seeds; the training itself gained {won:.1f}"
         verdicts = {(True, True): BOTH, (False, False): NEITHER, (True, False): HERE, (False, True): THERE}  # fmt: skip
         same = f"claim {claims.link(id)} {verdicts[claims[id].holds, nano.holds]}"
         rows.append((asked, said[0].upper() + said[1:], same))

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,34 @@ def tensor_bytes(model: nn.Module) -> int:
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors
     }
     return sum(storages.values())
+
+
+class Kept:
+    """A tensor as long as a graph keeps it."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+
+def saved_bytes(model: nn.Module, function: Callable[[], object]) -> int:
+    """Bytes that the graph of what `function()` returns keeps for its backward pass, each storage once.
+
+    What the model holds anyway is left out, and so are graphs that are dropped on the way (DoRA's of its norms). What a
+    checkpoint keeps lies outside of the graph and is not seen.
+    """
+    held = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    there: weakref.WeakSet[Kept] = weakref.WeakSet()
+
+    def pack(tensor: torch.Tensor) -> Kept:
+        kept = Kept(tensor.detach())  # an output with its graph would hold itself
+        there.add(kept)
+        return kept
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
+        result = function()
+    storages = {kept.tensor.untyped_storage().data_ptr(): kept.tensor for kept in there}
+    del result  # which held the graph
+    return sum(t.untyped_storage().nbytes() for at, t in storages.items() if at not in held)
 
 
 def peak_memory(function: Callable[[], Result]) -> tuple[Result, int]:

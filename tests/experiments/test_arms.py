@@ -14,6 +14,7 @@ from lora_course.experiments.arms import (
     base_score,
     bits_by_domain,
     bits_of,
+    components,
     file_bytes,
     in_peft,
     rows_of,
@@ -22,7 +23,7 @@ from lora_course.experiments.arms import (
 )
 from lora_course.experiments.record import Record
 from lora_course.injection import adapter_layers, trainable_parameters
-from lora_course.states import factor_state
+from lora_course.states import concatenate, factor_state, relative_error
 from tests.models import randomize
 
 SETTINGS = {
@@ -96,6 +97,18 @@ def test_what_is_scored_is_what_was_trained_on_the_domain_that_was_named(tmp_pat
     assert abs(served["python"] - bits_of(settings, base_of(settings), "test", "python")) > 1e-3
     written = save_adapter(found.model, tmp_path) / "adapter.safetensors"
     assert file_bytes(found.arm) == written.stat().st_size
+
+
+def test_components_of_an_adapter_add_up_to_its_update() -> None:
+    state = factor_state(randomize(adapted(SETTINGS, 0, config_of(5, 0.7)), 1))
+    parts = [components(state, 0, 2), components(state, 2, 3)]
+    module = next(name for name in state if name.endswith(".A")).removesuffix(".A")
+    assert [part[f"{module}.A"].shape[0] for part in parts] == [2, 3]
+    assert [part[f"{module}.B"].shape[1] for part in parts] == [2, 3]
+    assert relative_error(concatenate(parts), state) < 1e-6
+    assert relative_error(concatenate(parts[:1]), state) > 0.1
+    parts[0][f"{module}.A"].zero_()  # a copy
+    assert state[f"{module}.A"].abs().min() > 0
 
 
 def test_the_base_is_scored_on_both_splits(tmp_path: Path) -> None:

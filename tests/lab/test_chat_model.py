@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_course.experiments import smol_several
+from lora_course.experiments import smol_past, smol_several
 from lora_course.experiments.smol_past import METHODS
 from lora_course.lab import Claims, chat_model
 from lora_course.lab.chat_model import (
@@ -25,7 +25,7 @@ TEXTS = {path.stem: path.read_text() for path in NOTEBOOKS.glob("[0-9]*.md")}
 
 
 def run(bits: float, exact: float, **more: object) -> dict:
-    return {"bits_per_token": bits, "exact": exact} | more
+    return {"bits_per_token": bits, "exact": exact, "parameters": 2_500_000} | more
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_a_row_says_whether_the_verdict_is_nanos(record: Path) -> None:
         assert row[2].endswith(f" {said}") and "5.1-s" in row[2]
         assert row[1] == (
             "60% (DoRA) and 50% (LoRA) of unseen English verbs exactly right; DoRA less LoRA: -0.050 bits an answer token "
-            "(-0.050 to -0.050), the least and the most of 2 seeds; training wins 4.0"
+            "(-0.050 to -0.050), the least and the most of 2 seeds; the training itself gained 4.0"
         )
         assert claims.claims[-1].holds and claims.claims[-1].evidence == "smol"
     for holds, said in ((False, NEITHER), (True, THERE)):  # lower with one seed of two
@@ -95,16 +95,36 @@ def test_the_table_has_loras_level_and_the_others_paired_differences(record: Pat
         found |= {"irregular": 0.25, "own_text": lost[arm][int(seed)]}
     text["runs"]["gates/0.002/0/test"] = run(0.3, 0.5)  # its second seed has not run
     table = chat_model.results(text, {"dora": "D<o>RA"})
-    found = {row[0]: row[1:] for row in table.rows}
+    found = {
+        row[0]: tuple(cell.replace("\N{NO-BREAK SPACE}", " ") for cell in row[1:])
+        for row in table.rows
+    }
     assert list(found)[0] == "D&lt;o&gt;RA" and list(found)[-1] == "lora"  # the lowest first
-    assert found["lora"] == ("50.0% (25.0%)", "0.350 itself", "1.200 itself")
+    assert found["lora"] == ("50.0% (25.0%)", "0.350 itself", "1.200 itself", "10.0")
     assert found["D&lt;o&gt;RA"][:2] == ("60.0% (25.0%)", "-0.050 (-0.050 to -0.050)")
     assert found["adalora"][2] == "-0.050 (-0.200 to +0.100)"
     page = table._repr_html_()  # on a phone there is no head, and each cell says what it is
-    assert '<td>lora</td><td data-head="exactly right (irregular verbs)">50.0% (25.0%)</td>' in page
-    assert page.count("data-head=") == 3 * len(found)
+    assert (
+        '<td>lora</td><td data-head="exactly right (irregular)">50.0%\N{NO-BREAK SPACE}(25.0%)</td>'
+        in page
+    )
+    assert page.count("data-head=") == 4 * len(found)
     assert chat_model.one_sided(text, "bits_per_token") == (["dora"], [])
     assert chat_model.one_sided(text, "own_text") == (["dora"], ["nested"])
+
+
+@pytest.mark.parametrize(("arm", "each"), [("lora", 4), ("delta", 8), ("factors-2bit", 0.3125)])
+def test_bytes_of_a_number_are_those_of_the_file(arm: str, each: float, tmp_path: Path) -> None:
+    settings = smol_past.SETTINGS | {"model": "nano"}
+    made = METHODS[arm](settings, 0)
+    made.save(made.model, tmp_path)
+    (path,) = tmp_path.rglob("*.safetensors")
+    header = 8 + int.from_bytes(path.read_bytes()[:8], "little")
+    numbers = made.parameters(made.model)
+    assert (path.stat().st_size - header) / numbers == pytest.approx(each, rel=1e-3)
+    runs = {f"{arm}/0.002/{seed}/test": {"parameters": seed * numbers} for seed in (1, 3)}
+    record = {"study": "smol_past", "settings": {"seeds": [1, 3]}, "runs": runs}
+    assert chat_model.adapter_bytes(record, arm) == 2 * numbers * each
 
 
 def test_values_inside_a_run_are_averaged_seed_by_seed(record: Path) -> None:

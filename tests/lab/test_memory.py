@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lora_course.lab.memory import peak_memory, process_peak, tensor_bytes
+from lora_course.lab.memory import peak_memory, process_peak, saved_bytes, tensor_bytes
 from lora_course.qlora import quantize_model, stored_bytes
 
 MB = 1_000_000
@@ -37,6 +37,20 @@ def test_work_on_the_cpu_is_measured_there_on_a_machine_with_a_gpu(monkeypatch) 
     assert MB <= peak_memory(lambda: torch.ones(250, 1000))[1] < MB + 1000
     on_gpu[1] = 612
     assert peak_memory(lambda: torch.ones(250, 1000))[1] == 512
+
+
+def test_what_the_backward_pass_needs_is_counted_once_and_without_parameters() -> None:
+    layer, x = nn.Linear(50, 30), torch.ones(20, 50)
+    assert saved_bytes(layer, lambda: layer(x)) == 20 * 50 * 4
+    assert saved_bytes(layer, lambda: layer(x) + layer(x)) == 20 * 50 * 4  # the same x
+    learnt = torch.ones(20, 50, requires_grad=True)  # its gradient needs the weight, too
+    assert saved_bytes(layer, lambda: layer(learnt)) == 20 * 50 * 4
+    assert saved_bytes(layer, lambda: layer(x).exp()) == (20 * 50 + 20 * 30) * 4
+    assert (
+        saved_bytes(layer, lambda: [layer(x).exp().sum(), None][1]) == 0
+    )  # a graph that is dropped
+    with torch.no_grad():
+        assert saved_bytes(layer, lambda: layer(x)) == 0
 
 
 def test_freeing_what_was_there_before_does_not_hide_what_is_added() -> None:

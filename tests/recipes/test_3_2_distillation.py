@@ -13,6 +13,7 @@ from lora_course.injection import adapter_layers, inject, unload
 from lora_course.states import factor_state
 from tests.models import config, randomize
 from tests.recipes import recipe, small
+from tools.chapters import ROOT
 
 SMALL_STUDENT = '"Qwen/Qwen2.5-0.5B-Instruct"'
 
@@ -60,6 +61,16 @@ def test_3_2_a_model_teaches_a_small_one_and_folders_teach_one_adapter(
     ]
     assert max(apart) > 0
     assert given["taught"].teacher is teacher and given["taught"].tokens == len(given["tokenizer"])
+
+    # the line for another seed: other factors and another order of the rows
+    page = (ROOT / "notebooks" / "3_2_distillation.md").read_text()
+    (line,) = re.findall(r"`(again = with_lora\(.*?)`", page)
+    exec(line, given)
+    again = adapter_layers(given["again"]).values()
+    assert all(
+        not torch.equal(layer.A, twin.A)
+        for layer, twin in zip(again, adapter_layers(alone).values(), strict=True)
+    )
 
     teachers = given["teachers"]
     assert teachers.names == ["law", "code"]

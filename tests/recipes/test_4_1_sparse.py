@@ -3,15 +3,16 @@
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
-from lora_course import lab, sparse
+from lora_course import lab, load_adapter, sparse
 from lora_course.injection import adapter_layers
 from tests.recipes import LARGE, recipe
 
 
 @pytest.mark.slow
-def test_4_1_closes_the_gates_that_start_small_and_exports_plain_lora_of_one_rank(
+def test_4_1_closes_the_gates_that_start_small_exports_one_rank_and_keeps_an_update_by_places(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -37,3 +38,10 @@ def test_4_1_closes_the_gates_that_start_small_and_exports_plain_lora_of_one_ran
     assert {len(w) for w in A} == {max(ranks.values())}
     # rows that no rank fills are zeros
     assert sum((w != 0).any(1).sum().item() for w in A) == sum(ranks.values())
+    masked = adapter_layers(given["masked"])
+    again = adapter_layers(load_adapter(lab.load_base("nano")[0], "adapters/law-update"))
+    assert len(masked) == 28
+    for name, layer in masked.items():
+        assert len(layer.values_delta) == 16 * sum(layer.base_layer.weight.shape)
+        assert layer.values_delta.any()
+        assert torch.equal(again[name].delta_weight(), layer.delta_weight())

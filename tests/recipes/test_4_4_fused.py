@@ -57,6 +57,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.tokenizer = AutoTokenizer.from_pretrained("nano")
+        self.one_at_a_time = threading.Lock()  # loading a model is not for several threads
 
     def answer(self, body: dict[str, Any]) -> str:
         assert body["temperature"] == 0
@@ -77,7 +78,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         assert self.path == "/v1/chat/completions"
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        reply = {"choices": [{"message": {"content": self.server.answer(body)}}]}
+        with self.server.one_at_a_time:
+            reply = {"choices": [{"message": {"content": self.server.answer(body)}}]}
         self.send_response(200)
         self.end_headers()
         self.wfile.write(json.dumps(reply).encode())

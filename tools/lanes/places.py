@@ -41,9 +41,16 @@ class Place:
     """A virtual environment in a folder, with a Jupyter kernel in it.
 
     beside: also finds what is installed in this environment, behind its own (torch, say, which is large).
+    course: so too the course; else only what the lane installs of it counts.
     """
 
-    def __init__(self, folder: Path, beside: bool = True, python: str = sys.executable) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        beside: bool = True,
+        python: str = sys.executable,
+        course: bool = False,
+    ) -> None:
         self.folder, self.python = folder, folder / "python" / "bin" / "python"
         if python == sys.executable:
             venv.create(folder / "python", with_pip=True, symlinks=os.name != "nt")
@@ -54,7 +61,11 @@ class Place:
                 [self.python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
                 capture_output=True, text=True, check=True,
             ).stdout.strip()  # fmt: skip
-            (Path(site) / "beside.pth").write_text(sysconfig.get_path("purelib") + "\n")
+            (folder / "beside").mkdir()
+            for path in Path(sysconfig.get_path("purelib")).iterdir():
+                if course or "lora_course" not in path.name:
+                    (folder / "beside" / path.name).symlink_to(path)
+            (Path(site) / "beside.pth").write_text(f"{folder / 'beside'}\n")
 
     def install(self, *packages: str, alone: bool = False) -> None:
         command = [self.python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]

@@ -32,7 +32,8 @@ def configuration(stage: Path) -> str:
     conf.unlink()
     for extension in JUPYTER_BOOKS_OWN:
         text = text.replace(f"'{extension}', ", "").replace(f", '{extension}'", "")
-    return text
+    # conf.py lies elsewhere, and these paths count from where it lies
+    return text.replace("'book/_static", f"'{stage}/book/_static")
 
 
 def main() -> None:
@@ -40,7 +41,7 @@ def main() -> None:
     if not (stage / "_config.yml").exists():
         raise SystemExit("there is no staged book: run `make book` first")
     with tempfile.TemporaryDirectory() as folder:
-        place = Place(Path(folder))
+        place = Place(Path(folder), course=True)
         place.install(*PACKAGES)
         (Path(folder) / "conf.py").write_text(configuration(stage))
         settings = os.environ | {"PYTHONPATH": str(ROOT)}

@@ -31,7 +31,10 @@ def labels() -> dict[str, Any]:
     return {
         "taught": half_taught, "half": f"{half_taught.half:.3f}", "data": f"{fmean(data):.3f}",
         "new": pair(own, "fresh", "fresh labels"), "text": Pair(fresh, alone),
-        "alone": Pair(alone, taught[: len(alone)]), "merged": Pair(fresh, study.series(merged, "cut")[: len(fresh)]),
+        "alone": Pair(alone, taught[: len(alone)]),
+        **{name: Pair(study.series(own, arm), taught[: len(alone)])
+           for name, arm in (("quarter", "alpha 0.25"), ("three_quarters", "alpha 0.75"))},
+        "merged": Pair(fresh, study.series(merged, "cut")[: len(fresh)]),
         "check": f"{abs(check):.4f}",
     }  # fmt: skip
 

@@ -18,16 +18,9 @@ import tempfile
 from functools import cache
 from typing import Any
 
-from lora_course.experiments import (
-    ROUNDING,
-    Runs,
-    Study,
-    Witness,
-    adapted,
-    config_of,
-    quantized,
-    run_key,
-)
+from lora_course.experiments import ROUNDING, Runs, Study, Witness, adapted, config_of, quantized
+from lora_course.experiments.arms import components
+from lora_course.experiments.rates import run_key
 from lora_course.lora import AdapterState
 from lora_course.quantized import quantize_after_training, save_quantized
 from lora_course.states import concatenate, factor_state, relative_error, truncate, use_adapter
@@ -43,13 +36,6 @@ SETTINGS: dict[str, Any] = {
 @cache
 def trained(seed: int) -> AdapterState:
     return factor_state(quantized.trained("lora", RATE, seed).model)
-
-
-def components(state: AdapterState, start: int, count: int) -> AdapterState:
-    """Of each A the rows, and of each B the columns, from `start` on."""
-    end = start + count
-    cut = {"A": lambda t: t[start:end], "B": lambda t: t[:, start:end], "scaling": lambda t: t}
-    return {name: cut[name.rpartition(".")[2]](t).clone() for name, t in state.items()}
 
 
 def written(model: Any) -> tuple[int, int]:

@@ -16,7 +16,6 @@ from typing import Any
 
 from lora_course.adaptive import GrowingLoRALinear, GrowthSchedule, RankGrower
 from lora_course.experiments import (
-    ROUNDING,
     Arm,
     Kept,
     Runs,
@@ -29,7 +28,7 @@ from lora_course.experiments import (
     run_key,
     train,
 )
-from lora_course.experiments.adaptive_controls import RandomGrower
+from lora_course.experiments.adaptive_controls import RandomGrower, score
 
 SETTINGS: dict[str, Any] = adaptive.SETTINGS | {
     "seeds": [5, 6, 7], "search_seeds": [5], "learning_rates": [8e-3, 1.6e-2, 3.2e-2], "max_r": 10,
@@ -50,12 +49,6 @@ def trained(arm: str, rate: float, seed: int) -> Trained:
     return train(Arm(model, [grower]), rows_of(SETTINGS), rate, seed, steps, batch)
 
 
-def score(found: Trained, split: str) -> dict[str, Any]:
-    values = adaptive.score(found, split)
-    del values["seconds"]
-    return values
-
-
 def body(runs: Runs) -> None:
     rates, seeds, searched = (SETTINGS[key] for key in ("learning_rates", "search_seeds", "searched"))  # fmt: skip
     recorded = SETTINGS["as recorded"]
@@ -67,14 +60,5 @@ def body(runs: Runs) -> None:
             runs(key, lambda *how: score(trained(*how), "test"), arm, rate, seed)
 
 
-WITNESS = Witness(
-    ("score/0.016/5/test",),
-    {"bits_per_byte": 0.004, "parameters": 0},
-    ROUNDING,
-)
-STUDY = Study(
-    "3_1_project",
-    SETTINGS,
-    body,
-    WITNESS,
-)
+WITNESS = Witness(("score/0.016/5/test",), {"bits_per_byte": 0.004, "parameters": 0})
+STUDY = Study("3_1_project", SETTINGS, body, WITNESS)

@@ -36,10 +36,9 @@ def first_values(start: str) -> Tensor:
     return torch.tensor([*range(-7, 8), 0.5], dtype=torch.float64).sort().values / 7
 
 
-def blocks_of(weight: Tensor) -> tuple[Tensor, Tensor]:
+def scaled_blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
     """The blocks of a weight over their largest |w|, `[blocks, 64]`, and those, `[blocks, 1]`."""
-    blocks = weight.reshape(-1, SETTINGS["block"])
-    largest = blocks.abs().amax(1, keepdim=True).clamp(min=1e-12)
+    blocks, largest = formats.blocks_of(weight)
     return blocks / largest, largest
 
 
@@ -48,7 +47,7 @@ def counted() -> Tensor:
     """Σ m², Σ m² x and Σ m² x² of the scaled weights x in each bin, m their block's largest, `[half, 3, bins]`."""
     sums = torch.zeros(2, 3, SETTINGS["bins"], dtype=torch.float64)
     for weight in formats.loaded()[1].values():
-        scaled, largest = blocks_of(weight)
+        scaled, largest = scaled_blocks(weight)
         for half in (0, 1):
             x, m = scaled[half::2].double(), largest[half::2].double().square()
             bins = ((x + 1) / 2 * SETTINGS["bins"]).long().clamp(max=SETTINGS["bins"] - 1).flatten()
@@ -91,7 +90,7 @@ def rounded(values: list[float], count: int = SETTINGS["windows"]) -> dict[str, 
     model, originals, _ = formats.loaded()
     table, lost, total = torch.tensor(values), 0.0, 0.0
     for name, weight in originals.items():
-        scaled, largest = blocks_of(weight)
+        scaled, largest = scaled_blocks(weight)
         new = (table[nearest(scaled, table)] * largest).reshape(weight.shape)
         lost += (new - weight).square().sum().item()
         total += weight.square().sum().item()
@@ -111,9 +110,4 @@ WITNESS = Witness(
     "No training: fp32 sums in another order move a loss by less than a thousandth, and the formats lie hundredths apart",
     part=lambda: rounded(fit("nf4")["values"], count=1),
 )
-STUDY = Study(
-    "1_1_project",
-    SETTINGS,
-    body,
-    WITNESS,
-)
+STUDY = Study("1_1_project", SETTINGS, body, WITNESS)

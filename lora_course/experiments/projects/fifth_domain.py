@@ -22,26 +22,13 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
-import datasets
 import torch
 from torch import nn
 
 from lora_course import experts, lab
-from lora_course.experiments import (
-    ROUNDING,
-    Kept,
-    Runs,
-    Study,
-    Witness,
-    adapted,
-    base_of,
-    compete,
-    config_of,
-    tokenizer_of,
-)
+from lora_course.experiments import Kept, Runs, Study, Witness, compete, domains, tokenizer_of
 from lora_course.experiments import experts as first
 from lora_course.lora import AdapterState
-from lora_course.states import factor_state
 
 SETTINGS: dict[str, Any] = first.SETTINGS | {
     "known": ["bible", "shakespeare", "python"], "left_out": "milton", "expert_rate": 8e-3, "seeds": [0, 1, 2],
@@ -55,12 +42,9 @@ KNOWN, LEFT_OUT, ARMS = SETTINGS["known"], SETTINGS["left_out"], SETTINGS["arms"
 @functools.cache
 def experts_of(seed: int) -> list[AdapterState]:
     """One LoRA for each domain that is known."""
-    states = []
-    for domain in KNOWN:
-        model = adapted(SETTINGS, seed, config_of(SETTINGS["r"]))
-        rate, steps = SETTINGS["expert_rate"], SETTINGS["steps"]
-        states.append(factor_state(first.fit(model, first.rows(domain), rate, seed, steps)))
-    return states
+    rate, steps = SETTINGS["expert_rate"], SETTINGS["steps"]
+    found = domains.one_each(SETTINGS, KNOWN, SETTINGS["r"], rate, seed, steps, first.rows)
+    return list(found.values())
 
 
 def singles(seed: int) -> dict[str, Any]:
@@ -71,11 +55,8 @@ def singles(seed: int) -> dict[str, Any]:
 
 def mixture(arm: str, rate: float, seed: int) -> nn.Module:
     """Frozen experts, and routers trained on the text of their domains."""
-    model, states = base_of(SETTINGS), experts_of(seed)
-    torch.manual_seed(seed)
-    experts.mix_experts(model, states, gate_by=ARMS[arm]["gate_by"])
-    rows = datasets.concatenate_datasets([first.rows(domain) for domain in KNOWN])
-    return first.fit(model, rows.with_format("torch"), rate, seed, ARMS[arm]["steps"])
+    rows = domains.mixed_rows(SETTINGS, KNOWN, SETTINGS["steps"] * len(KNOWN), first.rows)
+    return domains.routed(SETTINGS, experts_of(seed), rows, rate, seed, **ARMS[arm])
 
 
 @torch.no_grad()
@@ -107,14 +88,5 @@ def body(runs: Runs) -> None:
         compete(runs, arm, Kept(mixture, arm), score, rates, seeds, value=known)
 
 
-WITNESS = Witness(
-    ("token/0.1/0/test",),
-    {"bits_per_byte": 0.005},
-    ROUNDING,
-)
-STUDY = Study(
-    "2_1_project",
-    SETTINGS,
-    body,
-    WITNESS,
-)
+WITNESS = Witness(("token/0.1/0/test",), {"bits_per_byte": 0.005})
+STUDY = Study("2_1_project", SETTINGS, body, WITNESS)

@@ -16,7 +16,6 @@ from __future__ import annotations
 from typing import Any
 
 from lora_course.experiments import (
-    ROUNDING,
     Arm,
     Kept,
     Runs,
@@ -80,9 +79,5 @@ def body(runs: Runs) -> None:
         compete(runs, arm, Kept(trained, arm), scored, first, asked, value=hierarchical.mean)
 
 
-WITNESS = Witness(
-    ("last block/0.016/0/test",),
-    {"bits_per_byte": 0.005},
-    ROUNDING,
-)
+WITNESS = Witness(("last block/0.016/0/test",), {"bits_per_byte": 0.005})
 STUDY = Study("4_2_project", SETTINGS, body, WITNESS)

@@ -18,7 +18,6 @@ from typing import Any
 from torch import nn
 
 from lora_course.experiments import (
-    ROUNDING,
     Arm,
     Kept,
     Runs,
@@ -53,13 +52,6 @@ def body(runs: Runs) -> None:
 
 
 WITNESS = Witness(
-    ("A = 0/0.004/0/test",),
-    {"bits_per_byte": 0.005, "own_domain": 0.02, "parameters": 0},
-    ROUNDING,
+    ("A = 0/0.004/0/test",), {"bits_per_byte": 0.005, "own_domain": 0.02, "parameters": 0}
 )
-STUDY = Study(
-    "0_1_project",
-    SETTINGS,
-    body,
-    WITNESS,
-)
+STUDY = Study("0_1_project", SETTINGS, body, WITNESS)

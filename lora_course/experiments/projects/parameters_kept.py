@@ -22,7 +22,6 @@ from torch import nn
 
 from lora_course.adalora import AdaLoRALinear, kept_triplets, prune_triplets, regularizer
 from lora_course.experiments import (
-    ROUNDING,
     Arm,
     Kept,
     Runs,
@@ -99,14 +98,5 @@ def body(runs: Runs) -> None:
         compete(runs, arm, Kept(trained, arm), first.score, rates, seeds, agree=2)
 
 
-WITNESS = Witness(
-    ("charged/0.032/0/test",),
-    {"bits_per_byte": 0.005, "parameters": 0},
-    ROUNDING,
-)
-STUDY = Study(
-    "1_2_project",
-    SETTINGS,
-    body,
-    WITNESS,
-)
+WITNESS = Witness(("charged/0.032/0/test",), {"bits_per_byte": 0.005, "parameters": 0})
+STUDY = Study("1_2_project", SETTINGS, body, WITNESS)

@@ -18,7 +18,6 @@ import tempfile
 from typing import Any
 
 from lora_course.experiments import (
-    ROUNDING,
     Kept,
     Runs,
     Study,
@@ -81,14 +80,5 @@ def body(runs: Runs) -> None:
         compete(runs, arm, Kept(trained, arm), score, rates, seeds)
 
 
-WITNESS = Witness(
-    ("full rates/0.008/0/test",),
-    {"bits_per_byte": 0.005},
-    ROUNDING,
-)
-STUDY = Study(
-    "2_2_project",
-    SETTINGS,
-    body,
-    WITNESS,
-)
+WITNESS = Witness(("full rates/0.008/0/test",), {"bits_per_byte": 0.005})
+STUDY = Study("2_2_project", SETTINGS, body, WITNESS)

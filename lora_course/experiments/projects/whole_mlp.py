@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from lora_course import lab
 from lora_course.experiments import Runs, Study, Witness
 from lora_course.experiments import fused_costs as costs
+from lora_course.lab.memory import saved_bytes
 
 SETTINGS: dict[str, Any] = {
     key: costs.SETTINGS[key] for key in ("model", "batch", "length", "dropout")
@@ -142,7 +143,7 @@ def memory(kind: str, r: int, dropout: float) -> dict[str, int]:
     peak = lab.peak_memory(lambda: costs.step(model, ids))[1]
     if kind == "checkpointed":
         return {"peak": peak}
-    saved = costs.saved_bytes(model, lambda: model(input_ids=ids, labels=ids, use_cache=False))
+    saved = saved_bytes(model, lambda: costs.forward(model, ids))
     config, rows = model.config, SETTINGS["batch"] * SETTINGS["length"]
     return {"saved": saved, "peak": peak, "counted": 2 * rows * config.intermediate_size * 4 * config.num_hidden_layers}  # fmt: skip
 
