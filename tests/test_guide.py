@@ -26,7 +26,9 @@ def guide() -> str:
 
 
 def test_each_line_of_the_guide_rests_on_claims_that_exist() -> None:
-    tables = re.findall(r"^(?:guide|rest|several) = \[\n(.*?)^\]", guide(), re.MULTILINE | re.DOTALL)
+    tables = re.findall(
+        r"^(?:guide|rest|several) = \[\n(.*?)^\]", guide(), re.MULTILINE | re.DOTALL
+    )
     assert len(tables) == 3
     assert tables[0].count("\n    (") < 8  # what a reader decides by, on one screen
     rows = [row for table in tables for row in re.split(r"^    \((?=\")", table, flags=re.MULTILINE)[1:]]  # fmt: skip
