@@ -1,7 +1,7 @@
 """The neighbours of LoRA that PEFT has, under the rule of `comparison`, and what turning LoRA down after training does.
 
 Base, texts, order, steps, batch, scoring and the search for the rate are those of `comparison`, whose record has the LoRA that
-each is paired with by seed. An arm is "method/domain". Then, on one text and with one seed, LoRA, DoRA and the neighbour with
+each is paired with by seed. An arm is "method/domain". Then, on one text, LoRA, DoRA and the neighbour with
 the lowest mean at other ranks and other batches ("dora r=4/python"), each with its own search. What `CLAIMS` states was stated
 before any of these runs.
 """
@@ -31,7 +31,7 @@ SETTINGS: dict[str, Any] = rule.SETTINGS | {
         "loha": [1.6e-2, 3.2e-2, 6.4e-2], "beft": [8e-3, 1.6e-2, 3.2e-2],
     },
     "loraplus_lr_ratio": 16, "vera_r": 256, "strengths": [1.0, 0.8, 0.7, 0.6, 0.5, 0.4], "turned_seeds": [0, 1, 2, 3, 4, 5],
-    "other": {"r": [4, 16], "batch": [2, 8]}, "other_domain": "python", "other_seeds": [0],
+    "other": {"r": [4, 16], "batch": [2, 8]}, "other_domain": "python",
 }  # fmt: skip
 PISSA = functools.partial(peft.decomposed, start="pissa")
 OLORA = functools.partial(peft.decomposed, start="olora")
@@ -149,7 +149,7 @@ def body(runs: Runs) -> None:
     others = [(name, value) for name, values in SETTINGS["other"].items() for value in values]
     runs.expect(sum(3 + len(runs.seeds) for arm in paired if arm in wanted))
     runs.expect(sum(len(SETTINGS["turned_seeds"]) for arm in turned if arm in wanted))
-    runs.expect(3 * len(others) * 4 if elsewhere in wanted else 0)
+    runs.expect(3 * len(others) * (3 + len(runs.seeds)) if elsewhere in wanted else 0)
     for arm in [arm for arm in paired if arm in wanted]:
         name, domain = arm.split("/")
         train = Kept(rule.train_measured, SETTINGS, NEIGHBOURS[name], domain)
@@ -168,13 +168,13 @@ def body(runs: Runs) -> None:
 
 def at_another(runs: Runs, name: str, setting: str, value: int) -> None:
     """A method at another rank or batch, from the rates around the one that it has in the comparison."""
-    domain, seeds = SETTINGS["other_domain"], SETTINGS["other_seeds"]
+    domain, asked = SETTINGS["other_domain"], SETTINGS["search_seeds"]
     known = {"runs": runs.recorded} if name in NEIGHBOURS else load_study("5_1_comparison")
     method = NEIGHBOURS.get(name) or rule.METHODS[name]
     rate = chosen_rate(known, f"{name}/{domain}")
     train = Kept(rule.train_measured, SETTINGS | {setting: value}, method, domain)
     scored, first = functools.partial(rule.score, domain), [rate / 2, rate, 2 * rate]
-    compete(runs, f"{name} {setting}={value}/{domain}", train, scored, first, seeds, seeds=seeds)
+    compete(runs, f"{name} {setting}={value}/{domain}", train, scored, first, asked)
 
 
 TOLERANCES = {"bits_per_byte": 0.005, "own_domain": 0.02, "parameters": 0}

@@ -25,34 +25,32 @@ class Asked(Runs):
 COMPLETE = [name for name in experiments.NAMES if name not in experiments.UNDER_WAY]
 
 
-@pytest.mark.parametrize("name", experiments.UNDER_WAY)
-def test_a_record_under_way_is_whole_as_far_as_it_goes(name: str) -> None:
-    """Of these settings, each run with where it was made; and something is missing, or the study would leave the list."""
-    study = experiments.get(name)
-    record = Record(study.path, study.name, study.settings)
-    made = [key for entry in record.read()["made"] for key in entry["keys"]]
-    assert sorted(made) == sorted(record.runs)
-    with pytest.raises(AssertionError, match="lacks"):
-        study.body(Asked(record))
-
-
-@pytest.mark.parametrize("name", COMPLETE)
+@pytest.mark.parametrize("name", experiments.NAMES)
 def test_a_record_holds_the_runs_that_its_study_asks_for_and_no_others(name: str) -> None:
     study = experiments.get(name)
     assert study.name == name and experiments.get(experiments.NAMES[name]) is study
     asked = Asked(Record(study.path, study.name, study.settings))
+    if name in experiments.UNDER_WAY:  # something is missing, or the study would leave the list
+        with pytest.raises(AssertionError, match="lacks"):
+            study.body(asked)
+        return
     study.body(asked)
     assert asked.done == set(asked.recorded)
     # what a search adds beyond an edge cannot be known before
     assert asked.expected <= len(asked.done) <= 1.2 * asked.expected
 
 
-@pytest.mark.parametrize("name", COMPLETE)
-def test_a_record_says_where_each_run_was_made_and_when_it_last_held(name: str) -> None:
-    study, record = experiments.get(name), reading.load_study(name)
+@pytest.mark.parametrize("name", experiments.NAMES)
+def test_a_record_says_where_each_run_was_made(name: str) -> None:
+    record = reading.load_study(name)
     keys = [key for made in record["made"] for key in made["keys"]]
     assert sorted(keys) == sorted(record["runs"])
     assert all(made["date"] and made["versions"]["torch"] for made in record["made"])
+
+
+@pytest.mark.parametrize("name", COMPLETE)
+def test_a_record_says_when_it_last_held(name: str) -> None:
+    study, record = experiments.get(name), reading.load_study(name)
     settings = as_json(dict(study.settings))
     assert record["settings"]["seeds"][: len(settings["seeds"])] == settings["seeds"] if "seeds" in settings else True  # fmt: skip
     verified = record["verified"]

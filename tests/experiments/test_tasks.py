@@ -130,19 +130,6 @@ def test_a_sequence_gives_a_row_of_bits_after_each_task(small: None, name: str) 
         assert last["tasks"][task]["bits_per_token"] == pytest.approx(bits, rel=0.01)
 
 
-def test_the_adapter_that_is_kept_is_that_of_the_seed_and_task_in_the_settings(
-    small: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
-) -> None:
-    monkeypatch.setattr(tasks_nano, "KEPT", tmp_path)
-    plans = {task: {"steps": 2, "batch": 2} for task in tasks_nano.SETTINGS["tasks"]}
-    monkeypatch.setitem(tasks_nano.SETTINGS, "tasks", plans)
-    for task, seed in (("past", 0), ("pronunciation", 1)):
-        tasks_nano.score(task, tasks_nano.trained(task, 1e-2, seed), "test")
-        assert not list(tmp_path.iterdir())
-    tasks_nano.score("pronunciation", tasks_nano.trained("pronunciation", 1e-2, 0), "test")
-    assert (tmp_path / "pronunciation" / "adapter.safetensors").is_file()
-
-
 @pytest.mark.parametrize("rate", [4e-3, 1.6e-2])
 def test_gates_end_with_about_loras_parameters_at_every_rate(small: None, rate: float) -> None:
     settings = smol_past.SETTINGS | {"steps": 30}

@@ -9,9 +9,9 @@ import peft
 import pytest
 import torch
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Trainer
 
-from lora_course import lab
+from lora_course import lab, training_arguments
 from lora_course.experiments import comparison
 from lora_course.experiments.neighbours import LINES, OVER_4_BITS, SERVED
 from lora_course.lab import study
@@ -194,6 +194,30 @@ def test_a_line_for_an_optimizer_steps_what_it_says(name: str, factors: int) -> 
     assert len(stepped) == 28 * factors  # A and B of each linear layer; LoRA-FA B alone
     if name == "plus":
         assert {group["lr"] for group in groups if group["params"]} == {1e-3, 16e-3}
+
+
+def test_the_neighbours_lines_are_the_studys_and_run_as_arms_of_the_recipe(tmp_path: Path) -> None:
+    section = CHAPTER.read_text().split("\n## The neighbours in PEFT")[1]
+    code = re.search(r"^```python\n(.*?)^```", section, re.MULTILINE | re.DOTALL)[1]
+    lines, eva, lora_fa = re.split(r"^# .*:\n", code, flags=re.MULTILINE)
+    given: dict[str, Any] = {"arms": {}, "plain": PLAIN, "LoraConfig": peft.LoraConfig}
+    exec(lines, given)
+    for name, config in given["arms"].items():
+        assert config == evaluated(name), name
+    tokenizer = lab.load_base("nano")[1]
+    rows = lab.blocks(tokenizer, lab.load_text("bible", "train")[:8], length=64)
+    how = training_arguments("runs/one", learning_rate=1e-3, max_steps=3, per_device_train_batch_size=2)  # fmt: skip
+    how.output_dir = str(tmp_path)
+    given |= {"rows": rows, "how": how, "rate": 1e-3, "get_peft_model": peft.get_peft_model, "Trainer": Trainer}  # fmt: skip
+    given["model"] = lab.load_base("nano")[0]
+    exec(eva, given)
+    ranks = {m.r["default"] for m in given["model"].modules() if hasattr(m, "lora_A")}
+    assert len(ranks) > 1  # it gave each layer its own
+    given["model"] = model = peft.get_peft_model(lab.load_base("nano")[0], peft.LoraConfig(**PLAIN))
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" in n}
+    exec(lora_fa, given)
+    moved = {n for n, p in model.named_parameters() if n in before and not torch.equal(p, before[n])}  # fmt: skip
+    assert moved == {n for n in before if "lora_B" in n}
 
 
 def test_lily_looks_ahead_as_the_chapter_says() -> None:
