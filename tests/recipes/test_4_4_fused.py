@@ -1,4 +1,4 @@
-"""The recipe of chapter 4.4: from a folder to a server's answers, merged, in one call, trained fused."""
+"""The recipes of chapter 4.4: merged, served and checked, in one call, written once more, trained fused."""
 
 import json
 import re
@@ -18,34 +18,45 @@ from lora_course.export import export_peft
 from lora_course.injection import disabled, inject, unload
 from lora_course.serving import row_adapters
 from tests.models import config, randomize, relative
-from tests.recipes import recipe, small
+from tests.recipes import small
 from tools.chapters import ROOT
 
 TEMPLATE = "<|endoftext|>{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 
-def use_it(stem: str) -> str:
-    """The section "Use it" of a chapter's source."""
-    source = (ROOT / "notebooks" / f"{stem}.md").read_text()
-    return source[source.index("\n## Use it") : source.index("\n## The idea")]
+USE_IT, FUSED = (
+    ("\n## Use it", "\n## The idea"),
+    ("\n## A fused training step", "\n### The backward"),
+)
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", use_it("4_4_fused"), re.MULTILINE | re.DOTALL)
+def blocks(language: str, *sections: tuple[str, str]) -> list[str]:
+    """Fenced blocks of sections of the chapter's source, each from one heading to another."""
+    source = (ROOT / "notebooks" / "4_4_fused.md").read_text()
+    found = []
+    for head, end in sections:
+        section = source[source.index(head) : source.index(end)]
+        found += re.findall(rf"^```{language}\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
+    return found
 
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder, the current one, with nano that has a chat template and two adapters that change its answers."""
+    """A folder, the current one, with nano that has a chat template and two adapters that change its answers.
+
+    `adapters` are as PEFT mostly writes them, and `trained` have two ranks and two scales each.
+    """
     monkeypatch.chdir(tmp_path)
     model, tokenizer = lab.load_base("nano")
     tokenizer.chat_template = TEMPLATE
     model.save_pretrained("nano")
     tokenizer.save_pretrained("nano")
     for seed, (tenant, rank) in enumerate({"law": 4, "code": 2}.items()):
-        given = config(r=rank, lora_alpha=3 * rank)
-        export_peft(randomize(inject(model, given), seed), f"trained/{tenant}")
-        unload(model)
+        one = config(r=rank, lora_alpha=3 * rank)
+        two = config(r=rank, lora_alpha=3 * rank, rank_pattern={"q_proj": 1})
+        for folder, given in {"adapters": one, "trained": two}.items():
+            export_peft(randomize(inject(model, given), seed), f"{folder}/{tenant}")
+            unload(model)
     return tmp_path
 
 
@@ -105,26 +116,27 @@ def verdicts(printed: str) -> list[bool]:
 def test_4_4_folders_are_served_checked_merged_batched_and_trained_on(
     server: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code = small(recipe("4_4_fused"), steps=2).replace(repr(str(lab.base_path("nano"))), "'nano'")
+    written = blocks("python", USE_IT, FUSED)
+    code = small("\n".join(written), steps=2).replace(repr(str(lab.base_path("nano"))), "'nano'")
     assert code.count("=60") == 2 and code.count(": 60") == 1
     code = code.replace("=60", "=8").replace(": 60", ": 8")
     code = code.replace("localhost:8000", f"127.0.0.1:{server.server_port}")
-    load, check, *rest = split_as(code)
+    merge, check, batch, rewrite, train = split_as(code, written)
     given: dict[str, Any] = {"texts": lab.load_text("bible", "train")[:40]}
-    exec(load, given)
-    for tenant, rank in {"law": 4, "code": 2}.items():
-        written = json.loads((Path("adapters") / tenant / "adapter_config.json").read_text())
-        assert written["r"] == rank and not written["rank_pattern"]
+    exec(merge, given)
+    ids = torch.arange(12)[None]
+    plain = AutoModelForCausalLM.from_pretrained("merged")
+    assert not any("lora" in parameter for parameter, _ in plain.named_parameters())
+    beside = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("nano"), "adapters/law")
+    # the merged weights are rounded once more, 6e-8 of each; logits are of the order of ten
+    torch.testing.assert_close(plain(ids).logits, beside(ids).logits, atol=1e-4, rtol=1e-4)
+
     exec(check, given)
     assert verdicts(capsys.readouterr().out) == [True, True, True]
-
-    unload(given["model"])
     server.confused = True
     exec(check, given)
     assert verdicts(capsys.readouterr().out) == [True, False, False]
 
-    merge, batch, train = rest
-    exec(merge, given)
     exec(batch, given)
     model, rows = given["model"], given["batch"]
     with torch.no_grad():
@@ -134,21 +146,32 @@ def test_4_4_folders_are_served_checked_merged_batched_and_trained_on(
             without = model(**rows).logits[:, -1]
     assert relative(logits[0], without[0]) > 0.05 and relative(logits[1], without[1]) > 0.05
     torch.testing.assert_close(logits[2], without[2])
+
+    exec(rewrite, given)
+    for tenant, rank in {"law": 4, "code": 2}.items():
+        read, wrote = (
+            json.loads(Path(folder, tenant, "adapter_config.json").read_text())
+            for folder in ("trained", "adapters")
+        )
+        assert read["rank_pattern"] and wrote["r"] == rank
+        assert not wrote["rank_pattern"] and not wrote["alpha_pattern"]
+        was, now = (
+            PeftModel.from_pretrained(
+                AutoModelForCausalLM.from_pretrained("nano"), f"{folder}/{tenant}"
+            )(ids).logits
+            for folder in ("trained", "adapters")
+        )
+        torch.testing.assert_close(now, was, atol=1e-4, rtol=1e-4)
+
     exec(train, given)
     fused = json.loads(Path("trained/law/adapter_config.json").read_text())
     assert fused["r"] == 16, "the last block trained and wrote a new one"
-    ids = torch.arange(12)[None]
-    plain = AutoModelForCausalLM.from_pretrained("merged")
-    assert not any("lora" in parameter for parameter, _ in plain.named_parameters())
-    beside = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("nano"), "adapters/law")
-    # the merged weights are rounded once more, 6e-8 of each; logits are of the order of ten
-    torch.testing.assert_close(plain(ids).logits, beside(ids).logits, atol=1e-4, rtol=1e-4)
 
 
-def split_as(code: str) -> list[str]:
+def split_as(code: str, written: list[str]) -> list[str]:
     """The recipe in its blocks again, after it was made small."""
     found, start = [], 0
-    for block in blocks("python"):
+    for block in written:
         length = block.count("\n") + 1
         found.append("\n".join(code.split("\n")[start : start + length]))
         start += length
@@ -157,9 +180,9 @@ def split_as(code: str) -> list[str]:
 
 
 def test_4_4_the_server_is_told_what_the_recipe_made() -> None:
-    code, (start, asked) = recipe("4_4_fused"), blocks("bash")
-    ranks = re.findall(r"\br=(\d+)", code)
-    assert re.findall(r"--max-lora-rank (\d+)", start) == ranks
+    (start, asked), (trained,) = blocks("bash", USE_IT), blocks("python", FUSED)
+    code = "\n".join(blocks("python", USE_IT))
+    assert re.findall(r"--max-lora-rank (\d+)", start) == re.findall(r"\br=(\d+)", trained)
     tenants = re.search(r"for tenant in \((.+?)\):", code)[1]
     assert re.findall(r"--lora-modules (\S+)", start) == ["law=adapters/law"] and '"law"' in tenants
     chat, added = (json.loads(body) for body in re.findall(r"-d '(.*?)'", asked, re.DOTALL))
