@@ -8,10 +8,10 @@ from tools.chapters import ROOT
 LARGE = '"Qwen/Qwen2.5-7B-Instruct"'
 
 
-def recipe(stem: str) -> str:
-    """The Python under "Use it" of a chapter's source, all blocks in order."""
+def recipe(stem: str, start: str = "Use it", end: str = "The idea") -> str:
+    """The Python under "Use it" of a chapter's source, or between two other headings, all blocks in order."""
     source = (ROOT / "notebooks" / f"{stem}.md").read_text()
-    section = source[source.index("\n## Use it") : source.index("\n## The idea")]
+    section = source[source.index(f"\n## {start}") : source.index(f"\n## {end}")]
     blocks = re.findall(r"^```python\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
     assert blocks
     return "\n".join(blocks)

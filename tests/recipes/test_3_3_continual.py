@@ -47,7 +47,8 @@ def test_3_3_learns_two_tasks_in_turn_and_merges_two_folders_of_peft(
         "old_test": milton.select(range(2)),
         "new": Task("shakespeare", shakespeare, shakespeare.select(range(2))),
     }
-    code = small(recipe("3_3_continual"), steps=2).replace(str(lab.base_path("nano")), "nano")
+    both = recipe("3_3_continual", "Part 2", "The sketch") + recipe("3_3_continual")
+    code = small(both, steps=2).replace(str(lab.base_path("nano")), "nano")
     exec(code.replace(", 512)", ", 64)"), given)
     matrix = load_results("runs/tasks").matrix
     assert matrix.shape == (3, 2) and matrix.isfinite().all()
