@@ -2,12 +2,14 @@
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_course import lab, load_adapter
@@ -17,15 +19,34 @@ TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% if m['role'] == 'assistant' %}{{ eos_token }}"
     "{% endif %}{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-CHATS, PEFT = "def chat_row", "from peft import LoraConfig, PeftModel, get_peft_model"
+OURS = "from lora_course import AdapterTrainer"
+PEFT, PLAIN = "from peft import PeftModel, get_peft_model", "from lora_course import lab\n"
+SMALL_GPU = re.compile(r"^( +)# ((?:[a-z_]+=\w+,\s?){2})$", re.MULTILINE)
 
 
-def parts(steps: int) -> tuple[str, str, str]:
-    """The script, the rows of chats, the script with PEFT alone."""
+def parts(steps: int) -> tuple[str, str, str, str]:
+    """The rows of chats, the training, the training with PEFT alone, the rows of plain text."""
     code = small(recipe("0_1_lora"), steps).replace(str(lab.base_path("nano")), "nano")
-    script, chats = code.split(CHATS)
-    chats, alone = chats.split(PEFT)
-    return script, CHATS + chats, PEFT + alone
+    chats, rest = code.split(OURS)
+    ours, rest = rest.split(PEFT)
+    alone, plain = rest.split(PLAIN)
+    return chats, OURS + ours, PEFT + alone, PLAIN + plain
+
+
+def for_a_small_gpu(code: str) -> str:
+    """The same lines at the middle rate, with the arguments for a small GPU, which stand there as comments."""
+    uncommented, count = SMALL_GPU.subn(r"\1\2", code.replace("(1e-4, 2e-4, 4e-4)", "(2e-4,)"))
+    assert count == 2 and "(2e-4,)" in uncommented
+    return re.sub('"(runs|adapters|merged)', r'"small/\1', uncommented)
+
+
+def apart(first: str, second: str) -> float:
+    """How far two saved adapters are apart, relative to the first one's factors B."""
+    one, two = (load_file(next(Path(folder).glob("*.safetensors"))) for folder in (first, second))
+    names = [name for name in one if re.search(r"\bB$|lora_B", name)]
+    assert len(names) == 28 and one.keys() == two.keys()
+    apart = sum((one[name] - two[name]).square().sum() for name in names)
+    return float((apart / sum(one[name].square().sum() for name in names)).sqrt())
 
 
 @pytest.fixture
@@ -41,9 +62,14 @@ def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.slow
 def test_0_1_trains_an_adapter_that_peft_loads_and_merges_it_into_a_plain_model(base: Any) -> None:
-    code, tokenizer = parts(steps=2)[0], AutoTokenizer.from_pretrained("nano")
-    given = {"texts": lab.excerpt(lab.load_text("shakespeare", "train"), 90_000)}
-    exec(code, given)
+    chats, ours, _, plain = parts(steps=2)
+    tokenizer = AutoTokenizer.from_pretrained("nano")
+    texts = lab.excerpt(lab.load_text("shakespeare", "train"), 90_000)
+    given = {"texts": texts, "pairs": pairs(2)}  # two pairs: one to ask, and no rows
+    exec(chats + plain, given)
+    assert len(given["rows"]) > 16
+    code = chats + plain + ours
+    exec(ours, given)
     losses = given["losses"]
     assert len(set(losses.values())) == 3  # each rate trained from the base, on its own
     kept_runs = {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*.safetensors")}
@@ -72,8 +98,8 @@ def pairs(count: int) -> list[tuple[str, str]]:
 
 def test_0_1_chat_rows_are_the_template_and_count_the_answer_alone(base: Any) -> None:
     tokenizer = AutoTokenizer.from_pretrained("nano")
-    given = {"tokenizer": tokenizer, "pairs": pairs(30)}
-    exec(parts(steps=2)[1], given)
+    given = {"pairs": pairs(30)}
+    exec(parts(steps=2)[0], given)
     assert (len(given["held_out"]), len(given["rows"])) == (20, 7)  # 3 of 30 are too long
     for i, row in enumerate(given["held_out"][:9]):
         prompt, answer = given["pairs"][i]
@@ -87,31 +113,42 @@ def test_0_1_chat_rows_are_the_template_and_count_the_answer_alone(base: Any) ->
 def test_0_1_a_template_that_rewrites_its_prompt_is_refused(base: Any) -> None:
     tokenizer = AutoTokenizer.from_pretrained("nano")
     tokenizer.chat_template = TEMPLATE.replace("<assistant>", "<assistant><think>")
+    tokenizer.save_pretrained("nano")
     with pytest.raises(AssertionError, match="rewrites a prompt"):
-        exec(parts(steps=2)[1], {"tokenizer": tokenizer, "pairs": pairs(30)})
+        exec(parts(steps=2)[0], {"pairs": pairs(30)})
 
 
 @pytest.mark.slow
-def test_0_1_trains_on_chats_here_and_with_peft_alone(base: Any) -> None:
-    script, chats, alone = parts(steps=2)
-    blocks = [line for line in script.splitlines() if "lab.blocks(" in line]
-    assert len(blocks) == 2 and script.count("\n".join(blocks)) == 1
+def test_0_1_trains_on_chats_here_and_with_peft_alone(
+    base: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chats, ours_lines, alone, _ = parts(steps=2)
     given = {"pairs": pairs(50)}
-    exec(script.replace("\n".join(blocks), chats), given)
-    assert len(set(given["losses"].values())) == 3
+    exec(chats + ours_lines, given)
+    losses = given["losses"]
+    assert len(set(losses.values())) == 3
+    assert "<user>Number 0?" in capsys.readouterr().out  # the question, in the template
     ours = json.loads(Path("adapters/mine/adapter_config.json").read_text())
+    exec(chats + for_a_small_gpu(ours_lines), given)
+    assert apart("adapters/0.0002", "small/adapters/0.0002") < 0.1  # the same steps
 
     on_cpu = alone.replace("bf16=True", "bf16=True, use_cpu=True")  # Trainer wants to be told
-    exec(on_cpu.replace("warmup_steps=10", "warmup_steps=1"), given)  # of two steps
+    on_cpu = chats + on_cpu.replace("warmup_steps=10", "warmup_steps=1")  # of two steps
+    exec(on_cpu, given)
     assert len(set(given["losses"].values())) == 3
-    theirs = json.loads(Path(f"adapters/peft-{given['best']}/adapter_config.json").read_text())
+    best = given["best"]
+    exec(for_a_small_gpu(on_cpu), given)
+    # One step of Adam is the gradient's signs, and bf16 turns some. An adapter that did not train would be 1 apart,
+    # one with other signs 1.4.
+    assert apart("adapters/peft-0.0002", "small/adapters/peft-0.0002") < 0.7
+    theirs = json.loads(Path(f"adapters/peft-{best}/adapter_config.json").read_text())
     for field in ("r", "lora_alpha", "task_type"):
         assert ours[field] == theirs[field]
     assert set(ours["target_modules"]) == set(theirs["target_modules"])
     ids = torch.tensor([given["rows"][0]["input_ids"][:16]])
     with torch.no_grad():
         before = base(input_ids=ids).logits
-        adapted = PeftModel.from_pretrained(base, f"adapters/peft-{given['best']}")(ids).logits
+        adapted = PeftModel.from_pretrained(base, f"adapters/peft-{best}")(ids).logits
         merged = AutoModelForCausalLM.from_pretrained("merged-peft")(input_ids=ids).logits
     assert (adapted - before).abs().max() > 2e-3  # twenty times what is allowed below
     torch.testing.assert_close(merged, adapted, atol=1e-4, rtol=1e-4)
