@@ -53,6 +53,14 @@ def has_gpu() -> bool:
     ).stdout.startswith(b"GPU")
 
 
+@pytest.fixture(scope="session")
+def chromium_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[chromium.Chromium]:
+    """One for all tests of a worker: a page opens in half the time where its scripts are in the cache already."""
+    process = chromium.Chromium(tmp_path_factory.mktemp("profile"))
+    yield process
+    process.close()
+
+
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """On tensors this small two threads wait for each other."""

@@ -39,12 +39,8 @@ def address(book: Path) -> Iterator[str]:
 
 
 @pytest.fixture
-def browser(tmp_path: Path) -> Iterator[chromium.Browser]:
-    program = chromium.executable()
-    assert program, (
-        f"REQUIRE_BROWSER=1, but there is none of {', '.join(chromium.NAMES)} on the PATH"
-    )
-    browser = chromium.Browser(program, tmp_path / "profile")
+def browser(chromium_process: chromium.Chromium) -> Iterator[chromium.Browser]:
+    browser = chromium.Browser(chromium_process)
     browser.size(1280, 900)
     yield browser
     browser.close()
