@@ -11,18 +11,19 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_course import lab, load_adapter
-from tests.recipes import recipe, small
+from tests.recipes import opening, recipe, small
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% if m['role'] == 'assistant' %}{{ eos_token }}"
     "{% endif %}{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+ROW = 128  # tokens: holds a chat below, and not one that is to be too long
 CHATS, PEFT = "def chat_row", "from peft import LoraConfig, PeftModel, get_peft_model"
 
 
 def parts(steps: int) -> tuple[str, str, str]:
     """The script, the rows of chats, the script with PEFT alone."""
-    code = small(recipe("0_1_lora"), steps).replace(str(lab.base_path("nano")), "nano")
+    code = small(recipe("0_1_lora"), steps, ROW).replace(str(lab.base_path("nano")), "nano")
     script, chats = code.split(CHATS)
     chats, alone = chats.split(PEFT)
     return script, CHATS + chats, PEFT + alone
@@ -42,7 +43,7 @@ def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.slow
 def test_0_1_trains_an_adapter_that_peft_loads_and_merges_it_into_a_plain_model(base: Any) -> None:
     code, tokenizer = parts(steps=2)[0], AutoTokenizer.from_pretrained("nano")
-    given = {"texts": lab.excerpt(lab.load_text("shakespeare", "train"), 90_000)}
+    given = {"texts": opening(lab.excerpt(lab.load_text("shakespeare", "train"), 90_000))}
     exec(code, given)
     losses = given["losses"]
     assert len(set(losses.values())) == 3  # each rate trained from the base, on its own
@@ -81,7 +82,7 @@ def test_0_1_chat_rows_are_the_template_and_count_the_answer_alone(base: Any) ->
         assert read == f"<user>{prompt}\n<assistant>{answer}<|endoftext|>\n"
         counted = tokenizer.decode([label for label in row["labels"] if label != -100])
         assert counted == f"{answer}<|endoftext|>\n"
-        assert {len(values) for values in row.values()} == {512}
+        assert {len(values) for values in row.values()} == {ROW}
 
 
 def test_0_1_a_template_that_rewrites_its_prompt_is_refused(base: Any) -> None:
