@@ -10,7 +10,6 @@ from tests.models import config, randomize
 from tests.recipes import opening, recipe, small
 
 
-@pytest.mark.slow
 def test_4_2_cuts_a_folder_of_peft_by_svd_and_a_nested_training_at_four_ranks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
