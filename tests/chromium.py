@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import websocket
 
@@ -23,6 +24,10 @@ FLAGS = (
     "--disable-sync",
     "--disable-dev-shm-usage",
     "--hide-scrollbars",
+    # a tab that another one covers goes on as fast
+    "--disable-background-timer-throttling",
+    "--disable-backgrounding-occluded-windows",
+    "--disable-renderer-backgrounding",
     "--no-proxy-server",
     "--remote-debugging-port=0",
 )
@@ -38,14 +43,15 @@ def executable() -> str | None:
     return next((path for name in NAMES if (path := shutil.which(name))), None)
 
 
-class Browser:
-    """One tab. `requests` and `errors` hold what the page asked for and complained about since it was opened."""
+class Chromium:
+    """The process. `address`: where it is told what to do."""
 
-    def __init__(self, program: str, profile: Path) -> None:
-        self.requests: list[str] = []
-        self.errors: list[str] = []
-        self._loaded: set[str] = set()
-        self._number = 0
+    def __init__(self, profile: Path) -> None:
+        program = executable()
+        if program is None:
+            raise RuntimeError(
+                f"REQUIRE_BROWSER=1, but there is none of {', '.join(NAMES)} on the PATH"
+            )
         self._process = subprocess.Popen(
             [program, *FLAGS, f"--user-data-dir={profile}", "about:blank"],
             stdout=subprocess.DEVNULL,
@@ -57,12 +63,28 @@ class Browser:
             "Chromium opens its debugging port",
         )
         port, path = port_file.read_text().split("\n")[:2]
+        self.address = f"ws://127.0.0.1:{port}{path}"
+
+    def close(self) -> None:
+        self._process.terminate()
+        self._process.wait(timeout=PATIENCE)
+
+
+class Browser:
+    """One tab. `requests` and `errors` hold what the page asked for and complained about since it was opened."""
+
+    def __init__(self, chromium: Chromium) -> None:
+        self.requests: list[str] = []
+        self.errors: list[str] = []
+        self._loaded: set[str] = set()
+        self._origins: set[str] = set()
+        self._number = 0
         self._socket = websocket.create_connection(
-            f"ws://127.0.0.1:{port}{path}", suppress_origin=True, timeout=PATIENCE
+            chromium.address, suppress_origin=True, timeout=PATIENCE
         )
         self._session: str | None = None
-        target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)[
+        self._target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self._session = self.call("Target.attachToTarget", targetId=self._target, flatten=True)[
             "sessionId"
         ]
         for domain in ("Page", "Network", "Runtime", "Log"):
@@ -103,6 +125,8 @@ class Browser:
     def open(self, url: str) -> None:
         """Go to a page and wait until it, or the page it sends us on to, is loaded and its equations are typeset."""
         self.requests, self.errors = [], []
+        parts = urlsplit(url)
+        self._origins.add(f"{parts.scheme}://{parts.netloc}")
         answer = self.call("Page.navigate", url=url)
         if answer.get("errorText"):
             raise RuntimeError(f"{url}: {answer['errorText']}")
@@ -176,9 +200,12 @@ class Browser:
         )
 
     def close(self) -> None:
+        """The next tab finds nothing of what pages stored here; scripts that were loaded it finds in the cache."""
+        for origin in self._origins:
+            self.call("Storage.clearDataForOrigin", origin=origin, storageTypes="all")
+        self._session = None  # the browser is told, and not the tab
+        self.call("Target.closeTarget", targetId=self._target)
         self._socket.close()
-        self._process.terminate()
-        self._process.wait(timeout=PATIENCE)
 
 
 def _wait(condition: Callable[[], Any], what: str) -> None:

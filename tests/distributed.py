@@ -186,9 +186,10 @@ CASES: dict[str, Callable[[Path], Result]] = {
 
 
 def main(folder: str, *names: str) -> None:
+    """names: of cases, each in a folder of its own: "lora", or "killed/lora"."""
     rank = int(os.environ.get("RANK", 0))
     for name in names:
-        result = CASES[name](Path(folder) / name)
+        result = CASES[Path(name).name](Path(folder) / name)
         torch.save(result, Path(folder) / f"{name}-{rank}.pt")
         processes.wait()
 

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 
 from lora_course import cli, lab
 from lora_course.injection import adapter_layers
+from tests.recipes import opening
 from tests.talks import TALKS, TEMPLATE
 from tools.chapters import ROOT
 
@@ -23,8 +24,9 @@ TRAIN, RATES, CHATS, SAVE, PEFT, SERVE, MERGE = BLOCKS
 
 
 def small(code: str, name: str) -> str:
-    """A block with nano in place of the large model and three steps; SFTConfig wants a GPU unless it is told."""
+    """A block with nano in place of the large model and three steps on short rows; SFTConfig wants a GPU unless it is told."""
     code = re.sub(r"max_steps=\d+", "max_steps=3", code).replace("Qwen/Qwen2.5-7B-Instruct", name)
+    code = code.replace("length=512", "length=64")
     return code.replace("trl.SFTConfig(", "trl.SFTConfig(use_cpu=True, bf16=False, output_dir=")
 
 
@@ -39,7 +41,7 @@ def test_the_page_runs_from_training_to_a_merged_model(
     ]
     given: dict[str, Any] = {
         "texts": lab.load_text("bible", "train")[:40],
-        "unseen_texts": lab.load_text("bible", "test")[:20],
+        "unseen_texts": opening(lab.load_text("bible", "test")[:20]),
         "chats": datasets.Dataset.from_dict({"messages": talks}),
     }
 

@@ -5,6 +5,7 @@ import http.server
 import re
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -39,15 +40,31 @@ def address(book: Path) -> Iterator[str]:
 
 
 @pytest.fixture
-def browser(tmp_path: Path) -> Iterator[chromium.Browser]:
-    program = chromium.executable()
-    assert program, (
-        f"REQUIRE_BROWSER=1, but there is none of {', '.join(chromium.NAMES)} on the PATH"
-    )
-    browser = chromium.Browser(program, tmp_path / "profile")
+def browser(chromium_process: chromium.Chromium) -> Iterator[chromium.Browser]:
+    browser = chromium.Browser(chromium_process)
     browser.size(1280, 900)
     yield browser
     browser.close()
+
+
+@dataclass
+class Chapter:
+    """A chapter's page in a tab 1280 pixels wide."""
+
+    stem: str
+    tab: chromium.Browser
+
+
+@pytest.fixture(scope="module", params=CHAPTERS)
+def chapter(
+    request: pytest.FixtureRequest, chromium_process: chromium.Chromium, address: str
+) -> Iterator[Chapter]:
+    """Opened once for all tests that only read it."""
+    tab = chromium.Browser(chromium_process)
+    tab.size(1280, 900)
+    tab.open(f"{address}/notebooks/{request.param}.html")
+    yield Chapter(request.param, tab)
+    tab.close()
 
 
 def pages(book: Path) -> list[str]:
@@ -140,16 +157,29 @@ def test_no_page_scrolls_sideways_on_a_phone(
 WIDE = f"[...document.querySelectorAll('article *')].filter(e => e.getBoundingClientRect().right > {PHONE}).slice(0, 5).map(e => e.outerHTML.slice(0, 120))"
 
 
-@pytest.mark.slow
 @pytest.mark.browser
-@pytest.mark.parametrize("width", [1024, 1280, 1366])
-def test_code_fits_a_laptop_without_scrolling(
-    browser: chromium.Browser, address: str, width: int
+def test_code_fits_a_laptop_without_scrolling(chapter: Chapter) -> None:
+    check_code_fits(chapter.tab)
+
+
+@pytest.mark.browser
+def test_code_of_the_page_for_work_fits_a_laptop_too(
+    browser: chromium.Browser, address: str
 ) -> None:
-    browser.size(width, 900)
-    for name in [*(f"notebooks/{stem}" for stem in CHAPTERS), "book/at-work"]:
-        browser.open(f"{address}/{name}.html")
-        assert not browser.evaluate(SCROLLED), name
+    browser.open(f"{address}/book/at-work.html")
+    check_code_fits(browser)
+
+
+def check_code_fits(tab: chromium.Browser) -> None:
+    """At three common widths of laptops; resized, a page is laid out as if it had been opened so."""
+    assert tab.evaluate("document.querySelectorAll('.bd-article pre').length")
+    try:
+        for width in (1024, 1366, 1280):
+            tab.size(width, 900)
+            assert tab.evaluate("innerWidth") == width
+            assert not tab.evaluate(SCROLLED), width
+    finally:
+        tab.size(1280, 900)
 
 
 # What no reader has to open, and is wider than its box: the widest line of each.
@@ -159,24 +189,18 @@ SCROLLED = """[...document.querySelectorAll('.bd-article pre')]
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("stem", CHAPTERS)
-def test_equations_are_typeset(browser: chromium.Browser, address: str, stem: str) -> None:
-    browser.open(f"{address}/notebooks/{stem}.html")
-    assert browser.evaluate("document.querySelectorAll('mjx-container').length") > 5
-    assert browser.evaluate("document.querySelectorAll('mjx-merror').length") == 0
-    assert browser.evaluate(
+def test_equations_are_typeset(chapter: Chapter) -> None:
+    assert chapter.tab.evaluate("document.querySelectorAll('mjx-container').length") > 5
+    assert chapter.tab.evaluate("document.querySelectorAll('mjx-merror').length") == 0
+    assert chapter.tab.evaluate(
         "[...document.querySelectorAll('.math')].every(e => e.querySelector('mjx-container'))"
     )
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("stem", CHAPTERS)
-def test_a_chapter_begins_with_its_picture(
-    browser: chromium.Browser, address: str, stem: str
-) -> None:
+def test_a_chapter_begins_with_its_picture(chapter: Chapter) -> None:
     """What the set-up prints ("lora-course … is ready.", the profile) is there, in a fold."""
-    browser.open(f"{address}/notebooks/{stem}.html")
-    printed = browser.evaluate(PRINTED)
+    printed = chapter.tab.evaluate(PRINTED)
     assert any("is ready." in text for text in printed["folded"]), printed
     assert not printed["seen"]
 
@@ -258,37 +282,33 @@ def test_dark_mode_follows_the_system_and_the_button(
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("stem", CHAPTERS)
 def test_launch_and_download_buttons_lead_to_the_chapters_own_notebook(
-    browser: chromium.Browser, address: str, book: Path, stem: str
+    chapter: Chapter, address: str, book: Path
 ) -> None:
-    browser.open(f"{address}/notebooks/{stem}.html")
-    links = browser.evaluate(
+    links = chapter.tab.evaluate(
         "[...document.querySelectorAll('.article-header-buttons a')].map(a => a.href)"
     )
     colab = [link for link in links if "colab.research.google.com" in link]
     assert colab and all(
         re.fullmatch(
-            rf"https://colab\.research\.google\.com/github/[^/]+/[^/]+/blob/main/notebooks/{stem}\.ipynb",
+            rf"https://colab\.research\.google\.com/github/[^/]+/[^/]+/blob/main/notebooks/{chapter.stem}\.ipynb",
             link,
         )
         for link in colab
     )
     assert (
-        f"{address}/_sources/notebooks/{stem}.ipynb" in links
-        and (book / "_sources" / "notebooks" / f"{stem}.ipynb").exists()
+        f"{address}/_sources/notebooks/{chapter.stem}.ipynb" in links
+        and (book / "_sources" / "notebooks" / f"{chapter.stem}.ipynb").exists()
     )
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("stem", CHAPTERS)
-def test_figures_have_alt_text(browser: chromium.Browser, address: str, stem: str) -> None:
-    browser.open(f"{address}/notebooks/{stem}.html")
-    drawn = browser.evaluate(
+def test_figures_have_alt_text(chapter: Chapter) -> None:
+    drawn = chapter.tab.evaluate(
         "[...document.querySelectorAll('figure.plot')].map(f => [...f.querySelectorAll('svg[role=img]')].map(s => s.getAttribute('aria-label')))"
     )
     assert drawn and all(labels and all(label.strip() for label in labels) for labels in drawn)
-    images = browser.evaluate(
+    images = chapter.tab.evaluate(
         "[...document.querySelectorAll('.cell_output img')].map(i => [i.alt, i.src.length])"
     )
     assert all(alt.strip() and "_images" not in alt for alt, _ in images)
@@ -405,20 +425,18 @@ def test_search_puts_the_chapter_before_the_api(browser: chromium.Browser, addre
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("stem", CHAPTERS)
-def test_a_page_describes_itself_and_opens_on_kaggle(
-    browser: chromium.Browser, address: str, stem: str
-) -> None:
-    browser.open(f"{address}/notebooks/{stem}.html")
-    described = browser.evaluate(
+def test_a_page_describes_itself_and_opens_on_kaggle(chapter: Chapter) -> None:
+    described = chapter.tab.evaluate(
         """['meta[name=description]', 'meta[property="og:title"]', 'meta[property="og:description"]']
            .map(name => document.querySelector(name)?.content)"""
     )
     assert all(text and "<" not in text for text in described) and len(described[0]) > 60
-    links = browser.evaluate(
+    links = chapter.tab.evaluate(
         "[...document.querySelectorAll('.article-header-buttons a')].map(a => a.href)"
     )
-    assert [link for link in links if "kaggle.com" in link and link.endswith(f"{stem}.ipynb")]
+    assert [
+        link for link in links if "kaggle.com" in link and link.endswith(f"{chapter.stem}.ipynb")
+    ]
 
 
 @pytest.mark.slow

@@ -4,8 +4,6 @@ import copy
 import importlib
 import json
 import os
-import subprocess
-import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +19,7 @@ from lora_course.lora import LAYERS
 from lora_course.sparse import SparseLoRALinear
 from lora_course.states import adapter_state, concatenate, use_adapter
 from tests.models import PATTERNS, config, logits, qwen, randomize
+from tests.processes import run
 
 
 @pytest.mark.parametrize("fields", [{}, PATTERNS], ids=["plain", "patterns"])
@@ -211,10 +210,12 @@ def test_a_layer_is_known_before_its_module_was_imported(tmp_path: Path) -> None
     qwen().save_pretrained(tmp_path / "base")
     code = (
         "import sys; from transformers import Qwen2ForCausalLM; from lora_course import load_adapter\n"
+        "assert 'lora_course.sparse' not in sys.modules\n"
         f"model = load_adapter(Qwen2ForCausalLM.from_pretrained({str(tmp_path / 'base')!r}), {str(tmp_path)!r})\n"
         "assert type(model.lora_course.layer).__name__ and 'lora_course.sparse' in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+    process = run(code)
+    assert process.returncode == 0, process.stderr
 
 
 def test_every_layer_of_the_package_has_its_home() -> None:

@@ -125,10 +125,8 @@ def address(site: Path) -> Iterator[str]:
     server.shutdown()
 
 
-def start(folder: Path) -> chromium.Browser:
-    program = chromium.executable()
-    assert program, f"there is none of {', '.join(chromium.NAMES)} on the PATH"
-    browser = chromium.Browser(program, folder / "profile")
+def wide(process: chromium.Chromium) -> chromium.Browser:
+    browser = chromium.Browser(process)
     browser.size(1400, 900)
     return browser
 
@@ -138,10 +136,10 @@ def engine(
     request: pytest.FixtureRequest,
     site: Path,
     address: str,
-    tmp_path_factory: pytest.TempPathFactory,
+    chromium_process: chromium.Chromium,
 ) -> Iterator[chromium.Browser]:
     """A tab in which `engine` holds the loaded model; over http and from files."""
-    browser = start(tmp_path_factory.mktemp(request.param))
+    browser = wide(chromium_process)
     browser.open(f"{address if request.param == 'http' else site.as_uri()}/bare.html")
     browser.evaluate(
         "loadPlay(() => 0).then((data) => void (globalThis.engine = new Engine(data)))"
@@ -323,8 +321,8 @@ def test_teachers_are_the_packages_mixtures(engine: chromium.Browser) -> None:
 
 
 @pytest.fixture
-def browser(tmp_path: Path) -> Iterator[chromium.Browser]:
-    browser = start(tmp_path)
+def browser(chromium_process: chromium.Chromium) -> Iterator[chromium.Browser]:
+    browser = wide(chromium_process)
     yield browser
     browser.close()
 

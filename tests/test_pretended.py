@@ -9,6 +9,7 @@ from pathlib import Path
 import jupytext
 import pytest
 
+from tests.processes import run
 from tools.chapters import ROOT, chapters
 from tools.pretended.live import changed, live, read_all
 
@@ -16,11 +17,9 @@ from tools.pretended.live import changed, live, read_all
 def on_a_gpu(code: str, gpus: int = 1, bf16: bool = False) -> str:
     """What code prints in a process of its own; the device changes torch for good."""
     start = f"from tools.pretended.machine import pretend; pretend({gpus}, {bf16})\nimport torch\n"
-    run = subprocess.run(
-        [sys.executable, "-c", start + textwrap.dedent(code)], cwd=ROOT, capture_output=True, text=True
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr
-    return run.stdout
+    process = run(start + textwrap.dedent(code))
+    assert process.returncode == 0, process.stderr
+    return process.stdout
 
 
 def test_devices_are_told_apart_and_refuse_to_be_mixed() -> None:
@@ -218,12 +217,10 @@ def test_a_chapter_that_ends_its_process_is_told_from_one_that_fails_and_one_tha
         chapters.run_here = ends
         print(chapters.run_apart("0_1_lora", 1, False, True))
     """
-    run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, capture_output=True, text=True
-    )
-    assert run.stdout.splitlines() == [
+    process = run(textwrap.dedent(code))
+    assert process.stdout.splitlines() == [
         "[]", "['cell 3']", "['0_1_lora: the process ended early: out of memory\\n']"
-    ], run.stderr  # fmt: skip
+    ], process.stderr  # fmt: skip
 
 
 CELLS = {
@@ -287,5 +284,5 @@ def test_gpu_cells_take_steps_batch_and_length_from_the_profile(path: Path) -> N
 )
 def test_a_chapter_runs_on_a_pretended_gpu(stem: str, how: tuple[str, ...]) -> None:
     command = [sys.executable, "-m", "tools.pretended.chapters", stem, *how]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout

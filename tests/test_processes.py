@@ -26,6 +26,8 @@ CURVE = {"rel": 0, "abs": 1e-5}
 zero by its own size. Found are 1e-6."""
 STATE = 1e-5
 """For the same reason; found are 5e-8 after eight steps, each of which moves a number by up to 5e-3."""
+KILLED = {"growth": 6, "replay": 3}
+"""Cases of which one process is killed, and after which step."""
 
 
 def launch(module: str, *arguments: str, shot_at: int = 0) -> subprocess.CompletedProcess[str]:
@@ -118,33 +120,47 @@ def last_half_removed(folder: Path, name: str) -> None:
     assert any(folder.iterdir()), name
 
 
-def test_a_run_of_two_goes_on_in_one_and_of_one_in_two(
-    both: tuple[Path, Path, dict[str, distributed.Result]], tmp_path: Path
-) -> None:
-    two, one, expected = both
+@pytest.fixture(scope="module")
+def gone_on(
+    both: tuple[Path, Path, dict[str, distributed.Result]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """What two processes have gone on with, in one launch for all: "halves" of one process's runs, and runs "killed"."""
+    _, one, _ = both
+    folder = tmp_path_factory.mktemp("gone on")
     for name in distributed.CASES:
-        for source, target in ((two, tmp_path / "in one"), (one, tmp_path / "in two")):
-            shutil.copytree(source / name, target / name)
-            last_half_removed(target / name, name)
-    launched("tests.distributed", str(tmp_path / "in two"), *distributed.CASES)
+        shutil.copytree(one / name, folder / "halves" / name)
+        last_half_removed(folder / "halves" / name, name)
+    for name, step in KILLED.items():
+        run = launch("tests.distributed", str(folder), f"killed/{name}", shot_at=step)
+        assert run.returncode != 0 and f"exitcode  : -{signal.SIGKILL:d}" in run.stderr, run.stderr
+        assert not list((folder / "killed").glob(f"{name}-*.pt"))  # no process came to its end
+    halves, killed = (
+        [f"{part}/{name}" for name in names]
+        for part, names in (("halves", distributed.CASES), ("killed", KILLED))
+    )
+    launched("tests.distributed", str(folder), *halves, *killed)
+    return folder
+
+
+def test_a_run_of_two_goes_on_in_one_and_of_one_in_two(
+    both: tuple[Path, Path, dict[str, distributed.Result]], gone_on: Path, tmp_path: Path
+) -> None:
+    two, _, expected = both
     for name, case in distributed.CASES.items():
-        assert_same_run(case(tmp_path / "in one" / name), expected[name])
-        for found in results(tmp_path / "in two", name):
+        shutil.copytree(two / name, tmp_path / name)
+        last_half_removed(tmp_path / name, name)
+        assert_same_run(case(tmp_path / name), expected[name])
+        for found in results(gone_on / "halves", name):
             assert_same_run(found, expected[name])
 
 
-@pytest.mark.parametrize(("name", "step"), [("growth", 6), ("replay", 3)])
+@pytest.mark.parametrize("name", KILLED)
 def test_one_process_is_killed_and_the_same_command_goes_on(
-    name: str,
-    step: int,
-    both: tuple[Path, Path, dict[str, distributed.Result]],
-    tmp_path: Path,
+    name: str, both: tuple[Path, Path, dict[str, distributed.Result]], gone_on: Path
 ) -> None:
     two, _, _ = both
-    run = launch("tests.distributed", str(tmp_path), name, shot_at=step)
-    assert run.returncode != 0 and f"exitcode  : -{signal.SIGKILL:d}" in run.stderr, run.stderr
-    launched("tests.distributed", str(tmp_path), name)
-    whole, resumed = results(two, name), results(tmp_path, name)
+    whole, resumed = results(two, name), results(gone_on / "killed", name)
     for one, other in zip(whole, resumed, strict=True):
         assert one["curves"] == other["curves"] and one["decisions"] == other["decisions"]
         for key, tensor in one["state"].items():

@@ -1,5 +1,6 @@
 """Wrong and right answers to the exercises of chapter 5.1."""
 
+import functools
 import itertools
 import math
 import statistics
@@ -18,13 +19,15 @@ from lora_course.lab.evidence import interval, pareto
 from tests.exercises import Answers
 
 needed = Answers(check_seeds_needed)
+# Who does not pair tries thousands of numbers of seeds, each answer the same ones.
+student = functools.cache(stats.t.ppf)
 
 
 def paired(a, b):
     return [x - y for x, y in zip(a, b, strict=True)]
 
 
-def least(s, margin, t=lambda n: stats.t.ppf(0.975, n - 1), start=2):
+def least(s, margin, t=lambda n: student(0.975, n - 1), start=2):
     return next(n for n in itertools.count(start) if t(n) * s / n**0.5 <= margin)
 
 
@@ -63,14 +66,14 @@ needed.wrong("2.776", with_t(lambda n: 2.776))
 needed.wrong("2", with_t(lambda n: 2))
 needed.wrong(
     "the pilot's freedom",
-    lambda a, b, margin: least(differences(a, b), margin, lambda n: stats.t.ppf(0.975, len(a) - 1)),
+    lambda a, b, margin: least(differences(a, b), margin, lambda n: student(0.975, len(a) - 1)),
 )
-needed.wrong("n degrees", with_t(lambda n: stats.t.ppf(0.975, n)))
-needed.wrong("n − 2 degrees", with_t(lambda n: stats.t.ppf(0.975, n - 2) if n > 2 else math.inf))
-needed.wrong("90%", with_t(lambda n: stats.t.ppf(0.95, n - 1)))
-needed.wrong("99%", with_t(lambda n: stats.t.ppf(0.995, n - 1)))
-needed.wrong("the whole width", with_t(lambda n: 2 * stats.t.ppf(0.975, n - 1)))
-needed.wrong("half the half", with_t(lambda n: stats.t.ppf(0.975, n - 1) / 2))
+needed.wrong("n degrees", with_t(lambda n: student(0.975, n)))
+needed.wrong("n − 2 degrees", with_t(lambda n: student(0.975, n - 2) if n > 2 else math.inf))
+needed.wrong("90%", with_t(lambda n: student(0.95, n - 1)))
+needed.wrong("99%", with_t(lambda n: student(0.995, n - 1)))
+needed.wrong("the whole width", with_t(lambda n: 2 * student(0.975, n - 1)))
+needed.wrong("half the half", with_t(lambda n: student(0.975, n - 1) / 2))
 needed.wrong("one more", lambda a, b, margin: from_deviation(differences)(a, b, margin) + 1)
 needed.wrong(
     "one fewer", lambda a, b, margin: max(2, from_deviation(differences)(a, b, margin) - 1)
@@ -100,7 +103,7 @@ needed.wrong(
 needed.wrong(
     "n, not √n",
     lambda a, b, margin: next(
-        n for n in range(2, 10**4) if stats.t.ppf(0.975, n - 1) * differences(a, b) / n <= margin
+        n for n in range(2, 10**4) if student(0.975, n - 1) * differences(a, b) / n <= margin
     ),
 )
 needed.wrong(
@@ -159,7 +162,7 @@ def _(a, b, margin):
 @needed.right("by bisection")
 def _(a, b, margin):
     s = differences(a, b)
-    width = lambda n: stats.t.ppf(0.975, n - 1) * s / math.sqrt(n) - margin  # noqa: E731
+    width = lambda n: student(0.975, n - 1) * s / math.sqrt(n) - margin  # noqa: E731
     return 2 if width(2) <= 0 else math.ceil(optimize.brentq(width, 2, 10**6))
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from scipy import stats
 
-from tests.exercises.chapter_5_1 import fair, needed, same, sure
+from tests.exercises.chapter_5_1 import fair, needed, same, student, sure
 
 
 def planned(method, reference, margin, *, sd=None, t=None, first=2, reach=None, end=int):
@@ -17,7 +17,7 @@ def planned(method, reference, margin, *, sd=None, t=None, first=2, reach=None, 
         if sd
         else statistics.stdev(a - b for a, b in zip(method, reference, strict=True))
     )
-    t = t or (lambda n: stats.t.ppf(0.975, n - 1))
+    t = t or (lambda n: student(0.975, n - 1))
     reach = reach or (lambda t, d, n: t * d / math.sqrt(n))
     n = first
     while reach(t(n), d, n) > margin and n < 10**5:
@@ -31,13 +31,13 @@ def planning(**parts):
 
 needed.wrong("normal quantiles", planning(t=lambda n: 1.959964))
 needed.wrong("2", planning(t=lambda n: 2.0))
-needed.wrong("one side", planning(t=lambda n: stats.t.ppf(0.95, n - 1)))
-needed.wrong("n degrees", planning(t=lambda n: stats.t.ppf(0.975, n)))
-needed.wrong("2n - 2 degrees", planning(t=lambda n: stats.t.ppf(0.975, 2 * n - 2)))
-needed.wrong("99%", planning(t=lambda n: stats.t.ppf(0.995, n - 1)))
+needed.wrong("one side", planning(t=lambda n: student(0.95, n - 1)))
+needed.wrong("n degrees", planning(t=lambda n: student(0.975, n)))
+needed.wrong("2n - 2 degrees", planning(t=lambda n: student(0.975, 2 * n - 2)))
+needed.wrong("99%", planning(t=lambda n: student(0.995, n - 1)))
 needed.wrong(
     "the pilot's degrees",
-    lambda m, r, g: planned(m, r, g, t=lambda n: stats.t.ppf(0.975, len(m) - 1)),
+    lambda m, r, g: planned(m, r, g, t=lambda n: student(0.975, len(m) - 1)),
 )
 needed.wrong(
     "the population's deviation",
@@ -80,9 +80,7 @@ needed.wrong(
         (d := statistics.stdev(a - b for a, b in zip(m, r, strict=True)))
         and max(
             2,
-            math.ceil(
-                (stats.t.ppf(0.975, max(1, math.ceil((1.96 * d / g) ** 2) - 1)) * d / g) ** 2
-            ),
+            math.ceil((student(0.975, max(1, math.ceil((1.96 * d / g) ** 2) - 1)) * d / g) ** 2),
         )
     ),
 )

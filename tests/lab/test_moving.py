@@ -132,10 +132,8 @@ VALUES = {  # what each kind says it draws, in order, at k = 1 and k = 2
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory) -> Iterator[chromium.Browser]:
-    program = chromium.executable()
-    assert program, f"REQUIRE_BROWSER=1, but there is none of {', '.join(chromium.NAMES)}"
-    browser = chromium.Browser(program, tmp_path_factory.mktemp("profile"))
+def browser(chromium_process: chromium.Chromium) -> Iterator[chromium.Browser]:
+    browser = chromium.Browser(chromium_process)
     yield browser
     browser.close()
 

@@ -13,12 +13,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_course import lab, load_adapter
-from tests.recipes import recipe, small
+from tests.recipes import opening, recipe, small
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% if m['role'] == 'assistant' %}{{ eos_token }}"
     "{% endif %}{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+ROW = 128  # tokens: holds a chat below, and not one that is to be too long
 OURS = "from lora_course import AdapterTrainer"
 PEFT, PLAIN = "from peft import PeftModel, get_peft_model", "from lora_course import lab\n"
 SMALL_GPU = re.compile(r"^( +)# ((?:[a-z_]+=\w+,\s?){2})$", re.MULTILINE)
@@ -26,7 +27,7 @@ SMALL_GPU = re.compile(r"^( +)# ((?:[a-z_]+=\w+,\s?){2})$", re.MULTILINE)
 
 def parts(steps: int) -> tuple[str, str, str, str]:
     """The rows of chats, the training, the training with PEFT alone, the rows of plain text."""
-    code = small(recipe("0_1_lora"), steps).replace(str(lab.base_path("nano")), "nano")
+    code = small(recipe("0_1_lora"), steps, ROW).replace(str(lab.base_path("nano")), "nano")
     chats, rest = code.split(OURS)
     ours, rest = rest.split(PEFT)
     alone, plain = rest.split(PLAIN)
@@ -64,7 +65,7 @@ def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_0_1_trains_an_adapter_that_peft_loads_and_merges_it_into_a_plain_model(base: Any) -> None:
     chats, ours, _, plain = parts(steps=2)
     tokenizer = AutoTokenizer.from_pretrained("nano")
-    texts = lab.excerpt(lab.load_text("shakespeare", "train"), 90_000)
+    texts = opening(lab.excerpt(lab.load_text("shakespeare", "train"), 90_000))
     given = {"texts": texts, "pairs": pairs(2)}  # two pairs: one to ask, and no rows
     exec(chats + plain, given)
     assert len(given["rows"]) > 16
@@ -107,7 +108,7 @@ def test_0_1_chat_rows_are_the_template_and_count_the_answer_alone(base: Any) ->
         assert read == f"<user>{prompt}\n<assistant>{answer}<|endoftext|>\n"
         counted = tokenizer.decode([label for label in row["labels"] if label != -100])
         assert counted == f"{answer}<|endoftext|>\n"
-        assert {len(values) for values in row.values()} == {512}
+        assert {len(values) for values in row.values()} == {ROW}
 
 
 def test_0_1_a_template_that_rewrites_its_prompt_is_refused(base: Any) -> None:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from lora_course import lab, qlora
 from lora_course.injection import adapter_layers
-from tests.recipes import recipe, small
+from tests.recipes import opening, recipe, small
 
 
 @pytest.mark.slow
@@ -21,7 +21,9 @@ def test_1_1_trains_on_four_bits_and_exports_what_peft_loads_on_the_same_base(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    given: dict[str, Any] = {"texts": lab.excerpt(lab.load_text("shakespeare", "train"), 90_000)}
+    given: dict[str, Any] = {
+        "texts": opening(lab.excerpt(lab.load_text("shakespeare", "train"), 90_000))
+    }
     code, alone, merging = small(recipe("1_1_qlora"), steps=3).split("import torch\n")
     exec(code, given)
     layers = adapter_layers(given["model"])

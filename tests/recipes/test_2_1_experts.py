@@ -34,7 +34,6 @@ def test_2_1_averages_three_folders_of_peft_and_routes_them_at_the_best_of_three
         for split in ("validation", "test")
     }
     code = small(recipe("2_1_experts"), steps=2).replace(str(lab.base_path("nano")), "nano")
-    code = code.replace("length=512", "length=64")
     exec(code, given)
     model, found, tried, parts = (given[name] for name in ("model", "found", "tried", "parts"))
     assert experts.expert_state(model, 2).keys() and len(adapter_layers(model)) == 28

@@ -15,7 +15,6 @@ from tests.models import config, randomize
 from tests.recipes import recipe, small
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("top", "growths"), [("n", 1), ("n // 4", 4)])
 def test_3_1_goes_on_from_peft_grows_and_exports_plain_lora(
     top: str, growths: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -32,7 +32,7 @@ def test_3_2_a_model_teaches_a_small_one_and_folders_teach_one_adapter(
     unread = {name: lab.load_text(domain, "validation")[:2] for name, domain in domains.items()}
     given = {"texts": read["law"], "held_out": unread["law"], "read": read, "unread": unread}
     both = recipe("3_2_distillation") + recipe("3_2_distillation", "Several adapters", "The sketch")
-    code = small(both, steps=2).replace("length=512", "length=64")
+    code = small(both, steps=2)
     assert SMALL_STUDENT in code
     exec(code.replace(SMALL_STUDENT, repr(str(lab.base_path("nano")))), given)
 

@@ -7,10 +7,9 @@ from safetensors.torch import load_file
 
 from lora_course import export_peft, inject, lab, unload
 from tests.models import config, randomize
-from tests.recipes import recipe, small
+from tests.recipes import opening, recipe, small
 
 
-@pytest.mark.slow
 def test_4_2_cuts_a_folder_of_peft_by_svd_and_a_nested_training_at_four_ranks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -19,7 +18,7 @@ def test_4_2_cuts_a_folder_of_peft_by_svd_and_a_nested_training_at_four_ranks(
     export_peft(randomize(inject(base, config(r=48)), 1), "adapters/mine")
     unload(base)
     texts = lab.load_text("bible", "train")
-    given = {"texts": texts[:40], "held_out": texts[40:42]}
+    given = {"texts": texts[:40], "held_out": opening(texts[40:44])}
     exec(small(recipe("4_2_hierarchical"), steps=3), given)
     said = [line.split() for line in capsys.readouterr().out.splitlines()]
     scores = {(way, int(b)): float(score) for way, b, score in said if way in ("SVD", "nested")}

@@ -18,7 +18,6 @@ from tests.recipes import LARGE, recipe
 from tools.chapters import ROOT
 
 
-@pytest.mark.slow
 def test_4_3_packs_a_folder_of_peft_and_gives_a_server_the_rounded_adapter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -112,7 +112,6 @@ def verdicts(printed: str) -> list[bool]:
     return [line == "True" for line in printed.splitlines() if line in ("True", "False")]
 
 
-@pytest.mark.slow
 def test_4_4_folders_are_served_checked_merged_batched_and_trained_on(
     server: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
