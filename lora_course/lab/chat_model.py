@@ -219,7 +219,7 @@ def answer(claims: Claims, *ids: str) -> list[tuple[str, str, str]]:
     rows = []
     for id in ids:
         question, waiting = QUESTIONS[id], missing(id)
-        asked = f"On a 135M chat model: {html.escape(question.first)} or {html.escape(question.second)}?"
+        asked = f"On a chat model of 135M (SmolLM2), not nano: {html.escape(question.first)} or {html.escape(question.second)}?"
         if waiting:
             rows.append((asked, "not measured yet", f"<code>{question.study}</code> still lacks {', '.join(waiting)}"))  # fmt: skip
             continue
@@ -236,19 +236,21 @@ def answer(claims: Claims, *ids: str) -> list[tuple[str, str, str]]:
             effect=f"{mean} bits an answer token ({least} to {most})",
         )  # fmt: skip
         names = [html.escape(name) for name in (question.first, question.second)]
-        ahead = names[0] if high < 0 else names[1] if low > 0 else "neither"
-        said = f"Ahead with every seed: {ahead}. "
+        won = record["runs"]["base/test"]["bits_per_token"] - statistics.fmean(two)
+        said = f"Lower with each of {len(one)} seeds: "
+        if low <= 0 <= high:
+            said += f"neither; {names[0]} minus {names[1]} is {mean} bits an answer token ({least} to {most})"
+        else:
+            lower, sizes = (names[0], (-high, -low)) if high < 0 else (names[1], (low, high))
+            by = abs(statistics.fmean(apart))
+            said += f"{lower}, by {by:.3f} bits an answer token ({sizes[0]:.3f} to {sizes[1]:.3f})"
+        said += f", where training gained {won:.1f}."
         shares = [right(record, paths[0]) for paths in question.arms.values()]
         if all(shares):
             exact = " and ".join(
                 f"{share} ({name})" for share, name in zip(shares, names, strict=True)
             )
-            said += f"{exact} of {ASKED[question.study]} right. "
-        won = record["runs"]["base/test"]["bits_per_token"] - statistics.fmean(two)
-        said += (
-            f"In bits an answer token {names[0]} less {names[1]} is {mean}, {least} to {most} over "
-            f"{len(one)} seeds; training gained {won:.1f}."
-        )
+            said += f" Right: {exact} of {ASKED[question.study]}."
         same = ALIKE if claims[id].holds == nano.holds else UNLIKE
         rows.append((asked, said, f"{same} (claim {claims.link(id)})"))
     return rows

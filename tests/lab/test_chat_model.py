@@ -59,14 +59,14 @@ def test_a_row_says_which_is_ahead_and_whether_the_verdict_is_nanos(record: Path
         (row,) = answer(claims, "5.1-s")
         assert row[2].startswith(f"{said} (claim ") and "5.1-s" in row[2]
         assert row[1] == (
-            "Ahead with every seed: DoRA. 60% (DoRA) and 50% (LoRA) of unseen English verbs right. "
-            "In bits an answer token DoRA less LoRA is -0.050, -0.050 to -0.050 over 2 seeds; training gained 4.0."
+            "Lower with each of 2 seeds: DoRA, by 0.050 bits an answer token (0.050 to 0.050), where training gained 4.0. "
+            "Right: 60% (DoRA) and 50% (LoRA) of unseen English verbs."
         )
         assert claims.claims[-1].holds and claims.claims[-1].evidence == "smol"
     for holds, said in ((False, ALIKE), (True, UNLIKE)):  # lower with one seed of two
         (row,) = answer(with_nano(holds, "1.2-s"), "1.2-s")
         assert row[2].startswith(f"{said} (") and row[1].startswith(
-            "Ahead with every seed: neither."
+            "Lower with each of 2 seeds: neither; AdaLoRA minus LoRA is -"
         )
 
 
@@ -132,7 +132,7 @@ def test_values_inside_a_run_are_averaged_seed_by_seed(record: Path) -> None:
     claims = with_nano(False, "4.2-s")
     (row,) = answer(claims, "4.2-s")
     assert row[2].startswith(f"{UNLIKE} (")
-    assert row[1].startswith("Ahead with every seed: nested. In bits an answer token nested less")
+    assert row[1].startswith("Lower with each of 2 seeds: nested, by 0.")
     assert claims.claims[-1].values["svd"] == pytest.approx([0.4, 0.5])
 
 
