@@ -17,7 +17,8 @@ from lora_course.lab.claims import AnswerTable, Claims
 from lora_course.lab.evidence import differences
 from lora_course.lab.study import STUDIES, chosen_rate, load_study
 
-ALIKE, UNLIKE = "as on nano", "<b>unlike nano</b>"
+BOTH, NEITHER = "as on nano", "not shown here, nor on nano"
+HERE, THERE = "<b>unlike nano</b>: shown here", "<b>unlike nano</b>: not shown here"
 LEVELS = {"bits_per_token": "bits an answer token", "own_text": "bits a byte of other English"}
 BYTES_OF = {"delta": 8, "factors-2bit": 2 / 8 + 4 / 64}
 """Of a number of an adapter on disk, where it isn't fp32 alone: with its place; in 2 bits, with a scale for each 64."""
@@ -251,6 +252,7 @@ def answer(claims: Claims, *ids: str) -> list[tuple[str, str, str]]:
                 f"{share} ({name})" for share, name in zip(shares, names, strict=True)
             )
             said += f" Right: {exact} of {ASKED[question.study]}."
-        same = ALIKE if claims[id].holds == nano.holds else UNLIKE
+        verdicts = {(True, True): BOTH, (False, False): NEITHER, (True, False): HERE, (False, True): THERE}  # fmt: skip
+        same = verdicts[claims[id].holds, nano.holds]
         rows.append((asked, said, f"{same} (claim {claims.link(id)})"))
     return rows

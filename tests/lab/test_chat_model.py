@@ -10,9 +10,11 @@ from lora_course.experiments import smol_past, smol_several
 from lora_course.experiments.smol_past import METHODS
 from lora_course.lab import Claims, chat_model
 from lora_course.lab.chat_model import (
-    ALIKE,
+    BOTH,
+    HERE,
+    NEITHER,
     QUESTIONS,
-    UNLIKE,
+    THERE,
     answer,
     missing,
     series,
@@ -54,7 +56,7 @@ def with_nano(holds: bool, id: str) -> Claims:
 
 
 def test_a_row_says_which_is_ahead_and_whether_the_verdict_is_nanos(record: Path) -> None:
-    for holds, said in ((True, ALIKE), (False, UNLIKE)):
+    for holds, said in ((True, BOTH), (False, HERE)):
         claims = with_nano(holds, "5.1-s")
         (row,) = answer(claims, "5.1-s")
         assert row[2].startswith(f"{said} (claim ") and "5.1-s" in row[2]
@@ -63,7 +65,7 @@ def test_a_row_says_which_is_ahead_and_whether_the_verdict_is_nanos(record: Path
             "Right: 60% (DoRA) and 50% (LoRA) of unseen English verbs."
         )
         assert claims.claims[-1].holds and claims.claims[-1].evidence == "smol"
-    for holds, said in ((False, ALIKE), (True, UNLIKE)):  # lower with one seed of two
+    for holds, said in ((False, NEITHER), (True, THERE)):  # lower with one seed of two
         (row,) = answer(with_nano(holds, "1.2-s"), "1.2-s")
         assert row[2].startswith(f"{said} (") and row[1].startswith(
             "Lower with each of 2 seeds: neither; AdaLoRA minus LoRA is -"
@@ -74,7 +76,7 @@ def test_a_row_has_its_own_claims_verdict_whatever_claims_stand_behind_it(record
     claims = with_nano(True, "5.1-s")
     claims.add("5.1-z", "later in the order", "here", "higher", {"x": [1.0]}, "x[0] < 0", "why")
     (row,) = answer(claims, "5.1-s")
-    assert row[2].startswith(f"{ALIKE} (")
+    assert row[2].startswith(f"{BOTH} (")
     assert claims["5.1-s"].holds and not claims["5.1-z"].holds
     with pytest.raises(KeyError):
         claims["5.1-y"]
@@ -131,7 +133,7 @@ def test_bytes_of_a_number_are_those_of_the_file(arm: str, each: float, tmp_path
 def test_values_inside_a_run_are_averaged_seed_by_seed(record: Path) -> None:
     claims = with_nano(False, "4.2-s")
     (row,) = answer(claims, "4.2-s")
-    assert row[2].startswith(f"{UNLIKE} (")
+    assert row[2].startswith(f"{HERE} (")
     assert row[1].startswith("Lower with each of 2 seeds: nested, by 0.")
     assert claims.claims[-1].values["svd"] == pytest.approx([0.4, 0.5])
 
