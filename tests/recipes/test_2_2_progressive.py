@@ -1,5 +1,6 @@
 """The recipe of chapter 2.2."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from safetensors.torch import load_file
 from lora_course import lab
 from lora_course.injection import adapter_layers
 from lora_course.progressive import load_stage
-from tests.recipes import LARGE, recipe
+from tests.recipes import LARGE, opening, recipe
 
 
 @pytest.mark.slow
@@ -18,7 +19,7 @@ def test_2_2_adds_stages_to_two_that_stay_as_they_were_and_exports_their_sum(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     code = recipe("2_2_progressive")
-    assert LARGE in code and code.count("300") == 2 and code.count("512") == 1
+    assert LARGE in code and code.count("300") == 3 and code.count("512") == 1
     for large, small_one in (
         (LARGE, repr(str(lab.base_path("nano")))),
         ("300", "3"),
@@ -29,8 +30,16 @@ def test_2_2_adds_stages_to_two_that_stay_as_they_were_and_exports_their_sum(
     months = {
         name: texts[20 * i : 20 * i + 20] for i, name in enumerate(("january", "february", "march"))
     }
-    given: dict = dict(months)
+    held_out = opening(lab.load_text("bible", "validation")[:2])
+    given: dict = months | {"held_out": held_out}
     exec(code, given)
+    # the rival: each month goes on from the factors of the one before, and moves them
+    one = [load_file(f"adapters/one-{month}/adapter.safetensors") for month in range(3)]
+    for earlier, later in pairwise(one):
+        for name in earlier:
+            if name.endswith(".A"):  # a few steps at 2e-4; another draw is 1.4 norms away
+                moved = (later[name] - earlier[name]).norm() / earlier[name].norm()
+                assert 0 < moved < 0.1
     layers = adapter_layers(given["model"])
     before = adapter_layers(load_stage(lab.load_base("nano")[0], "runs/year", 1))
     assert len(layers) == len(before) == 28
