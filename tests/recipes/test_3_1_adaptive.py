@@ -12,7 +12,7 @@ from lora_course.folders import read_factors
 from lora_course.injection import adapter_layers, inject
 from lora_course.states import factor_state
 from tests.models import config, randomize
-from tests.recipes import recipe, small
+from tests.recipes import opening, recipe, small
 
 
 @pytest.mark.parametrize(("top", "growths"), [("n", 1), ("n // 4", 4)])
@@ -25,7 +25,10 @@ def test_3_1_goes_on_from_peft_grows_and_exports_plain_lora(
     code = small(recipe("3_1_adaptive"), steps=7)
     assert code.count("start=20, every=10") == code.count("top=n") == 1
     code = code.replace("start=20, every=10", "start=2, every=1").replace("top=n", f"top={top}")
-    given = {"texts": lab.load_text("bible", "train")[:40]}
+    given = {
+        "texts": lab.load_text("bible", "train")[:40],
+        "held_out": opening(lab.load_text("bible", "validation")[:8]),
+    }
     exec(code, given)
     model = given["model"]
     totals = [sum(entry["ranks"].values()) for entry in rank_history(model)]
