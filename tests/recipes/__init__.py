@@ -19,7 +19,7 @@ def recipe(stem: str, start: str = "Use it", end: str = "The idea") -> str:
 
 def small(code: str, steps: int, length: int = 64) -> str:
     """The recipe with nano in place of the large model, and few steps on short rows."""
-    code, counted = re.subn(r"max_steps=\d+", f"max_steps={steps}", code)
+    code, counted = re.subn(r"\b((?:max_)?steps)=\d+", rf"\1={steps}", code)
     code, rows = re.subn(r"\b512\b", str(length), code)
     assert LARGE in code and counted and rows
     return code.replace(LARGE, repr(str(lab.base_path("nano"))))

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel
+from transformers import Trainer
 
-from lora_course import lab
+from lora_course import distillation, lab
 from lora_course.export import export_peft
 from lora_course.folders import read_factors
 from lora_course.injection import adapter_layers, inject, unload
@@ -61,7 +63,8 @@ def test_3_2_a_model_teaches_a_small_one_and_folders_teach_one_adapter(
         )
     ]
     assert max(apart) > 0
-    assert given["taught"].teacher is teacher and given["taught"].tokens == len(given["tokenizer"])
+    assert given["by_teacher"].teacher is teacher
+    assert given["by_teacher"].tokens == len(given["tokenizer"])
 
     # the line for another seed: other factors and another order of the rows
     page = (ROOT / "notebooks" / "3_2_distillation.md").read_text()
@@ -72,6 +75,41 @@ def test_3_2_a_model_teaches_a_small_one_and_folders_teach_one_adapter(
         not torch.equal(layer.A, twin.A)
         for layer, twin in zip(again, adapter_layers(alone).values(), strict=True)
     )
+
+    # alone for longer: as many steps as it says
+    (line,) = re.findall(r"`(longer = with_lora\(.*?)`", page)
+    exec(line.replace("steps=4000", "steps=3"), given)
+    assert [path.name for path in Path("runs/longer").glob("checkpoint-*")] == ["checkpoint-3"]
+
+    # a teacher that is fine-tuned already: PEFT's model, of a folder of PEFT
+    (line,) = re.findall(r"`(teacher = PeftModel.*?)`", page)
+    given["whole"], given["PeftModel"] = lab.load_base("nano")[0], PeftModel
+    exec(line.replace("adapters/mine", "adapters/law"), given)
+    tuned, words = given["teacher"], len(given["tokenizer"])
+    batch = {key: torch.as_tensor(given["rows"][:2][key]) for key in ("input_ids", "labels")}
+    told = distillation.TeacherModel(student, tuned, words).log_probs(
+        batch, distillation.DistillationConfig()
+    )
+    with torch.no_grad():
+        logits = tuned(batch["input_ids"]).logits[:, :-1, :words]
+    assert torch.allclose(told, logits.flatten(0, 1).log_softmax(-1), atol=1e-4)
+
+    # the class on a plain Trainer, as it is called on the page
+    cells = re.findall(r"^```\{code-cell\} ipython3\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    written = [cell for cell in cells if cell.startswith(("def loss_by_hand", "class PlainDist"))]
+    assert len(written) == 2
+    plain = {
+        "torch": torch, "F": torch.nn.functional, "Trainer": Trainer, "LoraConfig": LoraConfig,
+        "rows": given["rows"], "tokenizer": given["tokenizer"], "large_model": tuned,
+        "small_model": lab.load_base("nano")[0],
+    }  # fmt: skip
+    exec("\n".join(written), plain)
+    exec(
+        re.sub(r"max_steps=\d+", "max_steps=2", recipe("3_2_distillation", "Build it", "Several")),
+        plain,
+    )
+    taught = {n: p for n, p in plain["small_model"].named_parameters() if "lora_B" in n}
+    assert len(taught) == 28 and all(p.any() for p in taught.values())
 
     teachers = given["teachers"]
     assert teachers.names == ["law", "code"]

@@ -1,6 +1,7 @@
 """The recipe of chapter 3.3."""
 
 import copy
+import re
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,11 @@ from lora_course.continual import Reservoir, Task, load_results
 from lora_course.export import export_peft
 from lora_course.folders import read_factors
 from lora_course.injection import disabled, inject, unload
+from lora_course.merging import ties
 from lora_course.states import concatenate, relative_error, truncate, use_adapter
 from tests.models import config, qwen, randomize
 from tests.recipes import recipe, small
+from tools.chapters import ROOT
 
 DOMAINS = {"law": "bible", "code": "python"}
 
@@ -84,6 +87,14 @@ def test_3_3_learns_two_tasks_in_turn_and_merges_two_folders_of_peft(
         scored = lab.bits_per_byte(model, tokenizer, text)
     assert given["bits"]["base"]["code"] == pytest.approx(scored, abs=1e-4)
     assert len({row["code"] for row in given["bits"].values()}) == len(given["bits"]) == 6
+
+    # the line for TIES: its weights are λ, its cut is to the recipe's rank
+    (line,) = re.findall(
+        r"`(tried\[f\"ties-.*?\.state)`", (ROOT / "notebooks" / "3_3_continual.md").read_text()
+    )
+    exec(line, given | {"ties": ties, "weight": 0.5})
+    expected = ties(parts, 16, 0.2, [0.5, 0.5]).state
+    assert relative_error(given["tried"]["ties-0.5"], expected) < 1e-6
 
 
 def by_peft(folder: Path, kind: str, **settings: float | bool) -> PeftModel:
