@@ -1,13 +1,16 @@
 """The recipe of chapter 4.2."""
 
+import re
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from lora_course import export_peft, inject, lab, unload
 from tests.models import config, randomize
 from tests.recipes import opening, recipe, small
+from tools.chapters import ROOT
 
 
 def test_4_2_cuts_a_folder_of_peft_by_svd_and_a_nested_training_at_four_ranks(
@@ -39,3 +42,19 @@ def test_4_2_cuts_a_folder_of_peft_by_svd_and_a_nested_training_at_four_ranks(
                 assert part.shape == rows.shape and part.abs().max() > 0
                 if way == "nested":  # a cut is a slice of the file of the whole
                     assert part.equal(rows)
+
+
+@pytest.mark.parametrize(("gradients", "which"), [((0, 0, 1), 0), ((1, 1, 1), 1)])
+def test_a_row_without_a_gradient_moves_as_far_as_the_self_test_says(
+    gradients: tuple[float, ...], which: int
+) -> None:
+    text = (ROOT / "notebooks" / "4_2_hierarchical.md").read_text()
+    answer = text[text.index("5. Row 8 was trained at step 3") : text.index("## What goes wrong")]
+    weight = torch.nn.Parameter(torch.zeros(1))
+    adam = torch.optim.AdamW([weight], lr=1.0, weight_decay=0.0)
+    for gradient in (*gradients, 0.0):
+        before = weight.item()
+        weight.grad = torch.tensor([float(gradient)])
+        adam.step()
+    said = re.findall(r"by (0\.\d\d)", answer)
+    assert f"{before - weight.item():.2f}" == said[which] and len(said) == 2

@@ -196,28 +196,50 @@ def test_a_line_for_an_optimizer_steps_what_it_says(name: str, factors: int) -> 
         assert {group["lr"] for group in groups if group["params"]} == {1e-3, 16e-3}
 
 
+def searched(name: str) -> list[float]:
+    """A method's searched rates over LoRA's, one for each text, as the table has them."""
+    own = study.load_study("5_1_comparison")
+    of = own if name in comparison.METHODS else study.load_study("5_1_neighbours")
+    return [
+        study.chosen_rate(of, f"{name}/{text}") / study.chosen_rate(own, f"lora/{text}")
+        for text in comparison.DOMAINS
+    ]
+
+
 def test_the_neighbours_lines_are_the_studys_and_run_as_arms_of_the_recipe(tmp_path: Path) -> None:
     section = CHAPTER.read_text().split("\n## The neighbours in PEFT")[1]
     code = re.search(r"^```python\n(.*?)^```", section, re.MULTILINE | re.DOTALL)[1]
-    lines, eva, lora_fa = re.split(r"^# .*:\n", code, flags=re.MULTILINE)
+    lines, start, trains, search = re.split(r"^# .*:\n", code, flags=re.MULTILINE)
     given: dict[str, Any] = {"arms": {}, "plain": PLAIN, "LoraConfig": peft.LoraConfig}
     exec(lines, given)
+    assert given["arms"].pop("lora_fa") == peft.LoraConfig(**PLAIN)
     for name, config in given["arms"].items():
         assert config == evaluated(name), name
+    for name, times in given["times"].items():
+        assert times in searched(name), name
+    assert 1 in searched("eva")  # has the recipe's own rates
     tokenizer = lab.load_base("nano")[1]
     rows = lab.blocks(tokenizer, lab.load_text("bible", "train")[:8], length=64)
     how = training_arguments("runs/one", learning_rate=1e-3, max_steps=3, per_device_train_batch_size=2)  # fmt: skip
     how.output_dir = str(tmp_path)
     given |= {"rows": rows, "how": how, "rate": 1e-3, "get_peft_model": peft.get_peft_model, "Trainer": Trainer}  # fmt: skip
     given["model"] = lab.load_base("nano")[0]
-    exec(eva, given)
+    given["arms"] |= {name: peft.LoraConfig(**PLAIN) for name in ("lora", "lora_fa")}
+    given["arm"] = "eva"
+    exec(start, given)
     ranks = {m.r["default"] for m in given["model"].modules() if hasattr(m, "lora_A")}
     assert len(ranks) > 1  # it gave each layer its own
-    given["model"] = model = peft.get_peft_model(lab.load_base("nano")[0], peft.LoraConfig(**PLAIN))
-    before = {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" in n}
-    exec(lora_fa, given)
-    moved = {n for n, p in model.named_parameters() if n in before and not torch.equal(p, before[n])}  # fmt: skip
-    assert moved == {n for n in before if "lora_B" in n}
+    for arm, trained in (("lora_fa", "lora_B"), ("lora", "lora_")):
+        given |= {"arm": arm, "model": lab.load_base("nano")[0]}
+        exec(start, given)
+        before = {n: p.detach().clone() for n, p in given["model"].named_parameters() if "lora_" in n}  # fmt: skip
+        exec(trains, given)
+        after = dict(given["model"].named_parameters())
+        moved = {n for n, old in before.items() if not torch.equal(after[n], old)}
+        assert moved == {n for n in before if trained in n}, arm
+    given |= {"arm": "vera", "score": lambda arm, rate, seed, held_out: rate, "validation": []}
+    exec(search, given)
+    assert list(given["tried"]) == [16e-4, 32e-4, 64e-4]
 
 
 def test_lily_looks_ahead_as_the_chapter_says() -> None:
