@@ -33,7 +33,7 @@ DOMAINS = ["bible", "shakespeare", "milton", "python"]
 SETTINGS: dict[str, Any] = {
     "model": "nano", "r": 8, "steps": 20, "batch": 8, "length": 64, "train_bytes": 300_000,
     "score_bytes": {"validation": 4_000, "test": 4_000}, "piece": 1_000,
-    "learning_rates": [4e-3, 8e-3, 1.6e-2], "seeds": [0, 10, 20], "search_seeds": [0],
+    "learning_rates": [4e-3, 8e-3, 1.6e-2], "seeds": [0, 10, 20, 30, 40], "search_seeds": [0],
     "share": 0.5, "memory": 16_384, "memories": [2_048, 131_072], "strength": 0.5, "strengths": [0.0],
     "arm_steps": dict.fromkeys(["sequential", "replay", "orthogonal", "isolated", "joint"], 4 * 20),  # of four domains
     "ranks": [2, 32], "ties_density": 0.2, "dare_density": 0.5,
