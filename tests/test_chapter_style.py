@@ -127,9 +127,12 @@ def test_what_is_measured_is_what_a_reader_sees(toy: Path) -> None:
 def test_wide_lines_long_cells_and_long_chapters_are_found(toy: Path) -> None:
     cell = "\n".join(["z = 3"] * CELL)
     source = TOY.replace("y = 2", f"{cell}\n{'w' * (COLUMNS + 1)}")
-    toy.write_text(source.replace("## Exercises", f"{'word ' * WORDS}\n\n## Exercises"))
+    recipe = f"```python\n{'r' * COLUMNS}\n{'r' * (COLUMNS + 1)}\n```"
+    more = f"{'word ' * WORDS}\n\n{recipe}\n\n## Exercises"
+    toy.write_text(source.replace("## Exercises", more))
     chapter = Chapter(toy)
-    assert chapter.wide == ["w" * (COLUMNS + 1)] and chapter.long == ["x = 1"]
+    assert chapter.wide == [letter * (COLUMNS + 1) for letter in "wr"]
+    assert chapter.long == ["x = 1"]
     assert chapter.words > WORDS
     reading = chapter.words / chapter_style.WORDS_A_MINUTE
     assert reading < chapter.minutes[0] <= reading + 2 + 5

@@ -30,6 +30,7 @@ QUESTIONS = re.compile(
     r"^<details><summary>(?:<b>)?Before you [^\n]*</summary>$.*?^</details>$",
     re.MULTILINE | re.DOTALL,
 )
+FENCED = re.compile(r"^```\w+\n(.*?)^```", re.MULTILINE | re.DOTALL)
 ANSWERS = re.compile(r"^<details><summary>\d\. ", re.MULTILINE)
 TIME = re.compile(r"\*\*Time\*\*: (\d+) minutes to read, (\d+) for the exercises")
 
@@ -73,7 +74,9 @@ class Chapter:
 
     @property
     def wide(self) -> list[str]:
-        return [line for lines in self.visible for line in lines if len(line) > COLUMNS]
+        """Lines of code that scroll on a laptop, of cells and of recipes within the text."""
+        recipes = [block.splitlines() for block in FENCED.findall(self.prose)]
+        return [line for lines in self.visible + recipes for line in lines if len(line) > COLUMNS]
 
     @property
     def long(self) -> list[str]:
