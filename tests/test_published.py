@@ -14,13 +14,19 @@ from tools import published
 from tools.chapters import Result
 
 
+def toy(folder: Path, parts: list) -> tuple[Path, Result]:
+    """A chapter of these parts that ran, and a glossary of one word."""
+    (folder / "book").mkdir()
+    (folder / "book" / "glossary.md").write_text(
+        ":::{glossary}\nrouter (路由器)\n  It routes.\n:::\n"
+    )
+    nbformat.write(v4.new_notebook(cells=parts), folder / "9_9_toy.ipynb")
+    return folder, Result("9_9_toy", folder, 1.0, fresh=True)
+
+
 @pytest.fixture
 def project(tmp_path: Path) -> tuple[Path, Result]:
     """A chapter that ran: an exercise, a folded figure, a table with an empty corner, progress on stderr."""
-    (tmp_path / "book").mkdir()
-    (tmp_path / "book" / "glossary.md").write_text(
-        ":::{glossary}\nrouter (路由器)\n  It routes.\n:::\n"
-    )
     table = f'<table><tr><th></th></tr></table><a href="{BOOK}/book/ledger.html#claim-9-9-a">a</a>'
     outputs = [
         v4.new_output("stream", name="stderr", text="100%"),
@@ -34,8 +40,7 @@ def project(tmp_path: Path) -> tuple[Path, Result]:
         v4.new_code_cell("1 + 1"),
         v4.new_code_cell("# @title the table of costs\n2", metadata={"tags": ["hide-cell"]}),
     ]  # fmt: skip
-    nbformat.write(v4.new_notebook(cells=cells), tmp_path / "9_9_toy.ipynb")
-    return tmp_path, Result("9_9_toy", tmp_path, 1.0, fresh=True)
+    return toy(tmp_path, cells)
 
 
 def cells(project: tuple[Path, Result]) -> list[dict]:
@@ -58,6 +63,18 @@ def test_folds_say_what_is_in_them(project) -> None:
     assert table["metadata"]["mystnb"]["code_prompt_show"] == "Show the table of costs"
 
 
+def test_what_fails_is_a_defect_in_the_sketch_and_a_check_under_check_it(tmp_path: Path) -> None:
+    parts = [v4.new_markdown_cell("# 9.9 A toy"), v4.new_markdown_cell("Text.")]
+    for heading in ("## The sketch, mended", "## Check it", "### Twice", "## Train it"):
+        parts.append(v4.new_markdown_cell(f"{heading}\n\nText."))
+        parts.append(v4.new_code_cell("fails(merge)", metadata={"tags": ["hide-cell"]}))
+    found = cells(toy(tmp_path, parts))
+    names = [
+        c["metadata"]["mystnb"]["code_prompt_show"] for c in found if "mystnb" in c["metadata"]
+    ]
+    assert names == ["Show the defect", "Show the checks", "Show the checks", "Show the defect"]
+
+
 def test_outputs_are_fit_for_a_page(project) -> None:
     figure = cells(project)[2]
     assert figure["metadata"]["tags"] == ["hide-input"]
@@ -68,10 +85,6 @@ def test_outputs_are_fit_for_a_page(project) -> None:
 
 
 def test_what_is_set_up_before_the_first_text_is_one_fold(tmp_path: Path) -> None:
-    (tmp_path / "book").mkdir()
-    (tmp_path / "book" / "glossary.md").write_text(
-        ":::{glossary}\nrouter (路由器)\n  It routes.\n:::\n"
-    )
     hidden = {"tags": ["hide-input"]}
     figure = v4.new_output("display_data", data={"text/html": "<figure></figure>"})
     parts = [
@@ -82,8 +95,7 @@ def test_what_is_set_up_before_the_first_text_is_one_fold(tmp_path: Path) -> Non
         v4.new_markdown_cell("After this chapter …"),
         v4.new_code_cell("y = 1", outputs=[], metadata=hidden),
     ]  # fmt: skip
-    nbformat.write(v4.new_notebook(cells=parts), tmp_path / "9_9_toy.ipynb")
-    _, start, picture, _, later = cells((tmp_path, Result("9_9_toy", tmp_path, 1.0, fresh=True)))
+    _, start, picture, _, later = cells(toy(tmp_path, parts))
     assert "".join(start["source"]) == "# %pip install\n\nimport lab"
     assert [out["text"] for out in start["outputs"]] == [["ready\n"], ["cpu\n"]]
     assert start["metadata"]["tags"] == ["hide-cell"]
@@ -91,10 +103,6 @@ def test_what_is_set_up_before_the_first_text_is_one_fold(tmp_path: Path) -> Non
 
 
 def test_folded_cells_that_show_nothing_are_one_fold_with_the_next(tmp_path: Path) -> None:
-    (tmp_path / "book").mkdir()
-    (tmp_path / "book" / "glossary.md").write_text(
-        ":::{glossary}\nrouter (路由器)\n  It routes.\n:::\n"
-    )
     hidden, said = {"tags": ["hide-input"]}, [v4.new_output("stream", text="1\n")]
     parts = [
         v4.new_markdown_cell("# 9.9 A toy"),
@@ -105,8 +113,7 @@ def test_folded_cells_that_show_nothing_are_one_fold_with_the_next(tmp_path: Pat
         v4.new_code_cell("print(x + 1)", outputs=said, metadata=hidden),
         v4.new_code_cell("y = 2"),
     ]  # fmt: skip
-    nbformat.write(v4.new_notebook(cells=parts), tmp_path / "9_9_toy.ipynb")
-    found = cells((tmp_path, Result("9_9_toy", tmp_path, 1.0, fresh=True)))
+    found = cells(toy(tmp_path, parts))
     sources = ["".join(cell["source"]) for cell in found]
     assert sources[2:] == ["x = 1\n\nclaims.add('9.9-a')\n\nprint(x)", "print(x + 1)", "y = 2"]
     assert found[2]["metadata"]["mystnb"]["code_prompt_show"] == "Show how the claims are checked"

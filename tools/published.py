@@ -9,15 +9,17 @@ from tools import crosslinks, facts
 from tools.chapters import Result
 
 BOOK = facts.read().book
+SECTION = re.compile(r"^## (.+)$", re.MULTILINE)
 EXERCISE = re.compile(r"^\*\*Exercise (\d+\.\d+-\w+)", re.MULTILINE)
 NAMED = re.compile(  # pandas gives the name of the rows a line of its own
     r"(<thead>\s*<tr[^>]*>\s*)<th></th>((?:\s*<th>[^<]*</th>)+\s*</tr>)\s*<tr>\s*<th>([^<]+)</th>(?:\s*<th></th>)+\s*</tr>"
 )
+DEFECT, CHECKS = "the defect", "the checks"  # under "Check it" what fails is what should
 FOLDS = (  # what a folded cell holds → what its button says; the first that fits
     (r"%pip install", "the set-up, and what runs here"),
     (r"claims\.add\(", "how the claims are checked"),
     (r"\bfigure\(|moving\.show\(|lab\.show\(", "the code of the figure"),
-    (r"fails\(", "the defect"),
+    (r"fails\(", DEFECT),
 )
 
 
@@ -34,9 +36,12 @@ def notebook(result: Result, root: Path, there: set[str]) -> str:
         if cell.cell_type == "code":
             cell.outputs = [out for out in cell.outputs if out.get("name") != "stderr"]
     book.cells = with_one_fold(with_one_set_up(book.cells))
+    section = ""
     for cell in book.cells:
         if cell.cell_type == "code":
-            code(cell)
+            code(cell, section)
+        elif headings := SECTION.findall(cell.source):
+            section = headings[-1]
     book.metadata.pop("jupytext", None)
     book.metadata["kernelspec"] = {
         "display_name": "Python 3",
@@ -86,12 +91,12 @@ def exercise(match: re.Match[str]) -> str:
     return f'<span id="exercise-{match[1].replace(".", "-")}"></span>{match[0]}'
 
 
-def code(cell: nbformat.NotebookNode) -> None:
+def code(cell: nbformat.NotebookNode, section: str) -> None:
     """Name the fold, and make outputs fit for a page."""
     tags = cell.metadata.get("tags", [])
     if "skip-execution" in tags:
         cell.metadata["tags"] = [tag for tag in tags if tag != "skip-execution"]
-    if name := fold(cell):
+    if name := fold(cell, section):
         cell.metadata["mystnb"] = {
             "code_prompt_show": f"Show {name}",
             "code_prompt_hide": f"Hide {name}",
@@ -101,8 +106,8 @@ def code(cell: nbformat.NotebookNode) -> None:
             output.data["text/html"] = page_html(output.data["text/html"])
 
 
-def fold(cell: nbformat.NotebookNode) -> str:
-    """What a folded cell holds, in words; empty where nothing is folded or nothing special is in it."""
+def fold(cell: nbformat.NotebookNode, section: str) -> str:
+    """What a folded cell of a section holds, in words; empty where nothing is folded or nothing special is in it."""
     tags = cell.metadata.get("tags", [])
     if "solution" in tags:
         return "the solution"
@@ -110,7 +115,8 @@ def fold(cell: nbformat.NotebookNode) -> str:
         return ""
     if titled := re.match(r"# @title (.+)", cell.source):
         return titled[1]
-    return next((name for pattern, name in FOLDS if re.search(pattern, cell.source)), "")
+    name = next((name for pattern, name in FOLDS if re.search(pattern, cell.source)), "")
+    return CHECKS if name == DEFECT and section == "Check it" else name
 
 
 def page_html(text: str) -> str:

@@ -175,7 +175,7 @@ def results(record: Mapping[str, Any], names: Mapping[str, str]) -> AnswerTable:
             row.append(own if arm == "lora" else apart)
         row.append(f"{adapter_bytes(record, arm) / 1e6:.1f}")
         rows.append(tuple(cell.replace(" ", "\N{NO-BREAK SPACE}") for cell in row))
-    levels = (f"{of}, less LoRA's" for of in LEVELS.values())
+    levels = (f"{of} minus LoRA's" for of in LEVELS.values())
     head = ("method", "exactly right (irregular)", *levels, "adapter, MB")
     return AnswerTable(head, rows, named=1)
 

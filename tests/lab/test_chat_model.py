@@ -35,7 +35,7 @@ def record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for seed, shift in ((0, 0.0), (1, 0.1)):
         cuts = {"1": 0.5 + shift, "2": 0.4 + shift, "4": 0.3 + shift}
         runs[f"lora/0.002/{seed}/test"] = run(0.3 + shift, 0.5, cut=cuts)
-        runs[f"dora/0.004/{seed}/test"] = run(0.25 + shift, 0.6)
+        runs[f"dora/0.004/{seed}/test"] = run(0.25 + 0.9 * shift, 0.6)
         runs[f"adalora/0.004/{seed}/test"] = run(0.35, 0.5)
         nested = {"1": 0.55 + shift, "2": 0.2 + shift, "4": 0.2 + shift}
         runs[f"nested/0.002/{seed}/test"] = run(0.3, 0.5, cut=nested)
@@ -61,15 +61,27 @@ def test_a_row_says_which_is_ahead_and_whether_the_verdict_is_nanos(record: Path
         (row,) = answer(claims, "5.1-s")
         assert row[2].startswith(f"{said} (claim ") and "5.1-s" in row[2]
         assert row[1] == (
-            "Lower with each of 2 seeds: DoRA, by 0.050 bits an answer token (0.050 to 0.050), where training gained 4.0. "
+            "Lower with each of 2 seeds: DoRA, by 0.055 bits an answer token (0.050 to 0.060), where training gained 4.0. "
             "Right: 60% (DoRA) and 50% (LoRA) of unseen English verbs."
         )
         assert claims.claims[-1].holds and claims.claims[-1].evidence == "smol"
     for holds, said in ((False, NEITHER), (True, THERE)):  # lower with one seed of two
         (row,) = answer(with_nano(holds, "1.2-s"), "1.2-s")
         assert row[2].startswith(f"{said} (") and row[1].startswith(
-            "Lower with each of 2 seeds: neither; AdaLoRA minus LoRA is -"
+            "Lower with each of 2 seeds: neither; AdaLoRA minus LoRA is -0.000 bits an answer token (-0.050 to +0.050), where"
         )
+
+
+def test_a_row_names_the_second_where_that_is_lower_and_says_by_how_much(record: Path) -> None:
+    path = record / "smol_past.json"
+    text = json.loads(path.read_text())
+    for key, found in text["runs"].items():
+        found["bits_per_token"] += 0.2 * key.startswith("dora/")
+    path.write_text(json.dumps(text))
+    (row,) = answer(with_nano(True, "5.1-s"), "5.1-s")
+    assert row[2].startswith(f"{THERE} (") and row[1].startswith(
+        "Lower with each of 2 seeds: LoRA, by 0.145 bits an answer token (0.140 to 0.150), where"
+    )
 
 
 def test_a_row_has_its_own_claims_verdict_whatever_claims_stand_behind_it(record: Path) -> None:
@@ -104,7 +116,7 @@ def test_the_table_has_loras_level_and_the_others_paired_differences(record: Pat
     }
     assert list(found)[0] == "D&lt;o&gt;RA" and list(found)[-1] == "lora"  # the lowest first
     assert found["lora"] == ("50.0% (25.0%)", "0.350 itself", "1.200 itself", "10.0")
-    assert found["D&lt;o&gt;RA"][:2] == ("60.0% (25.0%)", "-0.050 (-0.050 to -0.050)")
+    assert found["D&lt;o&gt;RA"][:2] == ("60.0% (25.0%)", "-0.055 (-0.060 to -0.050)")
     assert found["adalora"][2] == "-0.050 (-0.200 to +0.100)"
     page = table._repr_html_()  # on a phone there is no head, and each cell says what it is
     assert (
