@@ -121,8 +121,11 @@ def test_0_1_a_template_that_rewrites_its_prompt_is_refused(base: Any) -> None:
 
 @pytest.mark.slow
 def test_0_1_trains_on_chats_here_and_with_peft_alone(
-    base: Any, capsys: pytest.CaptureFixture[str]
+    base: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # One step of Adam is the gradient's signs, of which bf16 turns some on some CPUs: what is compared is in fp32. With
+    # one row a step instead of eight the two would be 0.4 apart.
+    monkeypatch.setenv("LORA_COURSE_CPU_DTYPE", "float32")
     chats, ours_lines, alone, _ = parts(steps=2)
     given = {"pairs": pairs(50)}
     exec(chats + ours_lines, given)
@@ -138,10 +141,6 @@ def test_0_1_trains_on_chats_here_and_with_peft_alone(
     exec(on_cpu, given)
     assert len(set(given["losses"].values())) == 3
     best = given["best"]
-    exec(for_a_small_gpu(on_cpu), given)
-    # One step of Adam is the gradient's signs, and bf16 turns some. An adapter that did not train would be 1 apart,
-    # one with other signs 1.4.
-    assert apart("adapters/peft-0.0002", "small/adapters/peft-0.0002") < 0.7
     theirs = json.loads(Path(f"adapters/peft-{best}/adapter_config.json").read_text())
     for field in ("r", "lora_alpha", "task_type"):
         assert ours[field] == theirs[field]
@@ -153,3 +152,7 @@ def test_0_1_trains_on_chats_here_and_with_peft_alone(
         merged = AutoModelForCausalLM.from_pretrained("merged-peft")(input_ids=ids).logits
     assert (adapted - before).abs().max() > 2e-3  # twenty times what is allowed below
     torch.testing.assert_close(merged, adapted, atol=1e-4, rtol=1e-4)
+
+    exec(on_cpu.replace("bf16=True, ", "").replace("(1e-4, 2e-4, 4e-4)", "(2e-4,)"), given)
+    exec(for_a_small_gpu(on_cpu.replace("bf16=True, ", "")), given)
+    assert apart("adapters/peft-0.0002", "small/adapters/peft-0.0002") < 0.1
