@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_course.arguments import computing_in
 from lora_course.experiments.listing import record_path
+from lora_course.experiments.precision import precision_of
 from lora_course.experiments.record import Record, as_json, beginning, commit, largest_difference
 
 Compute = Callable[..., Mapping[str, Any]]
@@ -83,7 +83,7 @@ class Study:
             settings["seeds"] = list(dict.fromkeys([*settings.get("seeds", []), *seeds]))
         record = Record(out or self.path, self.name, settings, overwrite)
         runs = Runs(record, arms, progress)
-        with computing_in(record.dtype()):
+        with precision_of(record.dtype()):
             self.body(runs)
         if not arms and "seeds" in settings:
             stated = record.read()["settings"]
@@ -104,7 +104,7 @@ class Study:
             raise ValueError(
                 f"{record.path} has no run {missing[0]!r}: `lora-course study run {self.name}` computes it"
             )
-        with computing_in(record.dtype()):
+        with precision_of(record.dtype()):
             if self.witness.part:
                 (key,) = self.witness.keys
                 part = as_json(self.witness.part())
