@@ -34,6 +34,7 @@ from lora_course.experiments import (
     train,
 )
 from lora_course.experiments import adalora as first
+from lora_course.experiments.study import ROUNDING
 from lora_course.injection import injection_of
 from lora_course.linears import zero_where
 
@@ -98,5 +99,10 @@ def body(runs: Runs) -> None:
         compete(runs, arm, Kept(trained, arm), first.score, rates, seeds, agree=2)
 
 
-WITNESS = Witness(("charged/0.032/0/test",), {"bits_per_byte": 0.005, "parameters": 0})
+DEAREST = 256 + 704 + 1  # what a triplet of nano's MLP costs
+WITNESS = Witness(
+    ("charged/0.032/0/test",),
+    {"bits_per_byte": 0.005, "parameters": DEAREST},
+    f"{ROUNDING}; triplets of nearly one score change places with it, and what is left of the budget is less than the dearest",
+)
 STUDY = Study("1_2_project", SETTINGS, body, WITNESS)
