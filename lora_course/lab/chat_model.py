@@ -17,8 +17,7 @@ from lora_course.lab.claims import AnswerTable, Claims
 from lora_course.lab.evidence import differences
 from lora_course.lab.study import STUDIES, chosen_rate, load_study
 
-BOTH, NEITHER = "as on nano", "not shown here, nor on nano"
-HERE, THERE = "<b>unlike nano</b>: shown here", "<b>unlike nano</b>: not shown here"
+BOTH = "as on nano"
 LEVELS = {"bits_per_token": "bits an answer token", "own_text": "bits a byte of other English"}
 BYTES_OF = {"delta": 8, "factors-2bit": 2 / 8 + 4 / 64}
 """Of a number of an adapter on disk, where it isn't fp32 alone: with its place; in 2 bits, with a scale for each 64."""
@@ -46,7 +45,11 @@ def _lower(a: str, b: str) -> str:
 
 
 PAST, SEVERAL = "smol_past", "smol_several"
-ASKED = {PAST: "unseen English verbs", SEVERAL: "unseen English verbs and German nouns"}
+LEARNT = {
+    PAST: "the past of English verbs",
+    SEVERAL: "the past of English verbs and the plural of German nouns",
+}
+UNSEEN = {PAST: "verbs", SEVERAL: "verbs and nouns"}
 SMALLER = (1, 2, 4)
 QUESTIONS: dict[str, Question] = {
     "0.1-s": Question(
@@ -96,7 +99,7 @@ QUESTIONS: dict[str, Question] = {
     "4.2-s": Question(
         "4.2-c", PAST, "At ranks 1, 2 and 4 on average the cuts of a nested adapter (Matryoshka) are lower than SVD cuts of plain LoRA, with every seed.",
         {"nested": [f"nested/cut/{b}" for b in SMALLER], "svd": [f"lora/cut/{b}" for b in SMALLER]},
-        _lower("nested", "svd"), "nested", "cut by SVD",
+        _lower("nested", "svd"), "nested (Matryoshka)", "SVD cuts of LoRA",
     ),
     "4.3-s": Question(
         "4.3-d", PAST, "Rounding LoRA to 4 bits after training changes the bits an answer token by less than LoRA's own seeds differ, with every seed.",
@@ -212,6 +215,26 @@ def missing(id: str) -> list[str]:
     return [arm for arm in arms if not _has_run(record, arm)]
 
 
+def held_against(question: Question, here: bool, nano: bool) -> str:
+    """How a claim's verdict on the chat model stands beside nano's, in words."""
+    first = html.escape(question.first)
+    if "abs(" in question.rule or " - " in question.rule:  # a margin, and not an order
+        neither, one, other = (
+            "nor within the margin on nano",
+            "the margin is passed",
+            "within the margin",
+        )
+    else:
+        neither, one, other = (
+            f"{first}: not ahead on nano either",
+            "not with every seed",
+            f"{first} ahead",
+        )
+    if here == nano:
+        return BOTH if here else neither
+    return f"on nano {one}" if here else f"<b>unlike nano</b>: {other} there"
+
+
 def answer(claims: Claims, *ids: str) -> list[tuple[str, str, str]]:
     """Adds the claims whose arms have run, and returns a row for each, as a chapter's table of answers has them.
 
@@ -220,7 +243,10 @@ def answer(claims: Claims, *ids: str) -> list[tuple[str, str, str]]:
     rows = []
     for id in ids:
         question, waiting = QUESTIONS[id], missing(id)
-        asked = f"On a chat model of 135M (SmolLM2), not nano: {html.escape(question.first)} or {html.escape(question.second)}?"
+        asked = (
+            f"On SmolLM2, a chat model of 135M, not nano, that learns {LEARNT[question.study]}: "
+            f"{html.escape(question.first)} or {html.escape(question.second)}?"
+        )
         if waiting:
             rows.append((asked, "not measured yet", f"<code>{question.study}</code> still lacks {', '.join(waiting)}"))  # fmt: skip
             continue
@@ -238,21 +264,22 @@ def answer(claims: Claims, *ids: str) -> list[tuple[str, str, str]]:
         )  # fmt: skip
         names = [html.escape(name) for name in (question.first, question.second)]
         won = record["runs"]["base/test"]["bits_per_token"] - statistics.fmean(two)
-        said = f"Lower with each of {len(one)} seeds: "
+        by, gained = abs(statistics.fmean(apart)), f"training gained {won:.1f}"
         if low <= 0 <= high:
-            said += f"neither; {names[0]} minus {names[1]} is {mean} bits an answer token ({least} to {most})"
+            side = "lower" if statistics.fmean(apart) < 0 else "higher"
+            said = (
+                f"No difference shown: {names[0]} on average of {len(one)} seeds {by:.3f} bits an answer token {side} "
+                f"({least} to {most}; {gained})."
+            )
         else:
             lower, sizes = (names[0], (-high, -low)) if high < 0 else (names[1], (low, high))
-            by = abs(statistics.fmean(apart))
-            said += f"{lower}, by {by:.3f} bits an answer token ({sizes[0]:.3f} to {sizes[1]:.3f})"
-        said += f", where training gained {won:.1f}."
+            said = (
+                f"With each of {len(one)} seeds {lower}: {by:.3f} bits an answer token lower ({sizes[0]:.3f} to {sizes[1]:.3f}; "
+                f"{gained})."
+            )
         shares = [right(record, paths[0]) for paths in question.arms.values()]
         if all(shares):
-            exact = " and ".join(
-                f"{share} ({name})" for share, name in zip(shares, names, strict=True)
-            )
-            said += f" Right: {exact} of {ASKED[question.study]}."
-        verdicts = {(True, True): BOTH, (False, False): NEITHER, (True, False): HERE, (False, True): THERE}  # fmt: skip
-        same = verdicts[claims[id].holds, nano.holds]
+            said += f" {' and '.join(shares)} of unseen {UNSEEN[question.study]} right."
+        same = held_against(question, claims[id].holds, nano.holds)
         rows.append((asked, said, f"{same} (claim {claims.link(id)})"))
     return rows

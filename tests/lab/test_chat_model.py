@@ -11,11 +11,9 @@ from lora_course.experiments.smol_past import METHODS
 from lora_course.lab import Claims, chat_model
 from lora_course.lab.chat_model import (
     BOTH,
-    HERE,
-    NEITHER,
     QUESTIONS,
-    THERE,
     answer,
+    held_against,
     missing,
     series,
 )
@@ -56,19 +54,22 @@ def with_nano(holds: bool, id: str) -> Claims:
 
 
 def test_a_row_says_which_is_ahead_and_whether_the_verdict_is_nanos(record: Path) -> None:
-    for holds, said in ((True, BOTH), (False, HERE)):
+    for holds, said in ((True, BOTH), (False, "on nano not with every seed")):
         claims = with_nano(holds, "5.1-s")
         (row,) = answer(claims, "5.1-s")
         assert row[2].startswith(f"{said} (claim ") and "5.1-s" in row[2]
         assert row[1] == (
-            "Lower with each of 2 seeds: DoRA, by 0.055 bits an answer token (0.050 to 0.060), where training gained 4.0. "
-            "Right: 60% (DoRA) and 50% (LoRA) of unseen English verbs."
+            "With each of 2 seeds DoRA: 0.055 bits an answer token lower (0.050 to 0.060; training gained 4.0). "
+            "60% and 50% of unseen verbs right."
         )
         assert claims.claims[-1].holds and claims.claims[-1].evidence == "smol"
-    for holds, said in ((False, NEITHER), (True, THERE)):  # lower with one seed of two
+    for holds, said in (
+        (False, "AdaLoRA: not ahead on nano either"),
+        (True, "<b>unlike nano</b>: AdaLoRA ahead there"),
+    ):  # lower with one seed of two
         (row,) = answer(with_nano(holds, "1.2-s"), "1.2-s")
         assert row[2].startswith(f"{said} (") and row[1].startswith(
-            "Lower with each of 2 seeds: neither; AdaLoRA minus LoRA is -0.000 bits an answer token (-0.050 to +0.050), where"
+            "No difference shown: AdaLoRA on average of 2 seeds 0.000 bits an answer token lower (-0.050 to +0.050; training"
         )
 
 
@@ -79,9 +80,26 @@ def test_a_row_names_the_second_where_that_is_lower_and_says_by_how_much(record:
         found["bits_per_token"] += 0.2 * key.startswith("dora/")
     path.write_text(json.dumps(text))
     (row,) = answer(with_nano(True, "5.1-s"), "5.1-s")
-    assert row[2].startswith(f"{THERE} (") and row[1].startswith(
-        "Lower with each of 2 seeds: LoRA, by 0.145 bits an answer token (0.140 to 0.150), where"
+    assert row[2].startswith("<b>unlike nano</b>: DoRA ahead there (") and row[1].startswith(
+        "With each of 2 seeds LoRA: 0.145 bits an answer token lower (0.140 to 0.150; training"
     )
+
+
+@pytest.mark.parametrize(
+    ("id", "said"),
+    [
+        ("0.1-s", ["nor within the margin on nano", "on nano the margin is passed", "<b>unlike nano</b>: within the margin there"]),
+        ("3.1-s", ["grown ranks: not ahead on nano either", "on nano not with every seed", "<b>unlike nano</b>: grown ranks ahead there"]),
+    ],
+)  # fmt: skip
+def test_a_margin_and_an_order_are_held_against_nano_in_their_own_words(
+    id: str, said: list[str]
+) -> None:
+    for (here, nano), words in zip(
+        ((False, False), (True, False), (False, True)), said, strict=True
+    ):
+        assert held_against(QUESTIONS[id], here, nano) == words
+    assert held_against(QUESTIONS[id], True, True) == BOTH
 
 
 def test_a_row_has_its_own_claims_verdict_whatever_claims_stand_behind_it(record: Path) -> None:
@@ -145,8 +163,8 @@ def test_bytes_of_a_number_are_those_of_the_file(arm: str, each: float, tmp_path
 def test_values_inside_a_run_are_averaged_seed_by_seed(record: Path) -> None:
     claims = with_nano(False, "4.2-s")
     (row,) = answer(claims, "4.2-s")
-    assert row[2].startswith(f"{HERE} (")
-    assert row[1].startswith("Lower with each of 2 seeds: nested, by 0.")
+    assert row[2].startswith("on nano not with every seed (")
+    assert row[1].startswith("With each of 2 seeds nested (Matryoshka): 0.083 bits")
     assert claims.claims[-1].values["svd"] == pytest.approx([0.4, 0.5])
 
 
