@@ -30,6 +30,11 @@ def but(**parts):
     return lambda x, bits: affine(x, bits, **parts)
 
 
+def not_cut(x, bits):
+    _, s, z = affine(x, bits)
+    return (x / s).round() + z, s, z
+
+
 def largest(x):
     return -x.abs().max(), x.abs().max()
 
@@ -52,6 +57,7 @@ grid.wrong("2^bits − 2 steps", but(steps=-2))
 grid.wrong("floor", but(rounding=torch.floor))
 grid.wrong("trunc", but(rounding=torch.trunc))
 grid.wrong("ceil", but(rounding=torch.ceil))
+grid.wrong("one code too many", not_cut)
 grid.wrong("zero is floored", but(zero=torch.floor))
 grid.wrong("zero is cut", but(zero=torch.trunc))
 grid.wrong("zero is not rounded", but(zero=lambda z: z))
@@ -105,7 +111,9 @@ grid.right(
 )
 grid.right(
     "x / scale + zero, rounded together",
-    lambda x, bits: (lambda c, s, z: ((x / s + z).round(), s, z))(*affine(x, bits)),
+    lambda x, bits: (lambda c, s, z: ((x / s + z).round().clamp(0, 2**bits - 1), s, z))(
+        *affine(x, bits)
+    ),
 )
 
 
@@ -114,11 +122,16 @@ def _(x, bits):
     x = x.numpy()
     low, high = min(x.min(), 0), max(x.max(), 0)
     s = (high - low) / (2**bits - 1) or np.float32(1)
-    return np.rint(x / s) + np.rint(-low / s), s, np.rint(-low / s)
+    zero = np.rint(-low / s)
+    return (np.rint(x / s) + zero).clip(0, 2**bits - 1), s, zero
 
 
 grid.equivalent("torch.tensor(1.0) → 1.0", "any positive scale will do, in any form")
 grid.equivalent("torch.tensor(1.0) → torch.tensor(2.0)", "any positive scale will do")
+grid.equivalent(
+    "((x / scale).round() + zero).clamp(0, 2 ** bits - 1) → ((x / scale).round() + zero).clamp(-1, 2 ** bits - 1)",
+    "torch rounds −v and v to −w and w: no code is below 0",
+)
 
 
 ste = Answers(check_straight_through)

@@ -7,7 +7,9 @@ from torch.nn import functional as F
 from tests.exercises.chapter_4_3 import grid, packed, ste
 
 
-def asymmetric(x, bits, *, low=None, high=None, steps=None, zero=None, code=None, end=None):
+def asymmetric(
+    x, bits, *, low=None, high=None, steps=None, zero=None, code=None, end=None, cut=True
+):
     x = x.detach()
     lo = low(x) if low else x.min().clamp(max=0)
     hi = high(x) if high else x.max().clamp(min=0)
@@ -15,6 +17,7 @@ def asymmetric(x, bits, *, low=None, high=None, steps=None, zero=None, code=None
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     z = zero(lo, scale) if zero else (-lo / scale).round()
     codes = code(x, scale, z, lo) if code else (x / scale).round() + z
+    codes = codes.clamp(0, 2**bits - 1) if cut else codes
     return end(codes, scale, z, bits) if end else (codes, scale, z)
 
 
@@ -42,6 +45,7 @@ grid.wrong("zero rounded down", gridded(zero=lambda lo, s: (-lo / s).floor()))
 grid.wrong("zero rounded up", gridded(zero=lambda lo, s: (-lo / s).ceil()))
 grid.wrong("the sign of zero", gridded(zero=lambda lo, s: (lo / s).round()))
 grid.wrong("zero in the middle", gridded(zero=lambda lo, s: torch.tensor(8.0)))
+grid.wrong("codes not cut", gridded(cut=False))
 grid.wrong("codes rounded down", gridded(code=lambda x, s, z, lo: (x / s).floor() + z))
 grid.wrong("codes cut off", gridded(code=lambda x, s, z, lo: (x / s).trunc() + z))
 grid.wrong(
@@ -79,7 +83,7 @@ grid.right(
 grid.right(
     "whole codes, Python's scale", gridded(end=lambda c, s, z, b: (c.long(), float(s), int(z)))
 )
-grid.right("clamped", gridded(end=lambda c, s, z, b: (c.clamp(0, 2**b - 1).int(), s, z.int())))
+grid.right("whole numbers", gridded(end=lambda c, s, z, b: (c.int(), s, z.int())))
 grid.right("a list", gridded(end=lambda c, s, z, b: [c, s, z]))
 grid.right(
     "with a zero added",
@@ -99,7 +103,8 @@ def _(x, bits):
     low, high = min(float(v.min()), 0.0), max(float(v.max()), 0.0)
     scale = (high - low) / (2**bits - 1) or 1.0
     zero = int(np.rint(-low / scale))
-    return np.rint(v / np.float32(scale)).astype(np.int64) + zero, scale, zero
+    codes = np.rint(v / np.float32(scale)).astype(np.int64) + zero
+    return codes.clip(0, 2**bits - 1), scale, zero
 
 
 @grid.right("number by number")
@@ -108,7 +113,8 @@ def _(x, bits):
     low, high = min([0.0, *flat]), max([0.0, *flat])
     scale = (high - low) / (2**bits - 1) if high > low else 0.5
     zero = round(-low / scale)
-    return torch.tensor([round(v / scale) + zero for v in flat]).reshape(x.shape), scale, zero
+    codes = [min(max(round(v / scale) + zero, 0), 2**bits - 1) for v in flat]
+    return torch.tensor(codes).reshape(x.shape), scale, zero
 
 
 def rounded(x, scale, top):

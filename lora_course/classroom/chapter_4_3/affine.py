@@ -13,7 +13,9 @@ def affine(x, bits, *, top=None, low=None, high=None, zero=torch.round, codes=No
     high = x.max().clamp(min=0) if high is None else high(x)
     scale = ((high - low) / top).clamp(min=tiny)
     zero = zero(-low / scale)
-    return codes(x, scale, zero, low) if codes else (x / scale).round() + zero, scale, zero
+    if codes:
+        return codes(x, scale, zero, low), scale, zero
+    return ((x / scale).round() + zero).clamp(0, 2**bits - 1), scale, zero
 
 
 def _affine(**other):
@@ -21,7 +23,7 @@ def _affine(**other):
 
 
 def _use_codes(found, x, bits):
-    """Codes, scale and zero; where all of x is zero, what is read back, as any scale will do."""
+    """Codes, scale and zero; what is read back where any scale will do, and where an end is as near to one code as to another."""
     mistake(
         not isinstance(found, (tuple, list)) or len(found) != 3,
         "Three things are expected: codes, scale, zero.",
@@ -57,6 +59,10 @@ def _use_codes(found, x, bits):
     )  # fmt: skip
     if not x.any():
         return {"x as it is read back": scale * (codes - zero)}
+    if x.max() == -x.min():
+        back = scale * (codes - zero)
+        either = (x.abs() == x.max()) & ((back - x).abs() < 0.6 * scale)
+        return {"scale": scale.float(), "x as it is read back": torch.where(either, x, back)}
     return {"codes": codes, "scale": scale.float(), "zero": zero}
 
 
@@ -87,7 +93,7 @@ AFFINE_MISTAKES = {
     otherwise="Codes, scale or zero are not those that the text describes.",
 )
 def check_affine(draw: Draw):
-    """An unsymmetric grid that holds zero. No number is near the middle between two codes."""
+    """An unsymmetric grid that holds zero. No number is near the middle between two codes, but for the ends of one tensor."""
     for bits, kind, hint in [
         (4, "both", ""),
         (3, "both", "With 3 bits it goes wrong: use the argument."),
@@ -113,3 +119,8 @@ def check_affine(draw: Draw):
         yield case(
             (0 if kind == "zero" else scale) * x[draw.order(24)].reshape(shape), bits, hint=hint
         )
+    inside = torch.tensor([draw.integer(-6, 6) for _ in range(24)])
+    x = 0.2 * (inside + 0.45 * draw.uniform(24, low=-1))
+    x[:2] = torch.tensor([-1.5, 1.5])  # 7.5 steps of 0.2: both round away from 0
+    hint = "Where high is −low it goes wrong: which is the largest code?"
+    yield case(draw.choice([1, 2, 4]) * x[draw.order(24)], 4, hint=hint)
