@@ -17,7 +17,7 @@ from lora_course.lab.claims import AnswerTable, Claims
 from lora_course.lab.evidence import differences
 from lora_course.lab.study import STUDIES, chosen_rate, load_study
 
-BOTH, NEITHER = "as on nano", "not shown here, nor on nano"
+BOTH, NEITHER = "as on nano", "shown neither here nor on nano"
 HERE, THERE = "<b>unlike nano</b>: shown here", "<b>unlike nano</b>: not shown here"
 LEVELS = {"bits_per_token": "bits an answer token", "own_text": "bits a byte of other English"}
 BYTES_OF = {"delta": 8, "factors-2bit": 2 / 8 + 4 / 64}
@@ -46,7 +46,10 @@ def _lower(a: str, b: str) -> str:
 
 
 PAST, SEVERAL = "smol_past", "smol_several"
-ASKED = {PAST: "unseen English verbs", SEVERAL: "unseen English verbs and German nouns"}
+ASKED = {
+    PAST: "the past of English verbs",
+    SEVERAL: "the past of English verbs and the plural of German nouns",
+}
 SMALLER = (1, 2, 4)
 QUESTIONS: dict[str, Question] = {
     "0.1-s": Question(
@@ -71,7 +74,7 @@ QUESTIONS: dict[str, Question] = {
     ),
     "2.2-s": Question(
         "2.2-b", PAST, "One LoRA of rank 8 beats two stages of rank 4 with as many steps in all, with every seed.",
-        {"lora": ["lora"], "stages": ["progressive"]}, _lower("lora", "stages"), "one LoRA", "two stages",
+        {"lora": ["lora"], "stages": ["progressive"]}, _lower("lora", "stages"), "one LoRA of rank 8", "two stages of rank 4",
     ),
     "3.1-s": Question(
         "3.1-g", PAST, "Grown ranks end lower than uniform ones at equal parameters, with every seed.",
@@ -220,7 +223,10 @@ def answer(claims: Claims, *ids: str) -> list[tuple[str, str, str]]:
     rows = []
     for id in ids:
         question, waiting = QUESTIONS[id], missing(id)
-        asked = f"On a chat model of 135M (SmolLM2), not nano: {html.escape(question.first)} or {html.escape(question.second)}?"
+        asked = f"{html.escape(question.first)} or {html.escape(question.second)}?"
+        asked = (
+            f"SmolLM2-135M, a chat model in nano's place, learns {ASKED[question.study]}: {asked}"
+        )
         if waiting:
             rows.append((asked, "not measured yet", f"<code>{question.study}</code> still lacks {', '.join(waiting)}"))  # fmt: skip
             continue
@@ -238,20 +244,20 @@ def answer(claims: Claims, *ids: str) -> list[tuple[str, str, str]]:
         )  # fmt: skip
         names = [html.escape(name) for name in (question.first, question.second)]
         won = record["runs"]["base/test"]["bits_per_token"] - statistics.fmean(two)
-        said = f"Lower with each of {len(one)} seeds: "
+        said = f"with each of {len(one)} seeds"
         if low <= 0 <= high:
-            said += f"neither; {names[0]} minus {names[1]} is {mean} bits an answer token ({least} to {most})"
+            said = f"neither is ahead {said}: {names[0]} minus {names[1]} is {mean} bits an answer token ({least} to {most})"
         else:
-            lower, sizes = (names[0], (-high, -low)) if high < 0 else (names[1], (low, high))
+            ahead, sizes = (names[0], (-high, -low)) if high < 0 else (names[1], (low, high))
             by = abs(statistics.fmean(apart))
-            said += f"{lower}, by {by:.3f} bits an answer token ({sizes[0]:.3f} to {sizes[1]:.3f})"
-        said += f", where training gained {won:.1f}."
+            said = f"{ahead}, {said}, by {by:.3f} bits an answer token ({sizes[0]:.3f} to {sizes[1]:.3f})"
+        said += f"; training gained {won:.1f}."
         shares = [right(record, paths[0]) for paths in question.arms.values()]
         if all(shares):
-            exact = " and ".join(
+            exact = ", ".join(
                 f"{share} ({name})" for share, name in zip(shares, names, strict=True)
             )
-            said += f" Right: {exact} of {ASKED[question.study]}."
+            said += f" Exactly right on unseen words: {exact}."
         verdicts = {(True, True): BOTH, (False, False): NEITHER, (True, False): HERE, (False, True): THERE}  # fmt: skip
         same = verdicts[claims[id].holds, nano.holds]
         rows.append((asked, said, f"{same} (claim {claims.link(id)})"))

@@ -60,15 +60,18 @@ def test_a_row_says_which_is_ahead_and_whether_the_verdict_is_nanos(record: Path
         claims = with_nano(holds, "5.1-s")
         (row,) = answer(claims, "5.1-s")
         assert row[2].startswith(f"{said} (claim ") and "5.1-s" in row[2]
+        assert row[0] == (
+            "SmolLM2-135M, a chat model in nano's place, learns the past of English verbs: DoRA or LoRA?"
+        )
         assert row[1] == (
-            "Lower with each of 2 seeds: DoRA, by 0.055 bits an answer token (0.050 to 0.060), where training gained 4.0. "
-            "Right: 60% (DoRA) and 50% (LoRA) of unseen English verbs."
+            "DoRA, with each of 2 seeds, by 0.055 bits an answer token (0.050 to 0.060); training gained 4.0. "
+            "Exactly right on unseen words: 60% (DoRA), 50% (LoRA)."
         )
         assert claims.claims[-1].holds and claims.claims[-1].evidence == "smol"
     for holds, said in ((False, NEITHER), (True, THERE)):  # lower with one seed of two
         (row,) = answer(with_nano(holds, "1.2-s"), "1.2-s")
         assert row[2].startswith(f"{said} (") and row[1].startswith(
-            "Lower with each of 2 seeds: neither; AdaLoRA minus LoRA is -0.000 bits an answer token (-0.050 to +0.050), where"
+            "neither is ahead with each of 2 seeds: AdaLoRA minus LoRA is -0.000 bits an answer token (-0.050 to +0.050); training"
         )
 
 
@@ -80,7 +83,7 @@ def test_a_row_names_the_second_where_that_is_lower_and_says_by_how_much(record:
     path.write_text(json.dumps(text))
     (row,) = answer(with_nano(True, "5.1-s"), "5.1-s")
     assert row[2].startswith(f"{THERE} (") and row[1].startswith(
-        "Lower with each of 2 seeds: LoRA, by 0.145 bits an answer token (0.140 to 0.150), where"
+        "LoRA, with each of 2 seeds, by 0.145 bits an answer token (0.140 to 0.150); training"
     )
 
 
@@ -146,7 +149,7 @@ def test_values_inside_a_run_are_averaged_seed_by_seed(record: Path) -> None:
     claims = with_nano(False, "4.2-s")
     (row,) = answer(claims, "4.2-s")
     assert row[2].startswith(f"{HERE} (")
-    assert row[1].startswith("Lower with each of 2 seeds: nested, by 0.")
+    assert row[1].startswith("nested, with each of 2 seeds, by 0.")
     assert claims.claims[-1].values["svd"] == pytest.approx([0.4, 0.5])
 
 
