@@ -1,6 +1,6 @@
 """Several LoRA adapters on one base, mixed by a trained router: one base pass and two products, whatever their number.
 
-    y = W₀ x + b + s · Σ_e g_e B_e A_e x = W₀ x + b + s · B (g ∘ A x),   g = softmax(W_r h / ‖h‖),   Σ_e g_e = 1
+    y = W₀ x + b + s · Σ_e g_e B_e A_e x = W₀ x + b + s · B (g ∘ A x),   g = softmax(W_g h / ‖h‖),   Σ_e g_e = 1
 
 All experts of a layer lie in one pair, `A` `[Σ r_e, in]` and `B` `[out, Σ r_e]`; a gate multiplies its expert's part of `A x`.
 A *router* computes the gates from the hidden state h that enters its decoder block (one router a block, shared by the

@@ -71,7 +71,7 @@ class CurrentForward:
 
 
 class Router:
-    """The gates of one place, a decoder block or the whole model: p = softmax(W_r h / ‖h‖), and of them the k largest.
+    """The gates of one place, a decoder block or the whole model: p = softmax(W_g h / ‖h‖), and of them the k largest.
 
     Dividing by ‖h‖ makes a learning rate mean the same in every block, whose hidden states differ in size by far.
     For a sequence gate h / ‖h‖ is averaged over the prefix, and the mean divided by its length again.

@@ -74,7 +74,7 @@ QUESTIONS: dict[str, Question] = {
     ),
     "2.2-s": Question(
         "2.2-b", PAST, "One LoRA of rank 8 beats two stages of rank 4 with as many steps in all, with every seed.",
-        {"lora": ["lora"], "stages": ["progressive"]}, _lower("lora", "stages"), "one LoRA", "two stages",
+        {"lora": ["lora"], "stages": ["progressive"]}, _lower("lora", "stages"), "one LoRA of rank 8", "two stages of rank 4",
     ),
     "3.1-s": Question(
         "3.1-g", PAST, "Grown ranks end lower than uniform ones at equal parameters, with every seed.",

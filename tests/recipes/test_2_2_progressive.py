@@ -1,5 +1,7 @@
 """The recipe of chapter 2.2."""
 
+import ast
+import re
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,11 +17,11 @@ from tests.recipes import LARGE, opening, recipe
 
 @pytest.mark.slow
 def test_2_2_adds_stages_to_two_that_stay_as_they_were_and_exports_their_sum(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     code = recipe("2_2_progressive")
-    assert LARGE in code and code.count("300") == 3 and code.count("512") == 1
+    assert LARGE in code and code.count("300") == 2 and code.count("512") == 1
     for large, small_one in (
         (LARGE, repr(str(lab.base_path("nano")))),
         ("300", "3"),
@@ -30,9 +32,20 @@ def test_2_2_adds_stages_to_two_that_stay_as_they_were_and_exports_their_sum(
     months = {
         name: texts[20 * i : 20 * i + 20] for i, name in enumerate(("january", "february", "march"))
     }
-    held_out = opening(lab.load_text("bible", "validation")[:2])
-    given: dict = months | {"held_out": held_out}
+    unseen = opening(lab.load_text("bible", "validation")[:3])
+    held_out = {name: [text] for name, text in zip(months, unseen, strict=True)}
+    given: dict = {"months": months, "held_out": held_out}
     exec(code, given)
+    # both ways are scored on every month after every month, one LoRA at the stages' summed rank
+    scored = re.findall(r"^(one LoRA|stages) (\d) (\{.*\})$", capsys.readouterr().out, re.MULTILINE)
+    assert [(way, int(month)) for way, month, _ in scored] == [
+        (way, month) for way in ("one LoRA", "stages") for month in range(3)
+    ]
+    found = [ast.literal_eval(bits) for _, _, bits in scored]
+    assert all(bits.keys() == months.keys() for bits in found)
+    assert len({tuple(bits.values()) for bits in found}) == len(found)
+    summed = load_file("adapters/one-2/adapter.safetensors")
+    assert {len(w) for name, w in summed.items() if name.endswith(".A")} == {48}
     # the rival: each month goes on from the factors of the one before, and moves them
     one = [load_file(f"adapters/one-{month}/adapter.safetensors") for month in range(3)]
     for earlier, later in pairwise(one):
