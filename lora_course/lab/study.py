@@ -92,7 +92,7 @@ def provenance(record: Mapping[str, Any]) -> str:
         largest,
         key=lambda field: largest[field] / within[field] if within[field] else largest[field],
     )
-    again = f"Recorded {span}; repeated on {verified['date']}, a run of it"
+    again = f"Recorded {span}; one run, repeated on {verified['date']},"
     if not verified["holds"]:
         return f"{again} DID NOT HOLD."
     if not largest[nearest]:

@@ -109,7 +109,7 @@ def test_provenance_is_a_sentence_of_when_and_how_far() -> None:
         "largest": {"bits_per_byte": 0.0012, "own_domain": 0.001, "parameters": 0},
         "within": {"bits_per_byte": 0.01, "own_domain": 0.02, "parameters": 0},
     }  # fmt: skip
-    off = "; repeated on 2026-12-01, a run of it differs by 0.0012 in bits a byte (0.01 allowed)."
+    off = "; one run, repeated on 2026-12-01, differs by 0.0012 in bits a byte (0.01 allowed)."
     assert provenance(record | {"verified": verified}).endswith(off)
     same = verified | {"largest": dict.fromkeys(verified["largest"], 0)}
     assert provenance(record | {"verified": same}).endswith("came out the same.")
