@@ -137,8 +137,11 @@ def load_peft(model: nn.Module, folder: str | Path) -> nn.Module:
     """
     config, state = read_peft(Path(folder))
     config.inference_mode = False
-    if config.init_lora_weights is False:  # says how the factors started; they are replaced below
-        config.init_lora_weights = True
+    if config.init_lora_weights in (
+        False,
+        "eva",
+    ):  # how the factors started; they are replaced below
+        config.init_lora_weights, config.eva_config = True, None
     inject(model, config)
     try:
         return use_adapter(model, state)

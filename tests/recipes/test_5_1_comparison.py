@@ -14,10 +14,12 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Trainer
 from lora_course import lab, training_arguments
 from lora_course.experiments import comparison
 from lora_course.experiments.neighbours import LINES, OVER_4_BITS, SERVED
+from lora_course.export import export_peft, load_peft
 from lora_course.lab import study
 from lora_course.lab.evidence import differences, interval, verdict
 from lora_course.qlora import load_4bit
 from tests.recipes import recipe, small
+from tests.servers import SERVERS
 from tools.chapters import ROOT
 
 CHAPTER = ROOT / "notebooks" / "5_1_comparison.md"
@@ -50,6 +52,10 @@ def test_5_1_compares_two_methods_by_pairs_each_at_its_own_rate(
     assert len(loaded) == 2 * (2 + 2)
     assert given["found"].keys() == {"lora", "dora"} and given["rate"] == 4e-3
     assert all(gap != 0 for gap in given["gaps"])
+    kept = [line.split() for line in Path("scores.txt").read_text().splitlines()]
+    assert [line[0] for line in kept] == ["lora"] * 4 + ["dora"] * 4
+    scored = {arm: [float(line[3]) for line in kept if line[0] == arm][2:] for arm in given["arms"]}
+    assert scored == given["found"]
     alone = dict(
         given
     )  # a method against itself: the same A and the same rows, so no difference at all
@@ -171,6 +177,28 @@ def test_what_a_server_can_load_is_what_the_table_says(name: str, tmp_path: Path
     assert off < (0.1 if name == "vera" else 1e-4)  # VeRA's update is of rank 256, and cut at 128
 
 
+def test_evas_folder_written_once_more_is_read_right_by_every_server(tmp_path: Path) -> None:
+    """Its ranks differ by layer, at one α/r: servers that read one rank need the folder that chapter 4.4 makes of it."""
+    torch.manual_seed(0)
+    model = adapted("eva", lab.load_base("nano")[0])
+    stepped("eva", model)
+    layers = {n.removeprefix("base_model.model."): m for n, m in model.named_modules() if hasattr(m, "lora_A")}  # fmt: skip
+    assert len({m.r["default"] for m in layers.values()}) > 1
+    assert {m.scaling["default"] for m in layers.values()} == {2.0}
+    model.save_pretrained(tmp_path / "trained")
+    plain = load_peft(lab.load_base("nano")[0], tmp_path / "trained")
+    torch.testing.assert_close(logits(plain), logits(model), atol=1e-3, rtol=0)
+    export_peft(plain, tmp_path / "adapters", uniform=True)
+    for name, read in SERVERS.items():
+        served = read(tmp_path / "adapters", lab.load_base("nano")[0])
+        assert served.keys() == layers.keys(), name
+        for module, update in served.items():
+            wanted = layers[module].get_delta_weight("default")
+            torch.testing.assert_close(update, wanted, atol=1e-6, rtol=1e-4)
+    with pytest.raises(RuntimeError, match="stack"):  # ranks that differ
+        SERVERS["tgi"](tmp_path / "trained", lab.load_base("nano")[0])
+
+
 @pytest.mark.parametrize("name", LINES)
 def test_which_run_over_a_4_bit_base_is_what_the_table_says(name: str) -> None:
     base = load_4bit(lab.base_path("nano"), compute_dtype=torch.float32)
@@ -209,12 +237,14 @@ def searched(name: str) -> list[float]:
 def test_the_neighbours_lines_are_the_studys_and_run_as_arms_of_the_recipe(tmp_path: Path) -> None:
     section = CHAPTER.read_text().split("\n## The neighbours in PEFT")[1]
     code = re.search(r"^```python\n(.*?)^```", section, re.MULTILINE | re.DOTALL)[1]
-    lines, start, trains, search = re.split(r"^# .*:\n", code, flags=re.MULTILINE)
-    given: dict[str, Any] = {"arms": {}, "plain": PLAIN, "LoraConfig": peft.LoraConfig}
+    lines, start, trains, search, compare = re.split(r"^# .*:\n", code, flags=re.MULTILINE)
+    given: dict[str, Any] = {"plain": PLAIN, "LoraConfig": peft.LoraConfig}
     exec(lines, given)
-    assert given["arms"].pop("lora_fa") == peft.LoraConfig(**PLAIN)
-    for name, config in given["arms"].items():
+    neighbours = given["neighbours"]
+    assert neighbours.pop("lora_fa") == peft.LoraConfig(**PLAIN)
+    for name, config in neighbours.items():
         assert config == evaluated(name), name
+    assert given["arms"] == {"lora": peft.LoraConfig(**PLAIN), "eva": neighbours["eva"]}
     for name, times in given["times"].items():
         assert times in searched(name), name
     assert 1 in searched("eva")  # has the recipe's own rates
@@ -224,7 +254,7 @@ def test_the_neighbours_lines_are_the_studys_and_run_as_arms_of_the_recipe(tmp_p
     how.output_dir = str(tmp_path)
     given |= {"rows": rows, "how": how, "rate": 1e-3, "get_peft_model": peft.get_peft_model, "Trainer": Trainer}  # fmt: skip
     given["model"] = lab.load_base("nano")[0]
-    given["arms"] |= {name: peft.LoraConfig(**PLAIN) for name in ("lora", "lora_fa")}
+    given["arms"]["lora_fa"] = peft.LoraConfig(**PLAIN)
     given["arm"] = "eva"
     exec(start, given)
     ranks = {m.r["default"] for m in given["model"].modules() if hasattr(m, "lora_A")}
@@ -240,6 +270,9 @@ def test_the_neighbours_lines_are_the_studys_and_run_as_arms_of_the_recipe(tmp_p
     given |= {"arm": "vera", "score": lambda arm, rate, seed, held_out: rate, "validation": []}
     exec(search, given)
     assert list(given["tried"]) == [16e-4, 32e-4, 64e-4]
+    given |= {"differences": differences, "found": {"eva": [1.0, 2.0], "lora": [1.5, 1.0]}}
+    exec(compare, given)
+    assert given["gaps"] == [-0.5, 1.0]
 
 
 def test_lily_looks_ahead_as_the_chapter_says() -> None:
