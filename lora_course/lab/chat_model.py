@@ -94,7 +94,7 @@ QUESTIONS: dict[str, Question] = {
     ),
     "4.1-t": Question(
         "4.1-f", PAST, "Gates that close a third of rank 12 end lower than LoRA of rank 8, with every seed.",
-        {"gates": ["gates"], "lora": ["lora"]}, _lower("gates", "lora"), "gates", "LoRA",
+        {"gates": ["gates"], "lora": ["lora"]}, _lower("gates", "lora"), "gates (rank 12, a third closed)", "LoRA of rank 8",
     ),
     "4.2-s": Question(
         "4.2-c", PAST, "At ranks 1, 2 and 4 on average the cuts of a nested adapter (Matryoshka) are lower than SVD cuts of plain LoRA, with every seed.",
