@@ -63,7 +63,7 @@ WAYS = {
     "aware": Way("aware", "as it is", True),
 }
 SETTINGS: dict[str, Any] = NANO | {
-    "steps": 60, "batch": 8, "r": 8, "scaling": 2, "score_bytes": 40_000, "search_seeds": [0, 1, 2], "target_modules": "all-linear",
+    "steps": 60, "batch": 8, "r": 8, "scaling": 2, "score_bytes": 40_000, "search_seeds": [0], "target_modules": "all-linear",
     "bits": [4, 3], "group_size": 32, "first": [4e-3, 8e-3, 1.6e-2],
 }  # fmt: skip
 ARMS = {"lora": (Way("as it is", "as it is", False), 32)} | {
