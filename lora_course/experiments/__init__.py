@@ -111,6 +111,7 @@ NAMES = {
     "4_2_project": "projects.last_block",
     "4_3_base": "quantized_base",
     "4_3_quantized": "quantized",
+    "4_3_served": "quantized_served",
     "4_3_project": "projects.bits_by_component",
     "4_4_fused": "fused",
     "4_4_project": "projects.whole_mlp",
@@ -151,6 +152,7 @@ TITLES = {
     "4_2_project": "The project of 4.2: truncation that trains the last block of rows alone",
     "4_3_base": "An adapter trained on the base as it is, put on the base in 4 bits",
     "4_3_quantized": "Factors in few bits, trained so or quantised afterwards",
+    "4_3_served": "LoRA where the model is served in int4: merged, beside, trained on it, trained with the rounding",
     "4_3_project": "The project of 4.3: more bits for an adapter's first components",
     "4_4_fused": "What fusing, merging and batching save in memory and time",
     "4_4_project": "The project of 4.4: a block's whole MLP as one function",
@@ -164,7 +166,7 @@ TITLES = {
 }
 """What a study is about, in one line, by the name of its record."""
 
-UNDER_WAY: tuple[str, ...] = ()
+UNDER_WAY: tuple[str, ...] = ("4_3_served",)
 """Studies whose records are still to be completed: what is there is whole, and a chapter that reads one says what is missing."""
 
 
