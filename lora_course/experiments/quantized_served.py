@@ -144,7 +144,7 @@ def lengths(found: Served) -> dict[str, float]:
     error, update, base = (torch.zeros(()) for _ in range(3))
     for name, layer in plain.items():
         delta, module = layer.delta_weight(), found.model.get_submodule(name)
-        weight = module.weight
+        weight: Any = module.weight
         if isinstance(module, LoRALinear):
             weight = module.base_layer.weight + module.delta_weight()
         error += (weight - layer.base_layer.weight - delta).square().sum()
