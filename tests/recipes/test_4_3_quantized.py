@@ -11,8 +11,13 @@ from transformers import AutoModelForCausalLM
 
 from lora_course import lab
 from lora_course.export import export_peft, load_peft
-from lora_course.injection import adapter_layers, inject, unload
-from lora_course.quantized import QuantizedLoRALinear, load_quantized, quantize_after_training
+from lora_course.injection import adapter_layers, inject, merge, unload
+from lora_course.quantized import (
+    QuantizedLoRALinear,
+    fake_quantize,
+    load_quantized,
+    quantize_after_training,
+)
 from tests.models import config, randomize, relative
 from tests.recipes import LARGE, recipe
 from tools.chapters import ROOT
@@ -35,6 +40,7 @@ def test_4_3_packs_a_folder_of_peft_and_gives_a_server_the_rounded_adapter(
     unload(base)
 
     code, apart = recipe("4_3_quantized").split("from lora_course import qlora\n")
+    code, in_int4 = code.split("import torch\n")
     assert LARGE in code
     given: dict = {"held_out": lab.load_text("shakespeare", "validation")[:1]}
     exec(code.replace(LARGE, repr(name)), given)
@@ -57,6 +63,22 @@ def test_4_3_packs_a_folder_of_peft_and_gives_a_server_the_rounded_adapter(
 
     # 4 bits move the score of a random adapter, and less than it moved the base's
     assert 0 < abs(given["rounded"] - given["trained"]) < abs(given["plain"] - given["trained"])
+
+    exec("import torch\n" + in_int4, given)
+    fresh = AutoModelForCausalLM.from_pretrained(name, dtype="auto").eval()
+    merged = given["round_base"](merge(load_peft(fresh, "adapters/law")))
+    for rounded in (given["model"], merged):
+        for layer in adapter_layers(rounded).values():
+            weight = layer.base_layer.weight
+            assert all(len(group.unique()) <= 15 for group in weight[:2].reshape(-1, 32))
+            # the step of each group is kept to the 8 bits of bf16
+            again = fake_quantize(weight.float(), 4, group_size=32)
+            assert relative(again, weight.float()) < 0.01
+        with torch.no_grad():
+            few_bits = rounded(ids).logits.float()
+        # the weights, or their sum, are off by a tenth: near what was trained, and not the same
+        assert 0.01 < relative(few_bits, trained) < 0.5 * relative(plain, trained)
+    assert given["beside"] != given["trained"] and abs(given["beside"] / given["trained"] - 1) < 0.1
 
     exec("from lora_course import qlora\n" + apart, given)
     assert "model" not in given, "one base after the other"
