@@ -1,9 +1,13 @@
 """The lanes' own parts: which packages imitate an image, how lists are renewed, what workflows may do."""
 
+from __future__ import annotations
+
 import json
 import re
 import threading
 from collections import Counter
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import yaml
@@ -198,3 +202,31 @@ def test_only_one_of_the_measured_servers_has_lora_and_a_slot_to_spare() -> None
         arguments = throughput.SERVERS[asked]
         named = {a.split("=")[0] for a in arguments if "=" in a}
         assert set(models) <= named | {arguments[arguments.index("--served-model-name") + 1]}
+
+
+class Process(NamedTuple):
+    """As psutil has them."""
+
+    told: str
+    user: float
+    system: float
+
+    def name(self) -> str:
+        return self.told
+
+    def cpu_times(self) -> Process:
+        return self
+
+
+def test_of_a_server_only_what_computes_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    waiting, worker = Process("VLLM::EngineCore", 50, 5), Process(server.WORKER, 3, 0.25)
+
+    def family(*processes: Process) -> None:
+        children = SimpleNamespace(children=lambda recursive: list(processes))
+        monkeypatch.setattr(server.psutil, "Process", lambda number: children)
+
+    family(waiting, worker)
+    assert server.processor_seconds(1) == 3.25
+    family(waiting)
+    with pytest.raises(RuntimeError, match="0 processes called"):
+        server.processor_seconds(1)

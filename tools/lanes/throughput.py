@@ -6,7 +6,8 @@
 Three servers run side by side: the base without LoRA, the base with an adapter merged into it, and the base with LoRA and a
 slot more than adapters. In each round each arm sends the same requests at once, to one of them, while the others idle. All
 requests write equally many tokens, whatever their model would say, from a prompt of one word: it is writing that is timed, in
-processor seconds of the servers, which other programs disturb less than a clock on the wall. Ratios are of arms within a round.
+processor seconds of the one thread that computes, which other programs disturb less than a clock on the wall. Ratios are of arms
+within a round.
 """
 
 from __future__ import annotations
