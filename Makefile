@@ -8,7 +8,7 @@
 # make image      chapters with Colab's package versions (IMAGE=kaggle: Kaggle's), from one file each
 # make wheel-alone  chapters from the wheel, without repository and network
 # make sphinx9    the staged book with plain Sphinx 9
-# make served     vLLM on the CPU with the course's adapters, held against `generate`, into lora_course/data/served.json
+# make served     vLLM on the CPU with the course's adapters, held against `generate`, and its tokens a second, into lora_course/data/served.json
 # make record     run the chapters and record what they took here (LORA_COURSE_PROFILE=t4 on a GPU)
 # make pdf        the book as one PDF, printed by Chromium
 # make notebooks  rewrite notebooks/*.ipynb from notebooks/*.md

@@ -1,13 +1,19 @@
 """The lanes' own parts: which packages imitate an image, how lists are renewed, what workflows may do."""
 
+from __future__ import annotations
+
 import json
 import re
+import threading
+from collections import Counter
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import yaml
 
 from tools.chapters import ROOT
-from tools.lanes import image, refresh, serve
+from tools.lanes import image, refresh, serve, server, throughput
 from tools.lanes.places import Place
 
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
@@ -91,7 +97,7 @@ def test_a_server_gets_what_it_needs_and_no_other_torch() -> None:
         "numpy", "torch==2.13.0+cpu; platform_machine == 'x86_64'", "torchvision", "fastapi[standard]<0.137",
         "six; python_version < '3'", "boto3; extra == 's3'", "protobuf!=6.30.*,>=5.29",
     ]  # fmt: skip
-    assert serve.wanted(lines) == ["numpy", "fastapi[standard]<0.137", "protobuf!=6.30.*,>=5.29"]
+    assert server.wanted(lines) == ["numpy", "fastapi[standard]<0.137", "protobuf!=6.30.*,>=5.29"]
 
 
 def test_the_served_record_is_of_the_chapters_command() -> None:
@@ -106,6 +112,7 @@ def test_the_served_record_is_of_the_chapters_command() -> None:
     for name, count in slots.items():
         seen, arguments = record[name], record[name]["arguments"]
         assert len(told) == 4 and told <= set(arguments)
+        assert arguments == server.arguments("base", count, ["past"])
         assert arguments[arguments.index("--max-loras") + 1] == str(count)
         assert seen["listed"] == ["base", "past"]
         assert seen["listed after"] == ["base", "past", "plural"] and seen["added"][0] == 200
@@ -130,3 +137,96 @@ def test_a_server_answers_as_generate_does_while_a_slot_is_free() -> None:
     assert sum(a != b for a, b in zip(full["base by itself"], alone, strict=True)) <= 1
     first = {answer["model"]: answer["server"] for answer in spare["answers"]}
     assert len(set(first.values())) == 3, "each name is answered by a model of its own"
+
+
+def test_an_arms_rates_are_compared_within_rounds() -> None:
+    rates = throughput.rates({"plain": [2.0, 4.0, 5.0], "LoRA": [4.0, 5.0, 20.0]}, 100)
+    assert rates == {"plain": [50.0, 25.0, 20.0], "LoRA": [25.0, 20.0, 5.0]}
+    found = throughput.against(rates, "plain")
+    assert found["plain"] == (1, 1, 1)
+    assert found["LoRA"] == (0.5, 0.25, 0.8)  # not 20 / 25 = 0.8, the ratio of the medians
+    with pytest.raises(ValueError):
+        throughput.against({"plain": [1.0, 2.0], "LoRA": [1.0]}, "plain")
+
+
+def reply(tokens: int) -> str:
+    return json.dumps({"usage": {"completion_tokens": tokens}, "choices": [{"text": "so"}]})
+
+
+def test_a_burst_asks_all_at_once_of_its_models_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, together = [], threading.Barrier(throughput.REQUESTS, timeout=60)
+
+    def ask(address: str, path: str, body: dict) -> tuple[int, str]:
+        asked.append(body)
+        together.wait()  # breaks if one request waits for another's answer
+        return 200, reply(throughput.NEW_TOKENS)
+
+    monkeypatch.setattr(throughput.server, "ask", ask)
+    assert throughput.burst("", ("past", "plural")) == ["so"] * throughput.REQUESTS
+    assert len({body["prompt"] for body in asked}) == throughput.REQUESTS
+    models = Counter(body["model"] for body in asked)
+    assert models == {"past": throughput.REQUESTS / 2, "plural": throughput.REQUESTS / 2}
+    assert all(b["ignore_eos"] and b["max_tokens"] == throughput.NEW_TOKENS for b in asked)
+
+
+@pytest.mark.parametrize(
+    "said", [(200, reply(throughput.NEW_TOKENS - 1)), (404, "no such model")], ids=["short", "404"]
+)
+def test_a_burst_with_a_short_or_refused_answer_is_no_measurement(
+    monkeypatch: pytest.MonkeyPatch, said: tuple[int, str]
+) -> None:
+    monkeypatch.setattr(throughput.server, "ask", lambda *_: said)
+    with pytest.raises(RuntimeError, match="asked"):
+        throughput.burst("", ("base",))
+
+
+def test_the_throughput_record_is_of_the_lanes_arms() -> None:
+    record = json.loads(serve.RECORD.read_text())["throughput"]
+    rates = record["tokens a processor second"]
+    assert record["servers"] == throughput.SERVERS
+    assert list(rates) == list(throughput.ARMS)
+    assert {len(own) for own in rates.values()} == {throughput.ROUNDS} and throughput.ROUNDS >= 5
+    assert record["requests"] == throughput.REQUESTS
+    assert record["new tokens"] == throughput.NEW_TOKENS
+    assert record["machine"]["threads"] == throughput.THREADS and record["machine"]["processor"]
+
+
+def test_only_one_of_the_measured_servers_has_lora_and_a_slot_to_spare() -> None:
+    """With every slot taken this build answers the base wrong, and what is wrong is no baseline."""
+    with_lora = [a for a in throughput.SERVERS.values() if "--enable-lora" in a]
+    assert with_lora == [throughput.SERVERS["LoRA"]]
+    slots = int(with_lora[0][with_lora[0].index("--max-loras") + 1])
+    assert slots == len(throughput.ADAPTERS) + 1
+    assert set(throughput.ADAPTERS) <= set(serve.ADAPTERS)
+    for asked, models in throughput.ARMS.values():
+        arguments = throughput.SERVERS[asked]
+        named = {a.split("=")[0] for a in arguments if "=" in a}
+        assert set(models) <= named | {arguments[arguments.index("--served-model-name") + 1]}
+
+
+class Process(NamedTuple):
+    """As psutil has them."""
+
+    told: str
+    user: float
+    system: float
+
+    def name(self) -> str:
+        return self.told
+
+    def cpu_times(self) -> Process:
+        return self
+
+
+def test_of_a_server_only_what_computes_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    waiting, worker = Process("VLLM::EngineCore", 50, 5), Process(server.WORKER, 3, 0.25)
+
+    def family(*processes: Process) -> None:
+        children = SimpleNamespace(children=lambda recursive: list(processes))
+        monkeypatch.setattr(server.psutil, "Process", lambda number: children)
+
+    family(waiting, worker)
+    assert server.processor_seconds(1) == 3.25
+    family(waiting)
+    with pytest.raises(RuntimeError, match="0 processes called"):
+        server.processor_seconds(1)

