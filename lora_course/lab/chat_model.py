@@ -13,11 +13,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lora_course.lab.chat_words import compared, held_against
 from lora_course.lab.claims import AnswerTable, Claims
 from lora_course.lab.evidence import differences
 from lora_course.lab.study import STUDIES, chosen_rate, load_study
 
-BOTH = "as on nano"
 LEVELS = {"bits_per_token": "bits an answer token", "own_text": "bits a byte of other English"}
 BYTES_OF = {"delta": 8, "factors-2bit": 2 / 8 + 4 / 64}
 """Of a number of an adapter on disk, where it isn't fp32 alone: with its place; in 2 bits, with a scale for each 64."""
@@ -215,26 +215,6 @@ def missing(id: str) -> list[str]:
     return [arm for arm in arms if not _has_run(record, arm)]
 
 
-def held_against(question: Question, here: bool, nano: bool) -> str:
-    """How a claim's verdict on the chat model stands beside nano's, in words."""
-    first = html.escape(question.first)
-    if "abs(" in question.rule or " - " in question.rule:  # a margin, and not an order
-        neither, one, other = (
-            "nor within the margin on nano",
-            "the margin is passed",
-            "within the margin",
-        )
-    else:
-        neither, one, other = (
-            f"{first}: not ahead on nano either",
-            "not with every seed",
-            f"{first} ahead",
-        )
-    if here == nano:
-        return BOTH if here else neither
-    return f"on nano {one}" if here else f"<b>unlike nano</b>: {other} there"
-
-
 def answer(claims: Claims, *ids: str) -> list[tuple[str, str, str]]:
     """Adds the claims whose arms have run, and returns a row for each, as a chapter's table of answers has them.
 
@@ -264,22 +244,10 @@ def answer(claims: Claims, *ids: str) -> list[tuple[str, str, str]]:
         )  # fmt: skip
         names = [html.escape(name) for name in (question.first, question.second)]
         won = record["runs"]["base/test"]["bits_per_token"] - statistics.fmean(two)
-        by, gained = abs(statistics.fmean(apart)), f"training gained {won:.1f}"
-        if low <= 0 <= high:
-            side = "lower" if statistics.fmean(apart) < 0 else "higher"
-            said = (
-                f"No difference shown: {names[0]} on average of {len(one)} seeds {by:.3f} bits an answer token {side} "
-                f"({least} to {most}; {gained})."
-            )
-        else:
-            lower, sizes = (names[0], (-high, -low)) if high < 0 else (names[1], (low, high))
-            said = (
-                f"With each of {len(one)} seeds {lower}: {by:.3f} bits an answer token lower ({sizes[0]:.3f} to {sizes[1]:.3f}; "
-                f"{gained})."
-            )
+        said = compared(names, apart, won)
         shares = [right(record, paths[0]) for paths in question.arms.values()]
         if all(shares):
             said += f" {' and '.join(shares)} of unseen {UNSEEN[question.study]} right."
-        same = held_against(question, claims[id].holds, nano.holds)
+        same = held_against(names[0], question.rule, claims[id].holds, nano.holds)
         rows.append((asked, said, f"{same} (claim {claims.link(id)})"))
     return rows

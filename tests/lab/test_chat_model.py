@@ -10,13 +10,12 @@ from lora_course.experiments import smol_past, smol_several
 from lora_course.experiments.smol_past import METHODS
 from lora_course.lab import Claims, chat_model
 from lora_course.lab.chat_model import (
-    BOTH,
     QUESTIONS,
     answer,
-    held_against,
     missing,
     series,
 )
+from lora_course.lab.chat_words import BOTH
 
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 TEXTS = {path.stem: path.read_text() for path in NOTEBOOKS.glob("[0-9]*.md")}
@@ -83,23 +82,6 @@ def test_a_row_names_the_second_where_that_is_lower_and_says_by_how_much(record:
     assert row[2].startswith("<b>unlike nano</b>: DoRA ahead there (") and row[1].startswith(
         "With each of 2 seeds LoRA: 0.145 bits an answer token lower (0.140 to 0.150; training"
     )
-
-
-@pytest.mark.parametrize(
-    ("id", "said"),
-    [
-        ("0.1-s", ["nor within the margin on nano", "on nano the margin is passed", "<b>unlike nano</b>: within the margin there"]),
-        ("3.1-s", ["grown ranks: not ahead on nano either", "on nano not with every seed", "<b>unlike nano</b>: grown ranks ahead there"]),
-    ],
-)  # fmt: skip
-def test_a_margin_and_an_order_are_held_against_nano_in_their_own_words(
-    id: str, said: list[str]
-) -> None:
-    for (here, nano), words in zip(
-        ((False, False), (True, False), (False, True)), said, strict=True
-    ):
-        assert held_against(QUESTIONS[id], here, nano) == words
-    assert held_against(QUESTIONS[id], True, True) == BOTH
 
 
 def test_a_row_has_its_own_claims_verdict_whatever_claims_stand_behind_it(record: Path) -> None:
