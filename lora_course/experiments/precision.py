@@ -20,7 +20,7 @@ class ProductsInFp32(TorchDispatchMode):
     """Within the block each matrix product of bf16 tensors is computed in fp32 and rounded to bf16.
 
     bf16's instructions sum in fp32, too, and round once: the numbers differ by the order of a sum. A CPU without them (all
-    with AVX2 alone) multiplies bf16 in loops, backwards two hundred times slower than fp32.
+    with AVX2 alone) multiplies bf16 in loops, backwards two hundred times slower than fp32. Fused attention stays the processor's own.
     """
 
     def __torch_dispatch__(
