@@ -70,6 +70,14 @@ def test_figures_are_numbered_in_order_and_one_moves(chapter: Chapter) -> None:
 
 
 @each
+def test_a_figure_that_moves_is_in_sight(chapter: Chapter) -> None:
+    """Drawn when it has a width: a folded output has none."""
+    moving = [cell for cell in chapter.cells if "moving.show(" in cell.source]
+    folded = [c for c in moving if {"hide-cell", "hide-output"} & set(c.metadata.get("tags", []))]
+    assert moving and not folded
+
+
+@each
 def test_the_time_it_takes_is_the_rules(chapter: Chapter) -> None:
     stated = TIME.search(chapter.prose)
     assert stated, "state **Time**: N minutes to read, M for the exercises"
