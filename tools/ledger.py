@@ -2,15 +2,17 @@
 
 import html
 from pathlib import Path
+from typing import Any
 
 from lora_course.lab.chat_model import QUESTIONS
 from lora_course.lab.claims import EVIDENCE, KINDS, Claim, anchor_of, load_claims
+from tools import other_seeds
 from tools.chapters import Result, title
 
 
 def ledger(root: Path, results: list[Result]) -> str:
     """Every claim of every chapter, a line each that opens: what was expected, what came out, whether it holds."""
-    parts = []
+    parts, again = [], other_seeds.verdicts()
     for result in results:
         for chapter in load_claims(result.folder / "claims"):
             claims = chapter["claims"]
@@ -20,7 +22,7 @@ def ledger(root: Path, results: list[Result]) -> str:
                 f"{held} of {len(claims)} hold, under the profile `{chapter['profile']}`. "
                 f"[Read the chapter](../notebooks/{result.stem}.ipynb)\n"
             )
-            parts += [claim_row(claim, result.stem) for claim in claims]
+            parts += [claim_row(claim, result.stem, again.get(claim.id)) for claim in claims]
     return "\n".join(parts) or "*No chapter yet.*"
 
 
@@ -45,12 +47,34 @@ def carried_over(results: list[Result]) -> str:
     )  # fmt: skip
 
 
+def on_other_seeds(results: list[Result]) -> str:
+    """How many verdicts stayed when five seeds that nothing had been chosen with were trained, and which turned."""
+    held = {
+        claim.id: claim.holds
+        for result in results
+        for chapter in load_claims(result.folder / "claims")
+        for claim in chapter["claims"]
+    }
+    again = {id: claim["holds"] for id, claim in other_seeds.verdicts().items() if id in held}
+    if not again:
+        return "No claim has been tried on other seeds yet."
+    kept = [id for id in again if held[id] and again[id]]
+    lost = [id for id in again if held[id] and not again[id]]
+    found = [id for id in again if again[id] and not held[id]]
+    seeds = ", ".join(map(str, other_seeds.SEEDS))
+    return (
+        f"Of those that hold and rest on trainings, {len(kept) + len(lost)} were tried again with seeds that nothing had been "
+        f"chosen with ({seeds}): {len(kept)} hold there too" + (f", {', '.join(map(link, lost))} not" if lost else "")
+        + f". Of {len(again) - len(kept) - len(lost)} that do not hold, {', '.join(map(link, found)) or 'none'} would there."
+    )  # fmt: skip
+
+
 def link(id: str) -> str:
     return f"[{id}](#{anchor_of(id)})"
 
 
-def claim_row(claim: Claim, stem: str) -> str:
-    """A claim that opens (sphinx-design's dropdown), with its anchor, and classes for the filter."""
+def claim_row(claim: Claim, stem: str, again: dict[str, Any] | None = None) -> str:
+    """A claim that opens (sphinx-design's dropdown), with its anchor, and classes for the filter. again: with other seeds."""
     rows = [
         ("verdict", f"{claim.verdict}: `{cell(claim.predicate)}`"),
         ("kind", KINDS[claim.kind]),
@@ -59,6 +83,7 @@ def claim_row(claim: Claim, stem: str) -> str:
         ("expected", cell(claim.expected)),
         ("came out", cell(claim.effect or claim.outcome)),
         ("values", values(claim.values)),
+        ("with other seeds", f"{'holds' if again['holds'] else 'does not hold'}<br>{values(again['values'])}" if again else ""),
         ("explanation", cell(claim.explanation)),
         ("stated in", f'<a href="../notebooks/{stem}.html#{claim.anchor}">chapter {".".join(stem.split("_")[:2])}</a>'),
     ]  # fmt: skip

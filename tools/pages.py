@@ -12,7 +12,7 @@ import yaml
 from benchmarks import report
 from tools import pacing, projects, record_runs
 from tools.chapters import Result, title
-from tools.ledger import carried_over, ledger
+from tools.ledger import carried_over, ledger, on_other_seeds
 from tools.playpage import tables as playpage
 
 MARKER = re.compile(r"^<!-- generated: ([a-z ]+) -->$", re.MULTILINE)
@@ -192,6 +192,7 @@ PARTS: dict[str, Callable[[Path, list[Result]], str]] = {
     "coverage": coverage,
     "bibliography": bibliography,
     "carried over": lambda root, results: carried_over(results),
+    "other seeds": lambda root, results: on_other_seeds(results),
     "ledger": ledger,
     "api": api_list,
     "benchmarks": benchmarks,

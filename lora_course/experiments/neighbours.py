@@ -56,7 +56,7 @@ LINES: dict[str, str] = {
     "dora": "LoraConfig(use_dora=True, **plain)",
     "oft": 'OFTConfig(oft_block_size=32, target_modules="all-linear")',
     "loha": 'LoHaConfig(r=4, alpha=8, target_modules="all-linear")',
-    "lora_fa": "create_lorafa_optimizer(model, r=8, lora_alpha=16, lr=1e-2)",
+    "lora_fa": "create_lorafa_optimizer(model, r=8, lora_alpha=16, lr=0.016)",
     "vera": 'VeraConfig(r=256, target_modules="all-linear")',
     "beft": 'BeftConfig(target_modules="all-linear")',
 }

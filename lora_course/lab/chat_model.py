@@ -49,7 +49,7 @@ LEARNT = {
     PAST: "the past of English verbs",
     SEVERAL: "the past of English verbs and the plural of German nouns",
 }
-UNSEEN = {PAST: "verbs", SEVERAL: "verbs and nouns"}
+UNSEEN = {PAST: "verbs", SEVERAL: "words"}
 SMALLER = (1, 2, 4)
 QUESTIONS: dict[str, Question] = {
     "0.1-s": Question(
@@ -247,7 +247,7 @@ def answer(claims: Claims, *ids: str) -> list[tuple[str, str, str]]:
         said = compared(names, apart, won)
         shares = [right(record, paths[0]) for paths in question.arms.values()]
         if all(shares):
-            said += f" {' and '.join(shares)} of unseen {UNSEEN[question.study]} right."
+            said += f" {' against '.join(shares)} of unseen {UNSEEN[question.study]} right."
         same = held_against(names[0], question.rule, claims[id].holds, nano.holds)
         rows.append((asked, said, f"{same} (claim {claims.link(id)})"))
     return rows

@@ -35,7 +35,7 @@ def held_against(first: str, rule: str, here: bool, nano: bool) -> str:
     if "abs(" in rule or " - " in rule:  # a margin
         neither, one, other = (
             "nor within the margin on nano",
-            "the margin is passed",
+            "the margin is exceeded",
             "within the margin",
         )
     else:

@@ -27,6 +27,8 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 HATCHES = ("", "//", "..", "xx", "\\\\", "--", "++")
 WIDTH = 7.0  # inches: 700 px at 100 px an inch, the width of the book's column
 NARROW = 4.6  # inches: what a phone shows at 80 percent, so that 11 points are still 12 pixels
+SIDE = re.compile(r"\b(?:Left|Right)(?=[:,])")  # where a caption names a panel
+COLUMN = {"Left": "Above", "Right": "Below"}
 GREY = re.compile(r"#([0-9a-f]{2})\1\1\b")
 FIXED = "#010101"  # black that stays black in the dark: text on a cell of a coloured matrix
 _serial = itertools.count()
@@ -240,7 +242,11 @@ def label(number: str) -> str:
 
 
 def caption_of(caption: str, number: str) -> str:
+    """A caption; its "Left:" and "Right:" are called "Above:" and "Below:" on a phone, where panels stand in a column."""
     if not caption and not number:
         return ""
     named = f"<b>Figure {html.escape(number)}.</b> " if number else ""
-    return f"<figcaption>{named}{html.escape(caption)}</figcaption>"
+    sides = SIDE.sub(
+        lambda m: f'<span data-column="{COLUMN[m[0]]}">{m[0]}</span>', html.escape(caption)
+    )
+    return f"<figcaption>{named}{sides}</figcaption>"

@@ -59,7 +59,7 @@ def test_a_row_says_which_is_ahead_and_whether_the_verdict_is_nanos(record: Path
         assert row[2].startswith(f"{said} (claim ") and "5.1-s" in row[2]
         assert row[1] == (
             "With each of 2 seeds DoRA: 0.055 bits an answer token lower (0.050 to 0.060; training gained 4.0). "
-            "60% and 50% of unseen verbs right."
+            "60% against 50% of unseen verbs right."
         )
         assert claims.claims[-1].holds and claims.claims[-1].evidence == "smol"
     for holds, said in (

@@ -39,6 +39,20 @@ def test_the_shown_figure_carries_its_alt_text_number_and_caption(shown) -> None
     assert not plt.get_fignums()  # or a notebook would show it a second time
 
 
+def test_a_caption_names_panels_by_where_they_stand_on_a_phone_too(shown) -> None:
+    fig, _ = figure(1, 2)
+    show(
+        fig,
+        "two curves",
+        "Left: it falls. Right, it rises. Further left is better; Left of zero too.",
+    )
+    page = shown[0]["text/html"]
+    assert '<span data-column="Above">Left</span>: it falls.' in page
+    assert '<span data-column="Below">Right</span>, it rises.' in page
+    assert page.count("data-column=") == 2  # the others are directions
+    assert "content: attr(data-column)" in page  # where no other style sheet is
+
+
 def test_paper_gets_a_sharp_figure_on_white(shown) -> None:
     show(figure()[0], "nothing")
     picture = Image.open(io.BytesIO(base64.b64decode(shown[0]["image/png"])))

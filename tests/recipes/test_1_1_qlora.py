@@ -40,7 +40,7 @@ def test_1_1_trains_on_four_bits_and_exports_what_peft_loads_on_the_same_base(
     )  # of chance over nano's vocabulary
     assert given["best"] == min(losses, key=losses.get)
     mine, best = (
-        folder / name / "adapter_model.safetensors" for name in ("mine", f"qlora-{given['best']}")
+        folder / name / "adapter_model.safetensors" for name in ("mine", f"qlora-{given['best']}-0")
     )
     assert mine.read_bytes() == best.read_bytes()
 

@@ -76,6 +76,11 @@ def test_4_3_packs_a_folder_of_peft_and_gives_a_server_the_rounded_adapter(
             assert relative(again, weight.float()) < 0.01
         with torch.no_grad():
             few_bits = rounded(ids).logits.float()
+        # what has no adapter is rounded as well, and the head is not
+        others = given["round_base"](AutoModelForCausalLM.from_pretrained(name, dtype="auto"))
+        down = others.get_submodule("model.layers.0.mlp.down_proj").weight
+        assert all(len(group.unique()) <= 15 for group in down[:2].reshape(-1, 32))
+        assert len(others.get_output_embeddings().weight[0, :32].unique()) > 15
         # the weights, or their sum, are off by a tenth: near what was trained, and not the same
         assert 0.01 < relative(few_bits, trained) < 0.5 * relative(plain, trained)
     assert given["beside"] != given["trained"] and abs(given["beside"] / given["trained"] - 1) < 0.1
