@@ -26,14 +26,19 @@ def ledger(root: Path, results: list[Result]) -> str:
     return "\n".join(parts) or "*No chapter yet.*"
 
 
-def carried_over(results: list[Result]) -> str:
-    """How many of the claims that were tried on the chat model hold there and on nano, on neither, and which on one of them."""
-    held = {
+def verdicts_of(results: list[Result]) -> dict[str, bool]:
+    """Each claim's id → whether it holds."""
+    return {
         claim.id: claim.holds
         for result in results
         for chapter in load_claims(result.folder / "claims")
         for claim in chapter["claims"]
     }
+
+
+def carried_over(results: list[Result]) -> str:
+    """How many of the claims that were tried on the chat model hold there and on nano, on neither, and which on one of them."""
+    held = verdicts_of(results)
     tried = {id: QUESTIONS[id].nano for id in QUESTIONS if id in held}
     if not tried:
         return f"None of {len(QUESTIONS)} central claims has been tried on SmolLM2-135M yet."
@@ -49,12 +54,7 @@ def carried_over(results: list[Result]) -> str:
 
 def on_other_seeds(results: list[Result]) -> str:
     """How many verdicts stayed when five seeds that nothing had been chosen with were trained, and which turned."""
-    held = {
-        claim.id: claim.holds
-        for result in results
-        for chapter in load_claims(result.folder / "claims")
-        for claim in chapter["claims"]
-    }
+    held = verdicts_of(results)
     again = {id: claim["holds"] for id, claim in other_seeds.verdicts().items() if id in held}
     if not again:
         return "No claim has been tried on other seeds yet."
