@@ -59,7 +59,9 @@ def differences(found: Mapping[str, Any], asked: Mapping[str, Any], prefix: str 
 
 def base_fingerprint(layers: Mapping[str, LoRALinear]) -> str | None:
     """A hash of a sample of the base weights under the adapter: equal for equal values in fp32, bf16 or fp16."""
-    if any(layer.merged or layer.base_layer.weight.is_meta for layer in layers.values()):
+    if any(
+        layer.merged or layer.folded or layer.base_layer.weight.is_meta for layer in layers.values()
+    ):
         return None
     digest = hashlib.sha256()
     for layer in layers.values():

@@ -18,8 +18,9 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -137,11 +138,6 @@ def load_peft(model: nn.Module, folder: str | Path) -> nn.Module:
     """
     config, state = read_peft(Path(folder))
     config.inference_mode = False
-    if config.init_lora_weights in (
-        False,
-        "eva",
-    ):  # how the factors started; they are replaced below
-        config.init_lora_weights, config.eva_config = True, None
     inject(model, config)
     try:
         return use_adapter(model, state)
@@ -176,16 +172,22 @@ def _same_type(model: nn.Module, modules: dict[str, AdapterState]) -> dict[str, 
     endings = {name.rpartition(".")[2] for name in modules}
     return {
         name: (module.out_features, module.in_features)
-        for name, module in unwrapped(model).named_modules()
+        for name, module in _plain_names(model)
         if name.rpartition(".")[2] in endings
         and (name in layers or isinstance(module, nn.Linear) or is_4bit(module))
     }
 
 
+def _plain_names(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The modules by the names that they have where nothing is compiled."""
+    for name, module in unwrapped(model).named_modules():
+        yield name.replace("_orig_mod.", ""), module
+
+
 def _targets(model: nn.Module, modules: dict[str, dict[str, Tensor]]) -> list[str] | str:
     """The exported modules by their last names where these mean the same, else by full names; as an expression where
     one's name is the end of another module's, which PEFT would take too."""
-    names = [name for name, _ in unwrapped(model).named_modules()]
+    names = [name for name, _ in _plain_names(model)]
     names = [name.removesuffix(".base_layer") for name in names]
 
     def taken(targets: set[str]) -> set[str]:

@@ -13,9 +13,12 @@ from peft.utils.other import get_pattern_key
 
 from lora_course.checkpoint import read_description, read_tensors
 from lora_course.files import read_tensor_file
-from lora_course.lora import AdapterState
+from lora_course.lora import AdapterState, LoRALinear
 from lora_course.states import check_finite, split_state
-from lora_course.targets import check_names
+from lora_course.targets import check_names, check_supported
+
+STARTS = (True, False, "gaussian", "eva", "orthogonal")
+"""Initialisations that draw factors alone and leave the base as it is."""
 
 
 def read_factors(adapter: AdapterState | str | Path) -> AdapterState:
@@ -65,6 +68,16 @@ def read_peft(folder: Path) -> tuple[LoraConfig, AdapterState]:
     if type(config) is not LoraConfig:
         raise ValueError(f"{folder} holds a {config.peft_type} adapter; plain LoRA is expected.")
     _check_scales(config, folder)
+    if config.init_lora_weights not in STARTS:
+        raise ValueError(
+            f"{folder} was started by init_lora_weights={config.init_lora_weights!r}, which changes the base's weights too: its factors alone are "
+            "another function. Save it by PEFT's path_initial_model_for_weight_conversion, which makes it plain LoRA, or load it with PEFT."
+        )
+    if (
+        config.init_lora_weights != "gaussian"
+    ):  # how the factors started says nothing of what they are now
+        config.init_lora_weights, config.eva_config = True, None
+    check_supported(config, LoRALinear)
     state: AdapterState = {}
     for key, tensor in read_tensor_file(path).items():
         name = key.removeprefix("base_model.model.").removesuffix(".weight")

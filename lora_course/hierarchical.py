@@ -113,6 +113,19 @@ class NestedLoRALinear(LoRALinear):
             )
         return A * self.P[: self.rank, None] if self.weighted else A, B, self.scaling
 
+    def get_extra_state(self) -> Tensor:
+        """As `LoRALinear`, and where it is cut: what is merged is the cut."""
+        return torch.cat(
+            [super().get_extra_state(), torch.tensor([self.rank, self.weighted]).double()]
+        )
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """As `LoRALinear`; without a cut in it, as from an earlier version, the layer is whole."""
+        super().set_extra_state(state)
+        self.rank, self.weighted = (
+            (int(state[2]), bool(state[3])) if len(state) > 2 else (self.r, True)
+        )
+
     def check_tensors(self, name: str, tensors: AdapterState) -> None:
         super().check_tensors(name, tensors)
         if tensors["A"].shape[0] != self.r or tensors["P"].shape != (self.r,):

@@ -63,7 +63,7 @@ def inject(
         ValueError: a target or pattern that matches nothing, a field that `layer` does not obey, a second injection.
         TypeError: a target that is no linear layer. Nothing has been changed then.
     """
-    if isinstance(getattr(model, "lora_course", None), Injection):
+    if isinstance(getattr(unwrapped(model), "lora_course", None), Injection):
         raise ValueError(
             "This model carries an adapter already. Take it out with adapter_state(model) if you need it, then call unload(model)."
         )
@@ -71,6 +71,12 @@ def inject(
         raise ValueError(
             "This model carries a PEFT adapter already. Merge or unload it there first: model = model.unload()."
         )
+    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+        raise ValueError(
+            "This model is wrapped by DistributedDataParallel, which would not exchange the gradients of parameters that come later: "
+            "inject into model.module before wrapping."
+        )
+    given, model = model, unwrapped(model)
     check_not_sharded(model, "injecting (do it before fully_shard)")
     config = check_fields(model, config, layer)
     check_arguments(layer, arguments)
@@ -112,7 +118,7 @@ def inject(
     except Exception:
         unload(model)
         raise
-    return model
+    return given
 
 
 def injection_of(model: nn.Module) -> Injection:
@@ -254,4 +260,6 @@ def _owners(model: nn.Module) -> dict[int, list[str]]:
 
 def _make_trainable(model: nn.Module, names: Sequence[str]) -> None:
     for name in names:
-        model.get_parameter(name).requires_grad_(True)
+        parameter = model.get_parameter(name)
+        if parameter.is_floating_point():  # or quantize_model has made it integers since
+            parameter.requires_grad_(True)

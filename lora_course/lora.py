@@ -63,7 +63,7 @@ class LoRALinear(nn.Module):
 
     Attributes:
         A: `[r, in]`, fp32 whatever the base's type.    B: `[out, r]`, fp32.
-        scaling: s.    merged: the base weight holds the update.    enabled: the update is applied.
+        scaling: s.    merged: the base weight holds the update.    folded: it holds a part (`progressive`).    enabled: the update is applied.
 
     Raises:
         ValueError: r < 1, α ≤ 0, dropout outside [0, 1), an unknown initialisation.
@@ -105,7 +105,7 @@ class LoRALinear(nn.Module):
             nn.init.normal_(self.A, std=1 / r)
         else:
             nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
-        self.merged, self.enabled = False, True
+        self.merged, self.folded, self.enabled = False, False, True
         self.weight_shared_with: str | None = None  # set by `inject`
 
     @property

@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 from lora_course.arguments import compute_dtype as fastest_dtype
 from lora_course.injection import adapter_layers, unload
-from lora_course.linears import dequantized, is_4bit
+from lora_course.linears import check_mergeable, check_sum_finite, dequantized, is_4bit
+from lora_course.lora import LoRALinear
 from lora_course.targets import input_embedding
 
 
@@ -104,12 +105,17 @@ def quantize_model(
         ValueError: an unknown `quant_type`, or a model without a linear layer to quantise.
     """
     _check_quant_type(quant_type)
+    for name, module in model.named_modules():
+        if getattr(module, "merged", False):
+            raise RuntimeError(
+                f"{name!r} is merged: its ΔW would be rounded with the base and could not be taken back. Call unmerge(model) first, or unload(model)."
+            )
     embedding = getattr(input_embedding(model), "weight", None)
     linears = {
         name: module
         for name, module in model.named_modules()
         if type(module) is nn.Linear
-        and name.rpartition(".")[2] not in skip
+        and name.removesuffix(".base_layer").rpartition(".")[2] not in skip
         and module.weight is not embedding
     }
     if not linears:
@@ -211,6 +217,16 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn
         if layer.bias is not None:
             linear.bias = nn.Parameter(layer.bias.to(dtype), requires_grad=False)
         model.set_submodule(name, linear.train(layer.training))
+    kept = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, LoRALinear)
+        for name, parameter in module.named_parameters()
+        if not name.startswith("base_layer.")
+    }
+    for parameter in model.parameters():  # what stayed out of 4 bits: norms, embedding, head
+        if parameter.is_floating_point() and id(parameter) not in kept:
+            parameter.data = parameter.data.to(dtype)
     if quantizer := getattr(model, "hf_quantizer", None):
         quantizer.remove_quantization_config(model)  # or saving it would say that it is 4-bit
     return model
@@ -232,6 +248,7 @@ def merge_requantized(model: nn.Module) -> nn.Module:
             raise TypeError(
                 f"{name!r} has a {type(layer.base_layer).__name__} for a base, not a Linear4bit: call merge(model)."
             )
+        check_sum_finite(dequantized(layer.base_layer), layer.delta_weight(), name)
     for layer in layers.values():
         base: Any = layer.base_layer
         state = base.weight.quant_state
@@ -259,6 +276,11 @@ def merge_into(original: nn.Module, model: nn.Module) -> nn.Module:
                 f"{name!r} is {[layer.out_features, layer.in_features]} in the model and {shape and list(shape)} in the original: "
                 "give the plain, unquantised model without an adapter that the 4-bit one was made from."
             )
+    for name, layer in layers.items():
+        check_mergeable(linears[name], name)
+        check_sum_finite(
+            linears[name].weight, layer.delta_weight().to(linears[name].weight.device), name
+        )
     for name, layer in layers.items():
         weight = linears[name].weight
         weight.copy_(weight.float() + layer.delta_weight().to(weight.device))

@@ -6,6 +6,7 @@ A run is its adapter (layer, configuration, arguments), its method, its schedule
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -31,6 +32,9 @@ SCHEDULE = (
 )  # fmt: skip
 """Fields of `TrainingArguments` that decide which weights come out."""
 
+INDIFFERENT = ("dataset_num_proc", "precompute_ref_batch_size", "activation_offloading")
+"""Fields of TRL's arguments that change time or memory alone."""
+
 SAMPLE = 64
 """Rows that a fingerprint reads."""
 
@@ -50,8 +54,20 @@ def describe_run(trainer: Any, method: dict[str, Any]) -> dict[str, Any]:
         "method": method,
         **describe_arguments(given),
         "schedule": describe_schedule(trainer.args),
+        "arguments": describe_own(trainer.args),
         "rows": fingerprint(trainer.train_dataset),
     }
+
+
+def as_json(found: dict[str, Any]) -> dict[str, Any]:
+    """`found` as JSON holds it. Raises ValueError where it has no form for it: at the first checkpoint it would be too late."""
+    try:
+        return json.loads(json.dumps(found))
+    except TypeError as error:
+        raise ValueError(
+            f"This run can't be described ({error}): give layer arguments and settings of callbacks and methods as numbers, "
+            "strings, lists and dictionaries."
+        ) from None
 
 
 def describe_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -78,8 +94,19 @@ def describe_schedule(args: TrainingArguments) -> dict[str, Any]:
     return fields
 
 
+def describe_own(args: TrainingArguments) -> dict[str, Any] | None:
+    """The fields that another Trainer's arguments have beside `TrainingArguments`, such as TRL's `beta` and `loss_type`."""
+    common = {field.name for field in dataclasses.fields(TrainingArguments)} | set(INDIFFERENT)
+    own = {field.name for field in dataclasses.fields(args)} - common
+    return {
+        name: json.loads(json.dumps(getattr(args, name), default=_plain)) for name in sorted(own)
+    } or None
+
+
 def fingerprint(rows: Any) -> str:
     """A hash of the number of rows and of `SAMPLE` of them; `UNKNOWN` for what has no length or changes from call to call."""
+    if callable(rows):
+        return name_of(rows) or UNKNOWN
     if not hasattr(rows, "__len__") or not len(rows):
         return UNKNOWN
 
@@ -154,7 +181,9 @@ def name_of(function: Callable[..., Any] | None) -> str | None:
     if isinstance(function, functools.partial):
         fixed = [*map(repr, function.args), *(f"{k}={v!r}" for k, v in function.keywords.items())]
         return f"{name_of(function.func)}({', '.join(fixed)})"
-    return getattr(function, "__qualname__", None) if function else None
+    return (
+        None if function is None else getattr(function, "__qualname__", type(function).__qualname__)
+    )
 
 
 def _plain(value: Any) -> Any:
@@ -196,7 +225,9 @@ def rotate_checkpoints(folder: Path, limit: int | None, best: str | None) -> Non
     """Delete the oldest complete checkpoints until `limit` are left; the `best` one stays. None or 0: keep all."""
     checkpoints = sorted(folder.glob(f"checkpoint-*/{COMPLETE}"), key=written)
     for mark in checkpoints[:-limit] if limit else []:
-        if str(mark.parent) != best:
+        if (
+            best is None or mark.parent.name != Path(best).name
+        ):  # "./out" is "out", and a moved folder its own
             delete_checkpoint(mark)
 
 

@@ -40,19 +40,7 @@ def check_fields(model: nn.Module, config: LoraConfig, layer: type[LoRALinear]) 
         raise TypeError(
             f"config is a {type(config).__name__}; peft.LoraConfig(r=…, lora_alpha=…, target_modules=…) is expected."
         )
-    ignored = []
-    for field in dataclasses.fields(config):
-        default = (
-            field.default
-            if field.default_factory is dataclasses.MISSING
-            else field.default_factory()
-        )
-        if field.name not in layer.supported_fields and getattr(config, field.name) != default:
-            ignored.append(f"{field.name}={getattr(config, field.name)!r}")
-    if ignored:
-        raise ValueError(
-            f"{layer.__name__} does not support {', '.join(ignored)}: leave it at its default, or use PEFT itself."
-        )
+    check_supported(config, layer)
     if getattr(config.task_type, "value", config.task_type) in NEW_HEADS:
         raise ValueError(
             f"task_type={config.task_type!s}: the model's new head would stay at its random weights, since only adapters are "
@@ -70,6 +58,23 @@ def check_fields(model: nn.Module, config: LoraConfig, layer: type[LoRALinear]) 
     for field in dataclasses.fields(config):
         setattr(config, field.name, plain_numbers(getattr(config, field.name)))
     return config
+
+
+def check_supported(config: LoraConfig, layer: type[LoRALinear]) -> None:
+    """Raise ValueError for a field that is set and that `layer` does not obey."""
+    ignored = []
+    for field in dataclasses.fields(config):
+        default = (
+            field.default
+            if field.default_factory is dataclasses.MISSING
+            else field.default_factory()
+        )
+        if field.name not in layer.supported_fields and getattr(config, field.name) != default:
+            ignored.append(f"{field.name}={getattr(config, field.name)!r}")
+    if ignored:
+        raise ValueError(
+            f"{layer.__name__} does not support {', '.join(ignored)}: leave it at its default, or use PEFT itself."
+        )
 
 
 def check_arguments(layer: type[LoRALinear], arguments: Iterable[str]) -> None:
@@ -124,6 +129,8 @@ def plain_numbers(value: Any) -> Any:
     """`value` with numbers of numpy as Python's, in dictionaries too: JSON knows no others."""
     if isinstance(value, dict):
         return {key: plain_numbers(item) for key, item in value.items()}
+    if isinstance(value, range):
+        return list(value)
     return value.item() if isinstance(value, numpy.generic) else value
 
 

@@ -47,6 +47,7 @@ from lora_course.kept import forward_set_on, kept_as_it_is, kept_factors, set_us
 from lora_course.progress import Progress
 from lora_course.runs import (
     COMPLETE,
+    as_json,
     check_optimizer,
     describe_run,
     folder_to_resume,
@@ -147,7 +148,7 @@ class AdapterTrainer(Trainer):
         set_seed(self.args.seed)
         if not self._optimizer_given:
             self.optimizer = None  # an earlier training's is for the adapter that was there then
-        self.described = describe_run(self, self.method_settings())
+        self.described = as_json(describe_run(self, self.method_settings()))
         folder = processes.from_first(
             lambda: folder_to_resume(
                 self.args.output_dir, resume_from_checkpoint, self.described, overwrite
@@ -157,11 +158,15 @@ class AdapterTrainer(Trainer):
             return finished
         with kept_as_it_is(self.model, self._forward):
             set_use_cache(self.model, self.args.use_cache)
+            # Older checkpoints go when a new one is complete, by us: Trainer would delete the last one where one is kept and
+            # the best is another, and with it the mark that the run is finished.
+            self._limit, self.args.save_total_limit = self.args.save_total_limit, None
             try:
                 output = super().train(
                     resume_from_checkpoint=str(folder) if folder else None, **arguments
                 )
             finally:
+                self.args.save_total_limit = self._limit
                 if noise := getattr(self, "neftune_hook_handle", None):
                     noise.remove()  # an interrupted training's would stay
                 for callback in self.callback_handler.callbacks:
@@ -241,16 +246,11 @@ class AdapterTrainer(Trainer):
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
             (folder / COMPLETE).unlink(missing_ok=True)
-        limit = self.args.save_total_limit
-        self.args.save_total_limit = None  # older checkpoints go only when this one is complete
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
+        super()._save_checkpoint(model, trial)
         processes.wait()  # each writes its own random state
         if self.args.should_save:
             self._mark_complete(folder)
-            rotate_checkpoints(folder.parent, limit, self.state.best_model_checkpoint)
+            rotate_checkpoints(folder.parent, self._limit, self.state.best_model_checkpoint)
 
     def _mark_complete(self, folder: Path, finished: bool = False) -> None:
         mark = {

@@ -88,6 +88,7 @@ def learn(
         "schedule": describe_schedule(args),
         "trainer": describe_arguments(trainer),
         "rows": {task.name: fingerprint(task.train) for task in tasks},
+        "evaluate": {task.name: fingerprint(task.evaluate) for task in tasks},
     }
     if overwrite:
         from_first(lambda: _remove_another_run(folder, names, asked))
@@ -102,6 +103,8 @@ def learn(
                 # From files even if the model is as it was saved: an interrupted run and another take the same path.
                 strategy.load(model, stages[:i])
                 _train_on(model, tasks[i - 1], i - 1, strategy, args, trainer)
+            else:
+                strategy.begin()
             record["stages"] = i + 1
             with one_writer() as mine:
                 if mine:
@@ -235,8 +238,13 @@ def _check_same(
             f"{path} is of the tasks {record['tasks']}, asked for are {names}: tasks may be added at the end. "
             "Give another output_dir, or overwrite=True to start anew in this one."
         )
-    rows = {name: asked["rows"][name] for name in record["tasks"]}
-    check_same_run(path, record.get("run", {}), asked | {"rows": rows})
+    found, known = record.get("run", {}), record["tasks"]
+    named = {
+        key: {name: asked[key][name] for name in known}
+        for key in ("rows", "evaluate")
+        if key in found
+    }
+    check_same_run(path, found, asked | {"evaluate": None} | named)
 
 
 def _remove_another_run(folder: Path, names: list[str], asked: dict[str, Any]) -> None:

@@ -29,6 +29,9 @@ class Sequential:
     layer: type[LoRALinear] = LoRALinear
     """What the model must be injected with."""
 
+    def begin(self) -> None:
+        """Forget what an earlier run left: called where a run starts."""
+
     def before_task(self, model: nn.Module, index: int, seed: int) -> None:
         """Prepare the adapter for task number `index`, counted from 0."""
 
@@ -84,6 +87,9 @@ class Replay(Sequential):
             )
         self.memory = Reservoir(self.budget_bytes, self.seed)
 
+    def begin(self) -> None:
+        self.memory = Reservoir(self.budget_bytes, self.seed)
+
     def training_rows(self, train: Rows) -> Rows:
         return Interleaved(train, self.memory.rows, self.share)
 
@@ -136,6 +142,9 @@ class Isolated(Sequential):
     def __init__(self) -> None:
         self.states: list[AdapterState] = []
 
+    def begin(self) -> None:
+        self.states = []
+
     def before_task(self, model: nn.Module, index: int, seed: int) -> None:
         if index:
             restart(model, seed + index)
@@ -168,6 +177,12 @@ class Isolated(Sequential):
 def restart(model: nn.Module, seed: int) -> None:
     """Start the adapter anew, in place: A drawn as at injection, from `seed`, and B zero. The optimiser must be a new one."""
     start = injection_of(model).config.init_lora_weights
+    for name, layer in adapter_layers(model).items():
+        if more := sorted(layer.tensors().keys() - {"A", "B", "scaling", "past_A", "past_B", "P"}):
+            raise ValueError(
+                f"{name!r} is a {type(layer).__name__}, which keeps {more} beside A and B: drawing these anew would not start it anew. "
+                "unload(model) and inject again."
+            )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for layer in adapter_layers(model).values():

@@ -182,7 +182,12 @@ class Teachers:
 @contextmanager
 def standing_in(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
     """Within the block `layers` are in the model, and of the student's layers only their bases."""
-    bases = {name: layer.base_layer for name, layer in adapter_layers(model).items()}
+    layers_here = adapter_layers(model)
+    if changed := [name for name, layer in layers_here.items() if layer.merged or layer.folded]:
+        raise RuntimeError(
+            f"The base of {changed[0]!r} holds a part of the student's adapter, which would be in every teacher too: call merge(model) and unmerge(model) first."
+        )
+    bases = {name: layer.base_layer for name, layer in layers_here.items()}
     before = {name: model.get_submodule(name) for name in [*bases, *layers]}
     try:
         for name in before:

@@ -151,8 +151,8 @@ class ExpertsLinear(LoRALinear):
     def load_tensors(self, tensors: AdapterState) -> None:
         """As `LoRALinear.load_tensors`, with ranks that may differ between experts."""
         super().load_tensors(tensors)
-        self.lora_alpha *= int(self.ranks.max()) / self.r
         self.r = int(self.ranks.max())
+        self._set_scaling(self.scaling)
 
     def check_tensors(self, name: str, tensors: AdapterState) -> None:
         """As `LoRALinear.check_tensors`, with the number of experts."""

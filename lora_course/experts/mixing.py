@@ -48,6 +48,7 @@ def mix_experts(
         for expert in experts
     ]
     together, states = split_state(concatenate(given)), [split_state(state) for state in given]
+    together = {name: t for name, t in together.items() if len(t["A"])}  # rank 0 in all: pruned
     r = max(tensors["A"].shape[0] for state in states for tensors in state.values())
     config = LoraConfig(r=r, lora_alpha=r, target_modules=list(together), task_type="CAUSAL_LM")
     inject(
@@ -69,7 +70,7 @@ def mix_experts(
         mixed |= {f"{name}.{key}": tensor for key, tensor in new.items()}
     try:
         return use_adapter(model, mixed)
-    except ValueError:
+    except Exception:
         unload(model)
         raise
 

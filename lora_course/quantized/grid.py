@@ -68,6 +68,8 @@ def fake_quantize(
     as a constant in the backward pass. Q(Q(x)) = Q(x), bit for bit, with `clip` 1 and up to 8 bits.
     """
     check_grid(bits, granularity, group_size, clip)
+    if x.ndim == 2 and not len(x):  # a layer of rank 0
+        return x
     _check_matrix(x)
     return x if bits == 32 else FakeQuantize.apply(x, bits, granularity, group_size, clip)
 

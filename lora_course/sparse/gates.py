@@ -20,6 +20,7 @@ from lora_course.callbacks import ModelCallback
 from lora_course.injection import layers_of
 from lora_course.linears import check_not_sharded
 from lora_course.lora import AdapterState, LoRALinear, register
+from lora_course.runs import name_of
 
 
 @register
@@ -95,7 +96,7 @@ class GateSparsity(ModelCallback):
 
     def settings(self) -> dict[str, Any]:
         """The penalty, or what its function is called."""
-        return {"penalty": getattr(self.penalty, "__qualname__", self.penalty)}
+        return {"penalty": name_of(self.penalty) if callable(self.penalty) else float(self.penalty)}
 
     def penalty_at(self, t: int) -> float:
         """λ at step t."""
