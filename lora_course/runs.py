@@ -40,13 +40,16 @@ SAMPLE = 64
 
 
 def describe_run(trainer: Any, method: dict[str, Any]) -> dict[str, Any]:
-    """`adapter`, `trainer`, `method`, `callbacks`, `auxiliary_loss`, `schedule`, `rows` of a trainer, as JSON holds them.
+    """`adapter`, `trainer`, `method`, `callbacks`, both losses, `schedule`, `arguments`, `rows` of a trainer, as JSON holds them.
 
     method: what the trainer's class adds. A callback adds what its method `settings()` returns, if it has one.
     """
+    loss = getattr(trainer, "compute_loss_func", None)
     given = {
         "callbacks": trainer.callback_handler.callbacks,
         "auxiliary_loss": getattr(trainer, "auxiliary_loss", None),
+        # a trainer's own loss, such as DistillationTrainer's, is its method
+        "compute_loss_func": None if getattr(loss, "__self__", None) is trainer else loss,
     }
     return {
         "adapter": describe_adapter(trainer.model),
@@ -71,14 +74,15 @@ def as_json(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def describe_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
-    """`callbacks` (those with settings) and `auxiliary_loss` of what a trainer is given."""
+    """`callbacks` (those with settings), `auxiliary_loss` and `compute_loss_func` of what a trainer is given."""
     return {
         "callbacks": {
             type(callback).__name__: callback.settings()
             for callback in given.get("callbacks") or ()
-            if hasattr(callback, "settings")
+            if callable(getattr(callback, "settings", None))
         },
         "auxiliary_loss": name_of(given.get("auxiliary_loss")),
+        "compute_loss_func": name_of(given.get("compute_loss_func")),
     }
 
 
@@ -177,7 +181,7 @@ def is_same_run(folder: Path, asked: dict[str, Any]) -> bool:
 
 
 def name_of(function: Callable[..., Any] | None) -> str | None:
-    """What a function is called, with the arguments that a `partial` fixes."""
+    """What a function is called, with the arguments that a `partial` fixes; the class of an object that is called."""
     if isinstance(function, functools.partial):
         fixed = [*map(repr, function.args), *(f"{k}={v!r}" for k, v in function.keywords.items())]
         return f"{name_of(function.func)}({', '.join(fixed)})"
@@ -225,9 +229,8 @@ def rotate_checkpoints(folder: Path, limit: int | None, best: str | None) -> Non
     """Delete the oldest complete checkpoints until `limit` are left; the `best` one stays. None or 0: keep all."""
     checkpoints = sorted(folder.glob(f"checkpoint-*/{COMPLETE}"), key=written)
     for mark in checkpoints[:-limit] if limit else []:
-        if (
-            best is None or mark.parent.name != Path(best).name
-        ):  # "./out" is "out", and a moved folder its own
+        # By name, as "./out/checkpoint-1" is "out/checkpoint-1", and a moved folder's best one lies here.
+        if best is None or mark.parent.name != Path(best).name:
             delete_checkpoint(mark)
 
 

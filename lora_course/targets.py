@@ -126,11 +126,11 @@ def check_names(config: LoraConfig) -> None:
 
 
 def plain_numbers(value: Any) -> Any:
-    """`value` with numbers of numpy as Python's, in dictionaries too: JSON knows no others."""
+    """`value` with numbers of numpy as Python's, in dictionaries and lists too: JSON knows no others, and no ranges."""
     if isinstance(value, dict):
         return {key: plain_numbers(item) for key, item in value.items()}
-    if isinstance(value, range):
-        return list(value)
+    if isinstance(value, range | list):
+        return [plain_numbers(item) for item in value]
     return value.item() if isinstance(value, numpy.generic) else value
 
 

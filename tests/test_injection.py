@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from lora_course.checkpoint import load_adapter, save_adapter
+from lora_course.hierarchical import NestedLoRALinear
 from lora_course.injection import (
     adapter_layers,
     disabled,
@@ -195,6 +196,15 @@ def test_numbers_of_numpy_are_taken_and_can_be_saved(tmp_path: Path) -> None:
     assert {layer.r for layer in adapter_layers(model).values()} == {2, 3}
     load_adapter(qwen(), save_adapter(model, tmp_path))
     assert type(injection_of(model).config.lora_alpha) is float
+
+
+@pytest.mark.parametrize("ranks", [range(1, 4), [numpy.int64(1), numpy.int64(3)]])
+def test_arguments_that_json_can_not_hold_are_made_plain(
+    tmp_path: Path, ranks: list[int] | range
+) -> None:
+    model = inject(qwen(), config(), NestedLoRALinear, ranks=ranks)
+    assert injection_of(model).arguments == {"ranks": list(ranks)}
+    load_adapter(qwen(), save_adapter(model, tmp_path))
 
 
 @pytest.mark.parametrize(

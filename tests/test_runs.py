@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,8 +18,9 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 
 from lora_course.arguments import training_arguments
 from lora_course.descriptions import UNKNOWN
+from lora_course.files import read_json
 from lora_course.injection import adapter_layers, inject
-from lora_course.runs import COMPLETE, fingerprint, name_of, read_mark
+from lora_course.runs import COMPLETE, fingerprint, name_of, read_mark, rotate_checkpoints
 from lora_course.states import adapter_state
 from lora_course.training import AdapterTrainer
 from tests.models import qwen, randomize
@@ -37,6 +39,16 @@ def rows(seed: int = 1, count: int = 12) -> datasets.Dataset:
 
 def penalty(model: nn.Module, weight: float = 1.0) -> Tensor:
     return weight * sum(layer.B.square().sum() for layer in adapter_layers(model).values())
+
+
+def doubled(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    logs = outputs.logits[:, :-1].flatten(0, 1)
+    return 2 * nn.functional.cross_entropy(logs, labels[:, 1:].flatten())
+
+
+class Aux:
+    def __call__(self, model: nn.Module) -> Tensor:
+        return penalty(model)
 
 
 def run(
@@ -75,6 +87,11 @@ def run(
         ({"seed": 3}, r"seed is 0 there and 3 here"),
         ({"data": rows(seed=2)}, r"rows is '\w+' there and '\w+' here"),
         ({"auxiliary": penalty}, r"auxiliary_loss is None there and 'penalty' here"),
+        ({"auxiliary": Aux()}, r"auxiliary_loss is None there and 'Aux' here"),
+        (
+            {"trainer": {"compute_loss_func": doubled}},
+            r"compute_loss_func is None .* 'doubled' here",
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -125,14 +142,15 @@ def test_the_same_command_with_other_logging_or_saving_goes_on(tmp_path: Path) -
     assert made.state.global_step == 4
 
 
+@pytest.mark.parametrize("limit", [None, 1])
 @pytest.mark.parametrize("patience", [None, 1])
 def test_a_repeated_run_gives_the_best_weights_again_also_where_it_was_stopped_early(
-    tmp_path: Path, patience: int | None
+    tmp_path: Path, patience: int | None, limit: int | None
 ) -> None:
     callbacks = [EarlyStoppingCallback(patience)] if patience else []
     settings = {
         "max_steps": 8, "save_steps": 1, "eval_steps": 1, "eval_strategy": "steps", "learning_rate": 0.3,
-        "load_best_model_at_end": True, "save_total_limit": None, "lr_scheduler_type": "constant", "warmup_steps": 0,
+        "load_best_model_at_end": True, "save_total_limit": limit, "lr_scheduler_type": "constant", "warmup_steps": 0,
     }  # fmt: skip
 
     def once() -> tuple[AdapterTrainer, dict[str, Tensor]]:
@@ -148,6 +166,12 @@ def test_a_repeated_run_gives_the_best_weights_again_also_where_it_was_stopped_e
         best != f"checkpoint-{made.state.global_step}"
     )  # or last and best could not be told apart
     assert (made.state.global_step < 8) is bool(patience)
+    assert made.args.save_total_limit == limit
+    if limit:
+        assert {path.name for path in tmp_path.glob("checkpoint-*")} == {
+            best,
+            f"checkpoint-{made.state.global_step}",
+        }
     written = read_mark(tmp_path / f"checkpoint-{made.state.global_step}")["written"]
     repeated, again = once()
     assert all(torch.equal(first[name], again[name]) for name in first)
@@ -163,6 +187,54 @@ def test_a_folder_that_was_moved_still_gives_its_best_weights(tmp_path: Path) ->
     (tmp_path / "a").rename(tmp_path / "b")
     _, again = run(tmp_path / "b", trainer=trainer, **settings)
     assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_the_best_checkpoint_is_kept_however_its_folder_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for step in (1, 2, 3):
+        folder = Path("out") / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        (folder / COMPLETE).write_text(json.dumps({"written": step}))
+    rotate_checkpoints(Path("out"), 1, "./out/checkpoint-1")
+    assert {path.name for path in Path("out").iterdir()} == {"checkpoint-1", "checkpoint-3"}
+
+
+def test_a_run_from_before_losses_and_arguments_were_described_goes_on(tmp_path: Path) -> None:
+    _, expected = run(tmp_path)
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    mark = tmp_path / "checkpoint-2" / COMPLETE
+    old = read_json(mark)
+    del old["run"]["arguments"], old["run"]["compute_loss_func"]
+    mark.write_text(json.dumps(old))
+    kept = mark.read_bytes()
+    _, found = run(tmp_path)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert mark.read_bytes() == kept  # gone on from, not trained anew
+
+
+def test_a_callbacks_attribute_of_that_name_is_no_description(tmp_path: Path) -> None:
+    class Theirs(TrainerCallback):
+        settings = {"project": "mine"}
+
+    made, _ = run(tmp_path, max_steps=1, trainer={"callbacks": [Theirs()]})
+    assert made.state.global_step == 1 and "Theirs" not in made.described["callbacks"]
+
+
+def test_settings_that_json_can_not_hold_are_refused_before_a_step(tmp_path: Path) -> None:
+    steps: list[int] = []
+
+    class Torn(TrainerCallback):
+        def settings(self) -> dict[str, Any]:
+            return {"weights": torch.ones(2)}
+
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            steps.append(1)
+
+    with pytest.raises(ValueError, match="can't be described.*Tensor"):
+        run(tmp_path, trainer={"callbacks": [Torn()]})
+    assert not steps and not list(tmp_path.glob("checkpoint-*"))
 
 
 def test_a_fingerprint_tells_rows_apart_and_leaves_out_what_changes_by_itself() -> None:
@@ -183,6 +255,7 @@ def test_a_fingerprint_tells_rows_apart_and_leaves_out_what_changes_by_itself() 
 def test_a_function_is_named_with_what_is_fixed_of_it() -> None:
     assert name_of(penalty) == "penalty" and name_of(None) is None
     assert name_of(functools.partial(penalty, weight=0.5)) == "penalty(weight=0.5)"
+    assert name_of(Aux()) == "Aux" and name_of(Aux) == "Aux"
 
 
 def test_a_mark_says_that_the_run_was_finished(tmp_path: Path) -> None:

@@ -374,10 +374,14 @@ def test_a_folder_that_is_no_complete_checkpoint_is_refused(tmp_path: Path) -> N
         trainer.train(resume_from_checkpoint=tmp_path / "checkpoint-3")
 
 
-def test_the_best_adapter_is_kept_and_brought_back_at_the_end(tmp_path: Path) -> None:
+@pytest.mark.parametrize("folder", [".", "./out"])
+def test_the_best_adapter_is_kept_and_brought_back_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str
+) -> None:
     """Best is here the one of greatest loss, which is the first, so that the last is not it."""
+    monkeypatch.chdir(tmp_path)
     args = arguments(
-        tmp_path, max_steps=4, warmup_steps=0, save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1,
+        folder, max_steps=4, warmup_steps=0, save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1,
         load_best_model_at_end=True, greater_is_better=True, save_total_limit=2,
     )  # fmt: skip
     data = rows(8)

@@ -230,6 +230,16 @@ def test_preferences_are_learnt_against_the_adapter_that_a_training_starts_from(
     assert all(torch.equal(resumed[name], found[name]) for name in found)
 
 
+def test_a_run_with_another_of_trls_losses_is_refused(tmp_path: Path) -> None:
+    one = {"precompute_ref_log_probs": True, "max_steps": 2}
+    dpo(tmp_path, model(), beta=0.1, **one).train()
+    with pytest.raises(ValueError, match=r"arguments\.beta is 0\.1 there and 0\.9 here"):
+        dpo(tmp_path, model(), beta=0.9, **one).train(resume_from_checkpoint=True)
+    again = dpo(tmp_path, model(), beta=0.1, dataset_num_proc=1, **one)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 2
+
+
 def test_dropout_that_trl_would_switch_off_for_good_is_refused(tmp_path: Path) -> None:
     injected = inject(fresh(), config(target_modules=["q_proj"], lora_dropout=0.1))
     with pytest.raises(ValueError, match="disable_dropout=True.*lora_dropout=0"):

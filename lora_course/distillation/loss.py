@@ -58,6 +58,8 @@ class DistillationConfig:
                 raise ValueError(
                     f"{field}={getattr(self, field)!r}: {known[0]!r} or {known[1]!r} is expected."
                 )
+        for field in ("alpha", "temperature"):  # JSON knows no numbers of numpy
+            object.__setattr__(self, field, float(getattr(self, field)))
 
 
 class DistillationLoss(NamedTuple):

@@ -58,6 +58,8 @@ class Stage:
             raise ValueError(
                 f"warmup={self.warmup!r}: a number of steps from 0 to {self.steps} is expected, or a share of them below 1."
             )
+        for name in ("learning_rate", "warmup"):  # JSON knows no numbers of numpy
+            object.__setattr__(self, name, float(getattr(self, name)))
         if not isinstance(self.target_modules, str):
             given: Any = self.target_modules
             if not isinstance(given, list | tuple | set) or not all(

@@ -144,12 +144,12 @@ def train_stages(
             _check_mergeable(model)
         if started:
             restore_adapter(model, folder / "start")  # warns of another base
+        with one_writer() as mine:
+            if mine and not started:
+                save_adapter(model, folder / "start", plan)
     except Exception:
         unload(model)
         raise
-    with one_writer() as mine:
-        if mine and not started:
-            save_adapter(model, folder / "start", plan)
     finished = _finished_stages(folder)
     if finished:
         restore_adapter(model, finished[-1])

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from lora_course.distillation import (
     distillation_step,
 )
 from lora_course.injection import adapter_layers
+from lora_course.runs import read_mark
 from lora_course.states import adapter_state
 from lora_course.training import AdapterTrainer
 from tests.distillation.models import adapted, rows, student
@@ -203,6 +205,15 @@ def test_resumed_equals_uninterrupted(tmp_path: Path) -> None:
     resumed.train(resume_from_checkpoint=checkpoint)
     assert_same(adapter_state(resumed.model), adapter_state(whole.model))
     assert resumed.history == whole.history
+
+
+def test_numbers_of_numpy_are_taken_and_its_own_loss_is_no_callers(tmp_path: Path) -> None:
+    config = DistillationConfig(alpha=numpy.float32(0.5), temperature=numpy.float32(2))
+    trainer = trainer_of(tmp_path, config=config, max_steps=1, save_strategy="steps", save_steps=1)
+    trainer.train()
+    run = read_mark(tmp_path / "checkpoint-1")["run"]
+    assert run["method"]["distillation"] | {"alpha": 0.5, "temperature": 2.0} == run["method"]["distillation"]  # fmt: skip
+    assert run["compute_loss_func"] is None
 
 
 def test_another_loss_or_model_is_refused(tmp_path: Path) -> None:

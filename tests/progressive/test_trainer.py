@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import datasets
+import numpy
 import pytest
 import torch
 from peft import PeftModel
@@ -382,6 +383,24 @@ def test_what_cannot_be_run_is_refused_before_anything_changes(
         and not hasattr(model, "lora_course")
         and all(p.requires_grad for p in model.parameters())
     )
+
+
+def test_numbers_of_numpy_are_taken_and_a_plan_that_can_not_be_written_changes_nothing(
+    tmp_path: Path,
+) -> None:
+    stage = Stage(2, ["q_proj"], numpy.float32(0.5), 1, warmup=numpy.float32(0))
+    train(qwen(), tmp_path / "a", stages=[stage])
+    assert read_extra(tmp_path / "a" / "start")["stages"]["0"]["learning_rate"] == 0.5
+
+    class Torn(TrainerCallback):
+        def settings(self) -> dict[str, Tensor]:
+            return {"weights": torch.ones(2)}
+
+    model = qwen()
+    with pytest.raises(ValueError, match="JSON can't hold"):
+        train(model, tmp_path / "b", stages=[stage], trainer={"callbacks": [Torn()]})
+    assert not hasattr(model, "lora_course") and all(p.requires_grad for p in model.parameters())
+    assert not list(tmp_path.glob("b/*"))
 
 
 def test_two_datasets_for_three_stages_are_refused(tmp_path: Path) -> None:

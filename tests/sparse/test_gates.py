@@ -1,7 +1,10 @@
 """`sparse.gates`: gates that reach zero, open again, and are pruned."""
 
+import functools
 from pathlib import Path
+from typing import Any
 
+import numpy
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
@@ -10,6 +13,7 @@ from torch import nn
 from lora_course.checkpoint import load_adapter, save_adapter
 from lora_course.export import export_peft
 from lora_course.injection import adapter_layers, inject, trainable_parameters
+from lora_course.runs import read_mark
 from lora_course.sparse import (
     GatedLoRALinear,
     GateSparsity,
@@ -209,6 +213,28 @@ def test_a_step_that_overflowed_shrinks_no_gate() -> None:
         torch.equal(layer.gate, gate)
         for layer, gate in zip(adapter_layers(model).values(), before, strict=True)
     )
+
+
+def ramp(t: int, top: float) -> float:
+    return top * min(1.0, t / 4)
+
+
+@pytest.mark.parametrize(
+    ("penalty", "described"),
+    [
+        (functools.partial(ramp, top=2.0), "ramp(top=2.0)"),
+        (numpy.float32(2.0), 2.0),
+        (torch.tensor(2.0), 2.0),
+    ],
+)
+def test_a_penalty_of_any_kind_is_described_as_json_holds_it(
+    tmp_path: Path, penalty: Any, described: object
+) -> None:
+    model = adapted(GatedLoRALinear)
+    fields = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    trainer(model, tmp_path, GateSparsity(model, penalty), **fields).train()
+    run = read_mark(tmp_path / "checkpoint-2")["run"]
+    assert run["callbacks"] == {"GateSparsity": {"penalty": described}}
 
 
 def test_gates_refuse_other_models_optimisers_and_penalties(tmp_path: Path) -> None:
