@@ -109,7 +109,7 @@ def describe_own(args: TrainingArguments) -> dict[str, Any] | None:
 
 def fingerprint(rows: Any) -> str:
     """A hash of the number of rows and of `SAMPLE` of them; `UNKNOWN` for what has no length or changes from call to call."""
-    if callable(rows):
+    if callable(rows) and not hasattr(rows, "__len__"):
         return name_of(rows) or UNKNOWN
     if not hasattr(rows, "__len__") or not len(rows):
         return UNKNOWN
