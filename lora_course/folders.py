@@ -17,7 +17,7 @@ from lora_course.lora import AdapterState, LoRALinear
 from lora_course.states import check_finite, split_state
 from lora_course.targets import check_names, check_supported
 
-STARTS = (True, False, "gaussian", "eva", "orthogonal")
+STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 """Initialisations that draw factors alone and leave the base as it is."""
 
 
@@ -68,14 +68,14 @@ def read_peft(folder: Path) -> tuple[LoraConfig, AdapterState]:
     if type(config) is not LoraConfig:
         raise ValueError(f"{folder} holds a {config.peft_type} adapter; plain LoRA is expected.")
     _check_scales(config, folder)
-    if config.init_lora_weights not in STARTS:
+    start = config.init_lora_weights
+    if (start.lower() if isinstance(start, str) else start) not in STARTS:
         raise ValueError(
-            f"{folder} was started by init_lora_weights={config.init_lora_weights!r}, which changes the base's weights too: its factors alone are "
+            f"{folder} was started by init_lora_weights={start!r}, which changes the base's weights too: its factors alone are "
             "another function. Save it by PEFT's path_initial_model_for_weight_conversion, which makes it plain LoRA, or load it with PEFT."
         )
-    if (
-        config.init_lora_weights != "gaussian"
-    ):  # how the factors started says nothing of what they are now
+    # How the factors started says nothing of what they are now.
+    if start != "gaussian":
         config.init_lora_weights, config.eva_config = True, None
     check_supported(config, LoRALinear)
     state: AdapterState = {}

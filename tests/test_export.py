@@ -77,6 +77,20 @@ def test_a_uniform_export_is_the_same_update_at_one_rank_and_one_scale_in_every_
     torch.testing.assert_close(logits(served), logits(model), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("uniform", [False, True])
+@pytest.mark.parametrize("fields", [{}, {"layers_to_transform": [0]}], ids=["all", "block 0"])
+def test_blocks_compiled_one_by_one_are_exported_as_plain_ones(
+    tmp_path: Path, fields: dict, uniform: bool
+) -> None:
+    model = randomize(inject(qwen(), config(target_modules=["q_proj", "down_proj"], **fields)))
+    expected = export_peft(model, tmp_path / "plain", uniform=uniform)
+    for index, block in enumerate(model.model.layers):
+        model.model.layers[index] = torch.compile(block, backend="eager")
+    found = export_peft(model, tmp_path / "compiled", uniform=uniform)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (found / name).read_bytes() == (expected / name).read_bytes()
+
+
 def test_an_equal_scale_is_kept_in_a_uniform_export(tmp_path: Path) -> None:
     model = randomize(inject(qwen(), config(r=4, lora_alpha=12)))
     export_peft(model, tmp_path, uniform=True)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -234,6 +235,42 @@ def test_a_compiled_model_is_saved_under_the_names_of_the_plain_one(tmp_path: Pa
     torch.testing.assert_close(again(**batch()).logits, model(**batch()).logits)
     plain = unload(compiled)
     assert not any(isinstance(module, LoRALinear) for module in plain.modules())
+
+
+def test_a_compiled_model_takes_an_adapter_and_gives_its_base_back() -> None:
+    base = qwen()
+    names = [name for name, _ in base.named_parameters()]
+    compiled = torch.compile(base, backend="eager")
+    assert inject(compiled, config()) is compiled
+    assert adapter_layers(compiled).keys() == adapter_layers(inject(qwen(), config())).keys()
+    with pytest.raises(ValueError, match="carries an adapter already"):
+        inject(compiled, config())
+    assert unload(compiled) is base
+    assert [name for name, _ in base.named_parameters()] == names
+    assert all(parameter.requires_grad for parameter in base.parameters())
+
+
+def test_a_compiled_model_of_another_base_is_refused_and_as_it_was(tmp_path: Path) -> None:
+    folder = save_adapter(inject(qwen(), config()), tmp_path)
+    other = Qwen2ForCausalLM(Qwen2Config(**SHAPE | {"intermediate_size": 96}))
+    with pytest.raises(ValueError, match="is for another base"):
+        load_adapter(torch.compile(other, backend="eager"), folder)
+    assert not any(isinstance(module, LoRALinear) for module in other.modules())
+
+
+def test_a_model_that_is_wrapped_for_several_processes_is_refused() -> None:
+    class Wrapped(DistributedDataParallel):
+        """Without a process group."""
+
+        def __init__(self, module: nn.Module) -> None:
+            nn.Module.__init__(self)
+            self.module = module
+
+    wrapped = Wrapped(qwen())
+    for model in (wrapped, torch.compile(wrapped, backend="eager")):
+        with pytest.raises(ValueError, match="inject into model.module before wrapping"):
+            inject(model, config())
+    assert not any(isinstance(module, LoRALinear) for module in wrapped.modules())
 
 
 def test_save_pretrained_writes_the_adapter_and_says_so(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """`lora_course.states`: adapters out of a model and into it, their sums, cuts and distances."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from accelerate import cpu_offload
@@ -12,6 +14,7 @@ from transformers import (
 
 from lora_course import lora
 from lora_course.injection import adapter_layers, inject
+from lora_course.merging import dare, ties
 from lora_course.states import (
     adapter_state,
     concatenate,
@@ -111,3 +114,30 @@ def test_an_adapter_that_accelerate_has_offloaded_is_not_read() -> None:
     expected = adapter_state(randomize(inject(qwen(), config())))
     found = adapter_state(model)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "fold",
+    [
+        lambda state: concatenate([state, state], [0.3, -0.7]),
+        lambda state: truncate(state, 1),
+        lambda state: ties([state, state], r=2).state,
+        lambda state: dare([state, state], r=2).state,
+    ],
+    ids=["concatenate", "truncate", "ties", "dare"],
+)
+def test_factors_in_half_precision_are_folded_as_their_numbers_in_fp32(
+    fold: Callable, dtype: torch.dtype
+) -> None:
+    model = randomize(inject(qwen(), config(target_modules=["q_proj", "down_proj"])))
+    halves = {
+        name: t if name.endswith(".scaling") else t.to(dtype)
+        for name, t in factor_state(model).items()
+    }
+    floats = {name: t if name.endswith(".scaling") else t.float() for name, t in halves.items()}
+    found, expected = fold(halves), fold(floats)
+    assert found.keys() == expected.keys()
+    for name in expected:
+        assert found[name].dtype == expected[name].dtype
+        assert torch.equal(found[name], expected[name])

@@ -49,6 +49,8 @@ def mix_experts(
     ]
     together, states = split_state(concatenate(given)), [split_state(state) for state in given]
     together = {name: t for name, t in together.items() if len(t["A"])}  # rank 0 in all: pruned
+    if not together:
+        raise ValueError("Every module of every expert has rank 0: there is nothing to mix.")
     r = max(tensors["A"].shape[0] for state in states for tensors in state.values())
     config = LoraConfig(r=r, lora_alpha=r, target_modules=list(together), task_type="CAUSAL_LM")
     inject(

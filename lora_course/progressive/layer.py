@@ -53,7 +53,6 @@ class StackedLoRALinear(LoRALinear):
         self.register_buffer("ranks", torch.empty(0, dtype=torch.long))
         self.keep_original = keep_original
         self.original: Tensor | None = None
-        self.folded = False
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` `[..., in]` → `[..., out]`, in the base's type.

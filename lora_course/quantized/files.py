@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
-from lora_course.descriptions import describe_base, warn_of_another_base
+from lora_course.descriptions import base_fingerprint, describe_base, warn_of_another_base
 from lora_course.files import make_folder, replace_file
 from lora_course.injection import inject, injection_of, layers_of, unload
 from lora_course.linears import check_not_sharded
@@ -32,13 +32,13 @@ def save_quantized(model: nn.Module, folder: str | Path) -> Path:
 
     One file: `<module>.A.codes` and `<module>.B.codes` uint8 (see `pack`; rows are components, so B is transposed),
     `….scale` fp32; a factor with 32 bits as it is, `<module>.A`, `<module>.B`. What it takes to read them stands in the
-    file's metadata. To go on training, keep the fp32 parameters too: `save_adapter`.
+    file's metadata. Modules of rank 0 are left out. To go on training, keep the fp32 parameters too: `save_adapter`.
 
     Returns:
         The file's path.
 
     Raises:
-        ValueError: other layers than `QuantizedLoRALinear`, or factors that are not finite.    RuntimeError: FSDP2 has
+        ValueError: other layers than `QuantizedLoRALinear`, factors that are not finite, or none.    RuntimeError: FSDP2 has
         spread the model.
     """
     info = injection_of(model)
@@ -47,7 +47,10 @@ def save_quantized(model: nn.Module, folder: str | Path) -> Path:
         raise ValueError(
             f"This model was injected with {info.layer.__name__}: call quantize_after_training(model, bits=…) first, or use save_adapter."
         )
-    layers = layers_of(model, QuantizedLoRALinear)
+    # Modules of rank 0 change nothing, and no configuration has them.
+    layers = {name: t for name, t in layers_of(model, QuantizedLoRALinear).items() if len(t.A)}
+    if not layers:
+        raise ValueError("Every module of this adapter has rank 0: there is nothing to save.")
     tensors: AdapterState = {}
     for name, layer in layers.items():
         for key, rows, bits in (("A", layer.A, layer.bits_A), ("B", layer.B.T, layer.bits_B)):
@@ -72,7 +75,7 @@ def save_quantized(model: nn.Module, folder: str | Path) -> Path:
             name: {key: getattr(layer, key) for key in LAYER_FIELDS}
             for name, layer in layers.items()
         },
-        "base": describe_base(model),
+        "base": describe_base(model) | {"fingerprint": base_fingerprint(layers)},
         "tensors_sha256": _hash_of(tensors),
     }
     path = make_folder(folder) / FILE

@@ -15,11 +15,13 @@ from lora_course.distillation import (
     distillation_step,
 )
 from lora_course.experts import ExpertsLinear
-from lora_course.injection import inject, merge
+from lora_course.injection import inject, merge, unmerge
 from lora_course.lora import LoRALinear
+from lora_course.progressive import begin_stage
 from lora_course.states import adapter_state, concatenate, factor_state
 from tests.distillation.models import KINDS, adapted, student
 from tests.models import batch, config, qwen, randomize
+from tests.progressive.models import STAGES, stacked
 from tests.tolerances import EXACT, ROUNDED, TRAINED
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -331,3 +333,17 @@ def test_merged_models_and_incomplete_batches_are_refused() -> None:
     merge(model)
     with pytest.raises(RuntimeError, match="merged"), teachers.switched("a"):
         pass
+
+
+def test_a_base_that_holds_earlier_stages_of_the_student_carries_no_teacher() -> None:
+    model = begin_stage(stacked(mode="merge"), STAGES[0])
+    alone = adapted(2).eval()
+    teachers = Teachers(model, {"a": adapter_state(alone)})
+    with (
+        pytest.raises(RuntimeError, match=r"merge\(model\) and unmerge\(model\)"),
+        teachers.switched("a"),
+    ):
+        pass
+    unmerge(merge(model))
+    with teachers.switched("a"):
+        torch.testing.assert_close(model(**batch()).logits, alone(**batch()).logits, **ROUNDED)

@@ -18,6 +18,7 @@ from lora_course.experts import (
 )
 from lora_course.export import export_peft
 from lora_course.injection import adapter_layers, inject, injection_of, trainable_parameters
+from lora_course.lora import AdapterState
 from lora_course.states import adapter_state, factor_state, split_state, use_adapter
 from tests.experts.models import CLOSE, IDS, gradients, logits, mixture
 from tests.models import config, qwen, randomize
@@ -206,3 +207,23 @@ def test_gates_that_are_no_weights_are_refused(gates: list[float]) -> None:
         fixed_gates(mixture(), gates),
     ):
         pass
+
+
+def test_modules_of_rank_zero_in_one_expert_or_in_all_add_nothing() -> None:
+    def pruned(seed: int, *endings: str) -> AdapterState:
+        state = factor_state(randomize(inject(qwen(), config()), seed))
+        for name, tensors in split_state(state).items():
+            if name.endswith(endings):
+                state |= {f"{name}.A": tensors["A"][:0], f"{name}.B": tensors["B"][:, :0]}
+        return state
+
+    states = [pruned(1, "0.mlp.up_proj", "q_proj"), pruned(2, "0.mlp.up_proj")]
+    mixed = mix_experts(qwen(), states)
+    for index, state in enumerate(states):
+        plain = use_adapter(inject(qwen(), config()), state)
+        with fixed_gates(mixed, torch.eye(2)[index]):
+            torch.testing.assert_close(logits(mixed, IDS), logits(plain, IDS), **CLOSE)
+    base = qwen()
+    with pytest.raises(ValueError, match="rank 0"):
+        mix_experts(base, [pruned(1, "proj")])
+    assert not hasattr(base, "lora_course")

@@ -24,8 +24,8 @@ from lora_course.quantized import (
     save_quantized,
     unpack,
 )
-from lora_course.states import factor_state
-from tests.models import batch, config, qwen, randomize
+from lora_course.states import factor_state, split_state, use_adapter
+from tests.models import batch, config, logits, qwen, randomize
 from tests.quantized.models import GRIDS, PATTERNS, adapted
 
 
@@ -163,3 +163,29 @@ def test_a_name_that_ends_another_name_is_loaded_as_itself(tmp_path: Path) -> No
     save_quantized(model, tmp_path)
     x = torch.randn(3, 8)
     torch.testing.assert_close(load_quantized(Block(), tmp_path)(x), model(x), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("bits", [4, 32])
+def test_modules_of_rank_zero_are_computed_with_and_left_out_of_the_file(
+    tmp_path: Path, bits: int
+) -> None:
+    model = randomize(inject(qwen(), config()))
+    state = factor_state(model)
+    for name, tensors in split_state(state).items():
+        if "layers.0" in name:
+            state |= {f"{name}.A": tensors["A"][:0], f"{name}.B": tensors["B"][:, :0]}
+    quantize_after_training(use_adapter(model, state), bits=bits)
+    reference = logits(model)
+    plain = use_adapter(inject(qwen(), config()), factor_state(model))
+    assert torch.equal(logits(plain), reference)
+    save_quantized(model, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded = load_quantized(qwen(), tmp_path)
+    assert torch.equal(logits(loaded), reference)
+    assert all("layers.1" in name for name in adapter_layers(loaded))
+    for layer in adapter_layers(model).values():
+        layer.load_tensors({"A": layer.A[:0], "B": layer.B[:, :0]})
+    with pytest.raises(ValueError, match="rank 0"):
+        save_quantized(model, tmp_path / "nothing")
+    assert not (tmp_path / "nothing").exists()
