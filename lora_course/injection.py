@@ -85,7 +85,7 @@ def inject(
     patterns = find_patterns(config, targets)
     arguments = {name: plain_numbers(value) for name, value in arguments.items()}
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    owners = _owners(model)
+    owners = weight_owners(model)
     try:
         wrapped = {
             name: layer(
@@ -190,6 +190,15 @@ def warn_of_what_is_left(model: nn.Module, folder: str | Path) -> None:
         )
 
 
+def weight_owners(model: nn.Module) -> dict[int, list[str]]:
+    """Which modules hold each parameter, by its id: more than one name, and the modules share it."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(name)
+    return owners
+
+
 def trainable_parameters(model: nn.Module) -> int:
     """How many numbers training changes."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -247,15 +256,6 @@ def unload(model: nn.Module) -> nn.Module:
     del model.lora_course
     restore_methods(model)
     return model
-
-
-def _owners(model: nn.Module) -> dict[int, list[str]]:
-    """Which modules hold each parameter, by its id: more than one name, and the modules share it."""
-    owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(id(parameter), []).append(name)
-    return owners
 
 
 def _make_trainable(model: nn.Module, names: Sequence[str]) -> None:

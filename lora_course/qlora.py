@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from lora_course.arguments import compute_dtype as fastest_dtype
-from lora_course.injection import adapter_layers, unload
+from lora_course.injection import adapter_layers, unload, weight_owners
 from lora_course.linears import check_mergeable, check_sum_finite, dequantized, is_4bit
 from lora_course.lora import LoRALinear
 from lora_course.targets import input_embedding
@@ -103,12 +103,14 @@ def quantize_model(
 
     Raises:
         ValueError: an unknown `quant_type`, or a model without a linear layer to quantise.
+        RuntimeError: an adapter is merged, or a part of it. Nothing has been changed then.
     """
     _check_quant_type(quant_type)
     for name, module in model.named_modules():
-        if getattr(module, "merged", False):
+        if getattr(module, "merged", False) or getattr(module, "folded", False):
             raise RuntimeError(
-                f"{name!r} is merged: its ΔW would be rounded with the base and could not be taken back. Call unmerge(model) first, or unload(model)."
+                f"{name!r} is merged, wholly or in part: ΔW would be rounded with the base and could not be taken back. "
+                "Call unmerge(model) first, or unload(model)."
             )
     embedding = getattr(input_embedding(model), "weight", None)
     linears = {
@@ -201,7 +203,8 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn
     """Replace each 4-bit layer by an `nn.Linear` of the weight it computed with, in place; an adapter on top stays.
 
     The right way to merge: the adapter was trained on these weights, so `merge(model)` afterwards keeps the function,
-    to rounding in `dtype`. The price is the memory of a full model.
+    to rounding in `dtype`. What was never in 4 bits (norms, biases, embedding, head) goes to `dtype` too, so that the model
+    runs; the adapter stays in fp32. The price is the memory of a full model.
 
     Raises:
         ValueError: no layer is 4-bit.    RuntimeError: a weight was repacked (see `protect`).
@@ -240,7 +243,8 @@ def merge_requantized(model: nn.Module) -> nn.Module:
     smaller ΔW is against the weight, the less of it survives; of a small one nothing does. It is what PEFT's `merge_and_unload` does to a 4-bit base.
 
     Raises:
-        ValueError: no adapter.    TypeError: an adapter's base is not 4-bit.    RuntimeError: see `protect`.
+        ValueError: no adapter, or an update that is not finite.    TypeError: an adapter's base is not 4-bit.
+        RuntimeError: see `protect`. Nothing has been changed then.
     """
     layers = adapter_layers(protect(model))
     for name, layer in layers.items():
@@ -265,7 +269,8 @@ def merge_into(original: nn.Module, model: nn.Module) -> nn.Module:
     quantisation error. Whether the loss suffers has to be measured.
 
     Raises:
-        ValueError: no adapter, or `original` lacks a layer or has it in another shape.
+        ValueError: no adapter, an update that is not finite, or `original` lacks a layer or has it in another shape.
+        TypeError, RuntimeError: as `merge`, also where `original` shares a weight. Nothing has been changed then.
     """
     layers = adapter_layers(model)
     linears: dict[str, Any] = dict(original.named_modules())
@@ -276,8 +281,14 @@ def merge_into(original: nn.Module, model: nn.Module) -> nn.Module:
                 f"{name!r} is {[layer.out_features, layer.in_features]} in the model and {shape and list(shape)} in the original: "
                 "give the plain, unquantised model without an adapter that the 4-bit one was made from."
             )
+    owners = weight_owners(original)
     for name, layer in layers.items():
         check_mergeable(linears[name], name)
+        if others := [owner for owner in owners[id(linears[name].weight)] if owner != name]:
+            raise RuntimeError(
+                f"{name!r} shares its weight with {others[0]!r} in the original: ΔW would be written to both. "
+                "Give one of them a weight of its own (a copy) first."
+            )
         check_sum_finite(
             linears[name].weight, layer.delta_weight().to(linears[name].weight.device), name
         )

@@ -110,7 +110,8 @@ def describe_own(args: TrainingArguments) -> dict[str, Any] | None:
 def fingerprint(rows: Any) -> str:
     """A hash of the number of rows and of `SAMPLE` of them; `UNKNOWN` for what has no length or changes from call to call."""
     if callable(rows) and not hasattr(rows, "__len__"):
-        return name_of(rows) or UNKNOWN
+        name = name_of(rows) or UNKNOWN
+        return UNKNOWN if " at 0x" in name else name  # an address is another in each process
     if not hasattr(rows, "__len__") or not len(rows):
         return UNKNOWN
 

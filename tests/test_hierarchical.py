@@ -261,6 +261,23 @@ def test_merging_at_a_cut_and_taking_it_back() -> None:
 # ------------------------------------------------------------------------------------------------- files
 
 
+def test_a_state_dict_keeps_the_cut_at_which_it_was_merged_and_an_older_one_is_whole() -> None:
+    model, found, base = nested(weighting="matryoshka"), nested(seed=2), qwen()
+    with at_rank(model, 1, weighted=False):
+        merge(model)
+    found.load_state_dict(model.state_dict())
+    unmerge(found)
+    for name, layer in adapter_layers(found).items():
+        torch.testing.assert_close(
+            layer.base_layer.weight, base.get_submodule(name).weight, atol=1e-6, rtol=1e-5
+        )
+    older = unmerge(model).state_dict()
+    older |= {key: value[:2] for key, value in older.items() if key.endswith("_extra_state")}
+    found.load_state_dict(older)
+    layers = adapter_layers(found).values()
+    assert {(layer.rank, layer.weighted, layer.merged) for layer in layers} == {(5, True, False)}
+
+
 @pytest.mark.parametrize("weighting", ["equal", "matryoshka"])
 def test_peft_loads_every_cut_with_equal_logits_and_its_size_follows_the_rank(
     tmp_path: Path, weighting: str

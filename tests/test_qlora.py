@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM, TrainingArguments
 
 from lora_course import linears, qlora
-from lora_course.injection import adapter_layers, inject, merge
+from lora_course.injection import adapter_layers, inject, injection_of, merge, unload, unmerge
 from lora_course.nf4 import NF4Weight, quantize_nf4
 from lora_course.qlora import (
     dequantize_model,
@@ -23,7 +23,8 @@ from lora_course.qlora import (
     protect,
     quantize_model,
 )
-from tests.models import same_bits
+from lora_course.quantized import QuantizedLoRALinear, quantize_after_training
+from tests.models import relative, same_bits
 from tests.tolerances import TRAINED
 
 pytestmark = pytest.mark.usefixtures("uncompiled")
@@ -187,6 +188,31 @@ def test_quantising_leaves_the_head_the_adapter_and_what_is_skipped() -> None:
         assert torch.equal(layer.A, expected[name][0]) and torch.equal(layer.B, expected[name][1])
     with pytest.raises(ValueError, match="no nn.Linear to quantise"):
         quantize_model(model)
+    targets = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "lm_head"])
+    on_the_head = quantize_model(inject(tiny_qwen(tied=False), targets), skip=("lm_head", "v_proj"))
+    for name, layer in adapter_layers(on_the_head).items():
+        assert isinstance(layer.base_layer, Linear4bit) is name.endswith("q_proj"), name
+
+
+def test_quantising_refuses_a_merged_model_which_can_still_be_unmerged() -> None:
+    model, base = merge(adapted(tiny_qwen())), tiny_qwen()
+    with pytest.raises(RuntimeError, match="q_proj' is merged"):
+        quantize_model(model)
+    unmerge(model)
+    for name, layer in adapter_layers(model).items():
+        torch.testing.assert_close(layer.base_layer.weight, base.get_submodule(name).weight)
+
+
+def test_an_adapter_from_before_quantising_is_taken_out_or_quantised_afterwards() -> None:
+    for take_out in (unload, merge_requantized):
+        model = take_out(quantize_model(adapted(tiny_qwen())))
+        assert not hasattr(model, "lora_course") and len(base_bytes(model)) == 21
+        # trainable again is what was before inject and can be: all that did not become codes
+        assert all(p.requires_grad is p.is_floating_point() for p in model.parameters())
+        gradients(model)
+    model = quantize_after_training(quantize_model(adapted(tiny_qwen())))
+    assert injection_of(model).layer is QuantizedLoRALinear
+    assert gradients(model).keys() == {f"{n}.{f}" for n in adapter_layers(model) for f in "AB"}
 
 
 def test_training_moves_the_adapter_and_no_bit_of_the_base(saved: str) -> None:
@@ -312,6 +338,21 @@ def test_dequantised_weights_are_those_that_the_4_bit_layers_computed_with(saved
         dequantize_model(plain)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_dequantised_model_runs_in_the_type_that_was_asked_for(
+    saved: str, dtype: torch.dtype
+) -> None:
+    for base in (load_4bit(saved), quantize_model(tiny_qwen().to(torch.bfloat16))):
+        model = adapted(base)
+        with torch.no_grad():
+            expected = model.eval()(input_ids=TOKENS).logits.float()
+            found = dequantize_model(model, dtype)(input_ids=TOKENS).logits
+        # weights and sums of three layers, rounded to 2⁻⁹ where they are in bf16
+        assert found.dtype == dtype and relative(found.float(), expected) < 0.05
+        kinds = {name.endswith((".A", ".B")): p.dtype for name, p in model.named_parameters()}
+        assert kinds == {True: torch.float32, False: dtype}
+
+
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_a_requantised_merge_is_the_quantised_sum_in_the_bases_own_type(
@@ -341,6 +382,27 @@ def test_merges_that_make_no_sense_are_refused_before_anything_changes() -> None
     with pytest.raises(ValueError, match=r"down_proj' is \[64, 128\] in the model and \[64, 120\]"):
         merge_into(other, plain)
     assert torch.equal(first, other.model.layers[0].mlp.down_proj.weight)
+
+
+def test_a_diverged_update_and_a_shared_weight_are_refused_before_anything_changes() -> None:
+    original = tiny_qwen()
+    model = adapted(quantize_model(copy.deepcopy(original)))
+    before, weights = base_bytes(model), copy.deepcopy(original.state_dict())
+    shared = copy.deepcopy(original)
+    shared.model.layers[2].mlp.up_proj.weight = shared.model.layers[1].mlp.up_proj.weight
+    with pytest.raises(RuntimeError, match=r"1.mlp.up_proj' shares its weight with .*2.mlp.up"):
+        merge_into(shared, model)
+    assert torch.equal(
+        shared.model.layers[0].mlp.up_proj.weight, original.model.layers[0].mlp.up_proj.weight
+    )
+    last = adapter_layers(model)["model.layers.2.mlp.down_proj"]
+    last.B.data[0, 0] = torch.nan
+    for refused in (merge_requantized, lambda model: merge_into(original, model)):
+        with pytest.raises(ValueError, match=r"2.mlp.down_proj' is not finite"):
+            refused(model)
+    assert_same_bytes(before, base_bytes(model))
+    assert len(adapter_layers(model)) == 21
+    assert all(torch.equal(value, weights[key]) for key, value in original.state_dict().items())
 
 
 def test_optimizer_names_are_ones_that_transformers_knows() -> None:

@@ -165,8 +165,9 @@ def score_task(model: nn.Module, task: Task) -> float:
 @torch.no_grad()
 def mean_loss(model: nn.Module, rows: Rows, batch_size: int = 8) -> float:
     """Mean −log p a token over `rows` of equal length, in nats; labels of −100 don't count, and without any other the
-    mean is NaN. The mode is left as it was."""
-    was_training, device = model.training, next(model.parameters()).device
+    mean is NaN. Each module's mode is left as it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    device = next(model.parameters()).device
     model.eval()
     total, tokens = 0.0, 0
     found: Any = (
@@ -178,7 +179,8 @@ def mean_loss(model: nn.Module, rows: Rows, batch_size: int = 8) -> float:
         if count:
             total += model(**batch, use_cache=False).loss.item() * count
             tokens += count
-    model.train(was_training)
+    for module, training in modes:
+        module.training = training
     return total / tokens if tokens else math.nan
 
 

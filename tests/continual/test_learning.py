@@ -1,5 +1,6 @@
 """`continual.learning`: the matrix and its metrics, kills and what goes on after them, and what is refused."""
 
+import functools
 import json
 import math
 from collections.abc import Callable
@@ -75,6 +76,10 @@ def test_mean_loss_is_by_token_and_leaves_the_mode() -> None:
             expected.item(), rel=1e-5
         )
         assert model.training is training
+    model.train().model.layers[0].eval()  # a part that is frozen, dropout and all
+    modes = [module.training for module in model.modules()]
+    mean_loss(model, masked)
+    assert [module.training for module in model.modules()] == modes
 
 
 def test_the_row_before_any_task_is_the_base(tmp_path: Path) -> None:
@@ -233,6 +238,24 @@ def test_a_finished_sequence_is_not_trained_again_and_gives_its_model_back(
     assert same(first[0], straight["replay"][0])
 
 
+@pytest.mark.parametrize("name", ["replay", "isolated"])
+def test_a_strategy_that_comes_from_another_run_gives_what_a_fresh_one_gives(
+    tmp_path: Path, straight: dict, name: str
+) -> None:
+    def stop() -> None:
+        raise Killed
+
+    strategy = STRATEGIES[name]()
+    learn(injected(), tasks(2)[::-1], strategy, arguments(tmp_path / "other"))
+    with pytest.raises(Killed):
+        whole(tmp_path / "resumed", name, callbacks=[KillAt(3, stop)])
+    for folder in (tmp_path / "anew", tmp_path / "resumed"):
+        model = injected()
+        learn(model, tasks(3), strategy, arguments(folder))
+        assert same(adapter_state(model), straight[name][0]), folder.name
+        assert (folder / learning.RECORD).read_text() == straight[name][1], folder.name
+
+
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_tasks_added_later_end_as_if_all_had_been_known(
     tmp_path: Path, straight: dict, name: str
@@ -286,8 +309,10 @@ def test_other_rows_another_rank_or_schedule_under_an_old_name_are_refused_and_c
     settings = {"max_steps": 1}
     learn(injected(), tasks(2), Sequential(), arguments(tmp_path, **settings))
     others = [Task("task 0", rows(0, seed=7), rows(0, 8, seed=1)), tasks(2)[1]]
+    scored = [Task("task 0", rows(0), rows(0, 8, seed=2)), tasks(2)[1]]
     for model, given, change, named in (
         (injected(), others, {}, r"rows\.task 0 is"),
+        (injected(), scored, {}, r"evaluate\.task 0 is"),
         (injected(r=5), tasks(2), {}, r"adapter\.config\.r is 3 there and 5 here"),
         (injected(), tasks(2), {"lr_scheduler_type": "constant"}, "lr_scheduler_type"),
         (injected(), tasks(2), {"weight_decay": 0.5}, "weight_decay"),
@@ -300,6 +325,25 @@ def test_other_rows_another_rank_or_schedule_under_an_old_name_are_refused_and_c
     expected = learn(fresh, others, Sequential(), arguments(tmp_path / "b", **settings))
     assert torch.equal(found.matrix, expected.matrix)
     assert same(adapter_state(anew), adapter_state(fresh))
+
+
+def test_a_record_without_test_rows_and_a_score_with_an_address_in_it_go_on(tmp_path: Path) -> None:
+    def score(model: nn.Module, of: object) -> float:
+        return 1.0
+
+    def both() -> list[Task]:
+        return [tasks(1)[0], Task("scored", rows(1), functools.partial(score, of=object()))]
+
+    first = both()
+    args = arguments(tmp_path, max_steps=1)
+    expected = learn(injected(), first, Sequential(), args).matrix
+    assert torch.equal(learn(injected(), both(), Sequential(), args).matrix, expected)
+    path = tmp_path / learning.RECORD
+    record = json.loads(path.read_text())
+    del record["run"]["evaluate"]  # as an earlier version wrote it
+    path.write_text(json.dumps(record))
+    changed = [Task("task 0", rows(0), rows(0, 8, seed=2)), first[1]]
+    assert torch.equal(learn(injected(), changed, Sequential(), args).matrix, expected)
 
 
 def test_a_batch_or_all_rows_without_a_label_do_not_make_the_mean_of_the_others_nan() -> None:

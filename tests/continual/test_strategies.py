@@ -20,10 +20,12 @@ from lora_course.continual import (
     metrics,
     restart,
 )
-from lora_course.injection import adapter_layers
+from lora_course.injection import adapter_layers, inject
 from lora_course.lora import LAYERS
 from lora_course.qlora import quantize_model
+from lora_course.sparse import GatedLoRALinear
 from lora_course.states import adapter_state
+from tests.adalora.models import adapted
 from tests.continual.models import (
     STRATEGIES,
     arguments,
@@ -33,7 +35,7 @@ from tests.continual.models import (
     same,
     tasks,
 )
-from tests.models import batch, randomize, relative
+from tests.models import batch, config, randomize, relative
 from tests.tolerances import EXACT
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -95,6 +97,15 @@ def test_restart_draws_a_new_a_and_leaves_the_random_state() -> None:
     layer = adapter_layers(model)["model.layers.0.mlp.down_proj"]
     assert relative(layer.A, first["model.layers.0.mlp.down_proj.A"]) > 0.5
     assert layer.A.abs().max() <= 1 / layer.in_features**0.5  # Kaiming-uniform, as at injection
+
+
+def test_restart_refuses_layers_that_keep_more_than_a_and_b_and_changes_nothing() -> None:
+    gated = inject(decided(), config(), layer=GatedLoRALinear)
+    for model, more in ((gated, "GatedLoRALinear, which keeps .*gate"), (adapted(), "'E', 'mask'")):
+        before = adapter_state(randomize(model))
+        with pytest.raises(ValueError, match=more):
+            restart(model, 4)
+        assert same(adapter_state(model), before)
 
 
 @pytest.mark.parametrize("name", ["replay", "orthogonal", "isolated"])
