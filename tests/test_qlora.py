@@ -14,6 +14,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, TrainingArguments
 from lora_course import linears, qlora
 from lora_course.injection import adapter_layers, inject, injection_of, merge, unload, unmerge
 from lora_course.nf4 import NF4Weight, quantize_nf4
+from lora_course.progressive import StackedLoRALinear
 from lora_course.qlora import (
     dequantize_model,
     load_4bit,
@@ -201,6 +202,12 @@ def test_quantising_refuses_a_merged_model_which_can_still_be_unmerged() -> None
     unmerge(model)
     for name, layer in adapter_layers(model).items():
         torch.testing.assert_close(layer.base_layer.weight, base.get_submodule(name).weight)
+    config = LoraConfig(r=2, target_modules=["q_proj"])
+    staged = merge(inject(tiny_qwen(), config, layer=StackedLoRALinear))
+    for layer in adapter_layers(staged).values():
+        layer.freeze()  # the next stage begins on top: the base holds the first
+    with pytest.raises(RuntimeError, match="q_proj' is merged, wholly or in part"):
+        quantize_model(staged)
 
 
 def test_an_adapter_from_before_quantising_is_taken_out_or_quantised_afterwards() -> None:
