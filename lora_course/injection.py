@@ -169,14 +169,21 @@ def check_same_model(owner: object, model: nn.Module, own: nn.Module) -> None:
         )
 
 
-def trained_besides(model: nn.Module) -> list[str]:
-    """Names of parameters that require gradients and are none of the adapter's: no checkpoint or export holds them."""
-    own = {
+def adapter_parameters(model: nn.Module) -> set[int]:
+    """Ids of the adapter's parameters, whatever their layers' bases are; none in a plain model."""
+    return {
         id(parameter)
-        for layer in adapter_layers(model).values()
+        for layer in model.modules()
+        if isinstance(layer, LoRALinear)
         for name, parameter in layer.named_parameters()
         if not name.startswith("base_layer.")
     }
+
+
+def trained_besides(model: nn.Module) -> list[str]:
+    """Names of parameters that require gradients and are none of the adapter's: no checkpoint or export holds them."""
+    injection_of(model)
+    own = adapter_parameters(model)
     return [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in own]
 
 

@@ -22,9 +22,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from lora_course.arguments import compute_dtype as fastest_dtype
-from lora_course.injection import adapter_layers, unload, weight_owners
+from lora_course.injection import adapter_layers, adapter_parameters, unload, weight_owners
 from lora_course.linears import check_mergeable, check_sum_finite, dequantized, is_4bit
-from lora_course.lora import LoRALinear
 from lora_course.targets import input_embedding
 
 
@@ -220,13 +219,7 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn
         if layer.bias is not None:
             linear.bias = nn.Parameter(layer.bias.to(dtype), requires_grad=False)
         model.set_submodule(name, linear.train(layer.training))
-    kept = {
-        id(parameter)
-        for module in model.modules()
-        if isinstance(module, LoRALinear)
-        for name, parameter in module.named_parameters()
-        if not name.startswith("base_layer.")
-    }
+    kept = adapter_parameters(model)
     for parameter in model.parameters():  # what stayed out of 4 bits: norms, embedding, head
         if parameter.is_floating_point() and id(parameter) not in kept:
             parameter.data = parameter.data.to(dtype)
@@ -284,14 +277,13 @@ def merge_into(original: nn.Module, model: nn.Module) -> nn.Module:
     owners = weight_owners(original)
     for name, layer in layers.items():
         check_mergeable(linears[name], name)
-        if others := [owner for owner in owners[id(linears[name].weight)] if owner != name]:
+        weight = linears[name].weight
+        if others := [owner for owner in owners[id(weight)] if owner != name]:
             raise RuntimeError(
                 f"{name!r} shares its weight with {others[0]!r} in the original: ΔW would be written to both. "
                 "Give one of them a weight of its own (a copy) first."
             )
-        check_sum_finite(
-            linears[name].weight, layer.delta_weight().to(linears[name].weight.device), name
-        )
+        check_sum_finite(weight, layer.delta_weight().to(weight.device), name)
     for name, layer in layers.items():
         weight = linears[name].weight
         weight.copy_(weight.float() + layer.delta_weight().to(weight.device))
