@@ -120,11 +120,10 @@ class NestedLoRALinear(LoRALinear):
         )
 
     def set_extra_state(self, state: Tensor) -> None:
-        """As `LoRALinear`; without a cut in it, as from an earlier version, the layer is whole."""
+        """As `LoRALinear`, cut as the merged part was; what is not merged, or of an earlier version, is whole."""
         super().set_extra_state(state)
-        self.rank, self.weighted = (
-            (int(state[2]), bool(state[3])) if len(state) > 2 else (self.r, True)
-        )
+        cut = self.merged and len(state) > 2
+        self.rank, self.weighted = (int(state[2]), bool(state[3])) if cut else (self.r, True)
 
     def check_tensors(self, name: str, tensors: AdapterState) -> None:
         super().check_tensors(name, tensors)

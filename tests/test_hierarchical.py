@@ -276,6 +276,9 @@ def test_a_state_dict_keeps_the_cut_at_which_it_was_merged_and_an_older_one_is_w
     found.load_state_dict(older)
     layers = adapter_layers(found).values()
     assert {(layer.rank, layer.weighted, layer.merged) for layer in layers} == {(5, True, False)}
+    with at_rank(model, 1):
+        found.load_state_dict(model.state_dict())  # nothing is merged: it is whole
+    assert {layer.rank for layer in layers} == {5}
 
 
 @pytest.mark.parametrize("weighting", ["equal", "matryoshka"])
