@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -86,9 +87,16 @@ class Replay(Sequential):
                 f"share={self.share}: a share of 0 or more and less than 1 is expected; 0.5 is half memory, half new."
             )
         self.memory = Reservoir(self.budget_bytes, self.seed)
+        self.given: Reservoir | None = None
 
     def begin(self) -> None:
-        self.memory = Reservoir(self.budget_bytes, self.seed)
+        """What was added before the first run stays: rows that an adapter in service was trained on."""
+        if self.given:
+            self.memory = copy.deepcopy(self.given)
+        self._remember_given()
+
+    def _remember_given(self) -> None:
+        self.given = self.given or copy.deepcopy(self.memory)
 
     def training_rows(self, train: Rows) -> Rows:
         return Interleaved(train, self.memory.rows, self.share)
@@ -102,6 +110,7 @@ class Replay(Sequential):
 
     def load(self, model: nn.Module, stages: Sequence[Path]) -> None:
         super().load(model, stages)
+        self._remember_given()
         self.memory.load(stages[-1] / "memory.safetensors")
 
 

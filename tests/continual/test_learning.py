@@ -256,6 +256,17 @@ def test_a_strategy_that_comes_from_another_run_gives_what_a_fresh_one_gives(
         assert (folder / learning.RECORD).read_text() == straight[name][1], folder.name
 
 
+def test_rows_that_a_memory_held_before_its_first_run_are_in_each_run_of_it(tmp_path: Path) -> None:
+    strategy = Replay(100_000)
+    strategy.memory.add(rows(7, count=5))
+    for folder in ("a", "b"):
+        learn(injected(), tasks(2), strategy, arguments(tmp_path / folder))
+        seen = [Replay(100_000).memory for _ in range(3)]
+        for i, memory in enumerate(seen):
+            memory.load(tmp_path / folder / f"stage-{i}" / "memory.safetensors")
+        assert [memory.seen for memory in seen] == [5, 5 + 16, 5 + 32], folder
+
+
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_tasks_added_later_end_as_if_all_had_been_known(
     tmp_path: Path, straight: dict, name: str
