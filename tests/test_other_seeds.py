@@ -145,7 +145,18 @@ def test_the_ledger_counts_what_stays_and_names_what_turns(
              "9.9-b": {"held": True, "holds": True, "values": {"x": [3.0]}}}  # fmt: skip
     monkeypatch.setattr(other_seeds, "verdicts", lambda: again)
     text = on_other_seeds(results)
-    assert "2 were tried again" in text and "(5, 6, 7, 8, 9): 1 hold there too, [9.9-a]" in text
+    assert "2 were tried so far" in text and "(5, 6, 7, 8, 9): 1 hold there too, [9.9-a]" in text
+    assert "do not hold" not in text
+    again["9.9-b"]["holds"], again["9.9-a"]["holds"] = False, True
+    (path,) = (folder / "claims").iterdir()
+    path.write_text(
+        path.read_text().replace(
+            '"x > 1", "values": {"x": [2.0]}, "holds": true',
+            '"x > 1", "values": {"x": [2.0]}, "holds": false',
+        )
+    )
+    assert "1 hold there too. Of 1 that do not hold, none would there." in on_other_seeds(results)
+    again["9.9-a"]["holds"] = False
     (claim,) = [c for c in judge.by_id(folder / "claims").values() if c.id == "9.9-a"]
     row = claim_row(claim, "9_9_toy", again["9.9-a"])
     assert "| with other seeds | does not hold<br>l: 30 |" in row

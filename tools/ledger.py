@@ -61,12 +61,17 @@ def on_other_seeds(results: list[Result]) -> str:
     kept = [id for id in again if held[id] and again[id]]
     lost = [id for id in again if held[id] and not again[id]]
     found = [id for id in again if again[id] and not held[id]]
-    seeds = ", ".join(map(str, other_seeds.SEEDS))
-    return (
-        f"Of those that hold and rest on trainings, {len(kept) + len(lost)} were tried again with seeds that nothing had been "
-        f"chosen with ({seeds}): {len(kept)} hold there too" + (f", {', '.join(map(link, lost))} not" if lost else "")
-        + f". Of {len(again) - len(kept) - len(lost)} that do not hold, {', '.join(map(link, found)) or 'none'} would there."
-    )  # fmt: skip
+    seeds, failed = ", ".join(map(str, other_seeds.SEEDS)), len(again) - len(kept) - len(lost)
+    said = (
+        f"Of those that hold and rest on trainings, {len(kept) + len(lost)} were tried so far with seeds that nothing had been "
+        f"chosen with ({seeds}): {len(kept)} hold there too"
+    )
+    said += f", {', '.join(map(link, lost))} not." if lost else "."
+    if failed:
+        said += (
+            f" Of {failed} that do not hold, {', '.join(map(link, found)) or 'none'} would there."
+        )
+    return said
 
 
 def link(id: str) -> str:
