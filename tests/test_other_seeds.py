@@ -11,8 +11,9 @@ from tests.toy_chapter import FRONT_MATTER
 from tools import other_seeds
 from tools.chapters import Result, key
 from tools.ledger import claim_row, on_other_seeds
-from tools.other_seeds import SEEDS, judge, train
+from tools.other_seeds import judge, others, train
 
+SEEDS = (5, 6, 7, 8, 9)
 TOY = (
     FRONT_MATTER
     + """# A toy
@@ -112,15 +113,15 @@ def test_a_study_is_trained_on_the_other_seeds_beside_the_courses_record(
     class Here(Study):
         path = tmp_path / "own.json"
 
-    study = Here("toy", {"seeds": [0, 1]}, body, Witness((), {}))
+    study = Here("toy", {"seeds": [0, 10]}, body, Witness((), {}))
     study.run(study.path)
     monkeypatch.setattr(train, "get", lambda name: study)
     own = study.path.read_text()
     for _ in range(2):  # the second goes on where nothing is left
         record = json.loads(train.train("toy", tmp_path / "records").read_text())
-    assert asked == [0, 1, *SEEDS]
-    assert record["settings"]["seeds"] == list(SEEDS) and study.path.read_text() == own
-    assert {f"lora/1/{seed}/test" for seed in (0, 1, *SEEDS)} == set(record["runs"])
+    assert asked == [0, 10, 5, 15] and others([0, 1, 2, 3, 4]) == list(SEEDS)
+    assert record["settings"]["seeds"] == [5, 15] and study.path.read_text() == own
+    assert {f"lora/1/{seed}/test" for seed in (0, 10, 5, 15)} == set(record["runs"])
     monkeypatch.setattr(train, "get", lambda name: Study("still", {}, body, Witness((), {})))
     with pytest.raises(ValueError, match="still draws nothing"):
         train.train("still", tmp_path / "records")
@@ -145,7 +146,10 @@ def test_the_ledger_counts_what_stays_and_names_what_turns(
              "9.9-b": {"held": True, "holds": True, "values": {"x": [3.0]}}}  # fmt: skip
     monkeypatch.setattr(other_seeds, "verdicts", lambda: again)
     text = on_other_seeds(results)
-    assert "2 were tried so far" in text and "(5, 6, 7, 8, 9): 1 hold there too, [9.9-a]" in text
+    assert (
+        "2 were tried so far" in text
+        and "(5 to 9 where the course has 0 to 4): 1 hold there too, [9.9-a]" in text
+    )
     assert "do not hold" not in text
     again["9.9-b"]["holds"], again["9.9-a"]["holds"] = False, True
     (path,) = (folder / "claims").iterdir()

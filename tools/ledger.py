@@ -61,10 +61,10 @@ def on_other_seeds(results: list[Result]) -> str:
     kept = [id for id in again if held[id] and again[id]]
     lost = [id for id in again if held[id] and not again[id]]
     found = [id for id in again if again[id] and not held[id]]
-    seeds, failed = ", ".join(map(str, other_seeds.SEEDS)), len(again) - len(kept) - len(lost)
+    failed = len(again) - len(kept) - len(lost)
     said = (
         f"Of those that hold and rest on trainings, {len(kept) + len(lost)} were tried so far with seeds that nothing had been "
-        f"chosen with ({seeds}): {len(kept)} hold there too"
+        f"chosen with (5 to 9 where the course has 0 to 4): {len(kept)} hold there too"
     )
     said += f", {', '.join(map(link, lost))} not." if lost else "."
     if failed:

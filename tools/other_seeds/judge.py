@@ -11,7 +11,7 @@ from nbclient import NotebookClient
 
 from lora_course.lab.claims import Claim, load_claims
 from tools.chapters import CELL_TIMEOUT, ROOT, cached
-from tools.other_seeds import RECORDS, SEEDS, VERDICTS
+from tools.other_seeds import RECORDS, VERDICTS
 from tools.run_chapters import environment
 
 
@@ -51,10 +51,9 @@ def judge(stem: str, records: Path = RECORDS, root: Path = ROOT) -> dict[str, di
 
 
 def rests_on_seeds(before: Claim, after: Claim) -> bool:
-    """Whether some value is a number a seed, and another one now."""
+    """Whether some value is a number for each of five seeds, and another one now."""
     return any(
-        len(series) == len(SEEDS) and series != before.values[name]
-        for name, series in after.values.items()
+        len(series) == 5 and series != before.values[name] for name, series in after.values.items()
     )
 
 
@@ -73,5 +72,5 @@ def keep(stem: str, found: dict[str, dict[str, Any]], path: Path = VERDICTS) -> 
     number = stem.replace("_", ".", 1).split("_")[0]
     old = json.loads(path.read_text())["claims"] if path.exists() else {}
     kept = {id: claim for id, claim in old.items() if id.rpartition("-")[0] != number}
-    text = {"seeds": SEEDS, "claims": dict(sorted((kept | found).items()))}
+    text = {"claims": dict(sorted((kept | found).items()))}
     path.write_text(json.dumps(text, indent=1, ensure_ascii=False) + "\n")

@@ -5,11 +5,11 @@ import shutil
 from pathlib import Path
 
 from lora_course.experiments import get
-from tools.other_seeds import RECORDS, SEEDS
+from tools.other_seeds import RECORDS, others
 
 
 def train(name: str, folder: Path = RECORDS) -> Path:
-    """Computes the scored runs of a study with `SEEDS`, and lets the record speak of these seeds alone.
+    """Computes the scored runs of a study with `others` of its seeds, and lets the record speak of these seeds alone.
 
     Goes on where an earlier call stopped. Raises ValueError for an unknown study, or one that has no seeds.
     """
@@ -20,8 +20,9 @@ def train(name: str, folder: Path = RECORDS) -> Path:
     path = folder / f"{name}.json"
     if not path.exists():
         shutil.copyfile(study.path, path)
-    study.run(path, seeds=SEEDS)
+    seeds = others(study.settings["seeds"])
+    study.run(path, seeds=seeds)
     record = json.loads(path.read_text())
-    record["settings"]["seeds"] = list(SEEDS)
+    record["settings"]["seeds"] = seeds
     path.write_text(json.dumps(record, indent=1) + "\n")
     return path
