@@ -33,6 +33,7 @@ from lora_course.states import (
     concatenate,
     relative_error,
     split_state,
+    widened,
 )
 
 
@@ -70,7 +71,7 @@ def average_factors(
             raise ValueError(
                 f"{key!r} has the shapes {shapes}: factors can only be averaged at one rank. Use concatenate, which needs none."
             )
-        mean = _sum(weight * tensor for weight, tensor in zip(weights, tensors, strict=True))
+        mean = _sum(w * widened(tensor) for w, tensor in zip(weights, tensors, strict=True))
         merged[key] = first.clone() if key.endswith(".scaling") else mean
     return merged
 

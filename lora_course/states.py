@@ -219,6 +219,9 @@ def _plain(module: str, tensors: AdapterState) -> tuple[Tensor, Tensor, float]:
             "A [r, in], B [out, r] and one number are expected."
         )
     check_finite({f"{module}.{name}": tensor for name, tensor in tensors.items()})
-    # In half precision a product with a weight or scale would be rounded, and torch has no SVD.
-    A, B = (f.float() if f.dtype in (torch.bfloat16, torch.float16) else f for f in (A, B))
-    return A, B, float(scaling)
+    return widened(A), widened(B), float(scaling)
+
+
+def widened(factor: Tensor) -> Tensor:
+    """In fp32 at least: in half precision a product with a weight or scale would be rounded, and torch has no SVD."""
+    return factor.float() if factor.dtype in (torch.bfloat16, torch.float16) else factor

@@ -91,6 +91,18 @@ def test_averaged_factors_hold_each_pair_of_adapters() -> None:
     assert cross_term_error([states[0], states[0]]) == pytest.approx(0, abs=1e-6)  # nothing to mix
 
 
+def test_factors_in_16_bits_are_averaged_in_32() -> None:
+    """Exactly: a mean in bfloat16 would be off by up to 2^-9 of each entry."""
+    half = [
+        {key: t if key.endswith("scaling") else t.bfloat16() for key, t in state.items()}
+        for state in make((3, 3))
+    ]
+    wide = [{key: t.to(torch.float32) for key, t in state.items()} for state in half]
+    found, expected = average_factors(half, [0.3, 0.7]), average_factors(wide, [0.3, 0.7])
+    for key in expected:
+        assert torch.equal(found[key].float(), expected[key]), key
+
+
 def test_averaging_factors_ignores_the_scale_and_needs_one_rank() -> None:
     states = make((3, 3), (3, 30))
     assert cross_term_error(states) > 0.85  # the second adapter is ten times too small
