@@ -20,7 +20,6 @@ from lora_course.continual.memory import Rows
 from lora_course.continual.strategies import Sequential
 from lora_course.descriptions import describe_adapter
 from lora_course.files import make_folder, read_json, replace_file
-from lora_course.injection import layers_of
 from lora_course.processes import from_first, one_writer
 from lora_course.refused import check_rows
 from lora_course.runs import check_same_run, describe_arguments, describe_schedule, fingerprint
@@ -205,7 +204,7 @@ def _train_on(
 
 
 def _check(model: nn.Module, tasks: Sequence[Task], strategy: Sequential) -> None:
-    layers_of(model, strategy.layer)
+    strategy.check(model)
     names = [task.name for task in tasks]
     if not names or len(set(names)) < len(names) or not all(len(task.train) for task in tasks):
         raise ValueError(

@@ -30,6 +30,10 @@ class Sequential:
     layer: type[LoRALinear] = LoRALinear
     """What the model must be injected with."""
 
+    def check(self, model: nn.Module) -> None:
+        """Raise ValueError where this strategy can't take the model's adapter through tasks."""
+        layers_of(model, self.layer)
+
     def begin(self) -> None:
         """Forget what an earlier run left: called where a run starts."""
 
@@ -151,6 +155,10 @@ class Isolated(Sequential):
     def __init__(self) -> None:
         self.states: list[AdapterState] = []
 
+    def check(self, model: nn.Module) -> None:
+        super().check(model)
+        check_restart(model)
+
     def begin(self) -> None:
         self.states = []
 
@@ -182,16 +190,24 @@ class Isolated(Sequential):
         del self.states[0]  # stage 0 is before any task
 
 
-@torch.no_grad()
-def restart(model: nn.Module, seed: int) -> None:
-    """Start the adapter anew, in place: A drawn as at injection, from `seed`, and B zero. The optimiser must be a new one."""
-    start = injection_of(model).config.init_lora_weights
+def check_restart(model: nn.Module) -> None:
+    """Raise ValueError where a layer keeps more than `restart` draws anew."""
     for name, layer in adapter_layers(model).items():
         if more := sorted(layer.tensors().keys() - {"A", "B", "scaling", "past_A", "past_B", "P"}):
             raise ValueError(
                 f"{name!r} is a {type(layer).__name__}, which keeps {more} beside A and B: drawing these anew would not start it anew. "
                 "unload(model) and inject again."
             )
+
+
+@torch.no_grad()
+def restart(model: nn.Module, seed: int) -> None:
+    """Start the adapter anew, in place: A drawn as at injection, from `seed`, and B zero. The optimiser must be a new one.
+
+    Raises ValueError for layers that keep more, such as gates or stages.
+    """
+    check_restart(model)
+    start = injection_of(model).config.init_lora_weights
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for layer in adapter_layers(model).values():

@@ -138,6 +138,16 @@ def test_bad_settings_are_refused() -> None:
         Orthogonal(-1)
 
 
+def test_an_adapter_that_can_not_start_anew_is_refused_before_the_first_task(
+    tmp_path: Path,
+) -> None:
+    model = inject(decided(), config(target_modules=["q_proj"]), GatedLoRALinear)
+    with pytest.raises(ValueError, match="GatedLoRALinear, which keeps .* would not start it anew"):
+        learn(model, tasks(2), Isolated(), arguments(tmp_path / "gated"))
+    assert not (tmp_path / "gated").exists()
+    Sequential().check(model)  # one adapter that is trained on needs no new start
+
+
 def test_strategies_say_what_was_chosen() -> None:
     assert Replay(100, 0.25, 3).settings() == {
         "strategy": "Replay",
