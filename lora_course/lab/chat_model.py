@@ -28,7 +28,8 @@ class Question:
     """A claim on the chat model, and the claim on nano whose verdict it is held against.
 
     arms: for each name in `rule` the values that it stands for, as "arm" or "arm/field/key" within a run; several are averaged
-    seed by seed. first, second: the two that the row at a chapter's head speaks of, in words.
+    seed by seed. first, second: the two that the row at a chapter's head speaks of, in words. there: what nano's claim compared,
+    where that is another pair.
     """
 
     nano: str
@@ -38,6 +39,7 @@ class Question:
     rule: str
     first: str
     second: str
+    there: str = ""
 
 
 def _lower(a: str, b: str) -> str:
@@ -54,7 +56,7 @@ SMALLER = (1, 2, 4)
 QUESTIONS: dict[str, Question] = {
     "0.1-s": Question(
         "0.1-b", PAST, "Rank 2 ends at most 0.05 bits an answer token behind rank 8, with every seed.",
-        {"r2": ["lora-2"], "r8": ["lora"]}, "all(a - b < 0.05 for a, b in zip(r2, r8))", "rank 2", "rank 8",
+        {"r2": ["lora-2"], "r8": ["lora"]}, "all(a - b < 0.05 for a, b in zip(r2, r8))", "rank 2", "rank 8", "rank 8 against 64",
     ),
     "1.1-s": Question(
         "1.1-b", PAST, "LoRA on the base in NF4 ends within 0.05 bits an answer token of LoRA on the base as it is, with every seed.",
@@ -82,11 +84,11 @@ QUESTIONS: dict[str, Question] = {
     ),
     "3.2-s": Question(
         "3.2-b", SEVERAL, "A student taught by the specialists ends lower than one trained on the same rows alone, with every seed.",
-        {"taught": ["distilled"], "alone": ["student"]}, _lower("taught", "alone"), "taught", "alone",
+        {"taught": ["distilled"], "alone": ["student"]}, _lower("taught", "alone"), "taught by two adapters", "alone",
     ),
     "3.3-s": Question(
         "3.3-e", SEVERAL, "After two tasks in a row replay ends with a better mean than training on and on, with every seed.",
-        {"replay": ["replay"], "sequential": ["sequential"]}, _lower("replay", "sequential"), "replay", "sequential",
+        {"replay": ["replay"], "sequential": ["sequential"]}, _lower("replay", "sequential"), "replay", "training on without it",
     ),
     "4.1-s": Question(
         "4.1-a", PAST, "At equal numbers of trained parameters a mask on the update ends lower than LoRA, with every seed.",
@@ -95,11 +97,12 @@ QUESTIONS: dict[str, Question] = {
     "4.1-t": Question(
         "4.1-f", PAST, "Gates that close a third of rank 12 end lower than LoRA of rank 8, with every seed.",
         {"gates": ["gates"], "lora": ["lora"]}, _lower("gates", "lora"), "gates (rank 12, a third closed)", "LoRA of rank 8",
+        "from rank 8, half of it closed; from rank 12 not (5.1-e)",
     ),
     "4.2-s": Question(
         "4.2-c", PAST, "At ranks 1, 2 and 4 on average the cuts of a nested adapter (Matryoshka) are lower than SVD cuts of plain LoRA, with every seed.",
         {"nested": [f"nested/cut/{b}" for b in SMALLER], "svd": [f"lora/cut/{b}" for b in SMALLER]},
-        _lower("nested", "svd"), "nested (Matryoshka)", "SVD cuts of LoRA",
+        _lower("nested", "svd"), "nested (Matryoshka)", "SVD cuts of LoRA", "by truncation",
     ),
     "4.3-s": Question(
         "4.3-d", PAST, "Rounding LoRA to 4 bits after training changes the bits an answer token by less than LoRA's own seeds differ, with every seed.",
@@ -248,6 +251,7 @@ def answer(claims: Claims, *ids: str) -> list[tuple[str, str, str]]:
         shares = [right(record, paths[0]) for paths in question.arms.values()]
         if all(shares):
             said += f" {' against '.join(shares)} of unseen {UNSEEN[question.study]} right."
-        same = held_against(names[0], question.rule, claims[id].holds, nano.holds)
-        rows.append((asked, said, f"{same} (claim {claims.link(id)})"))
+        same = held_against(names[0].split(" (")[0], question.rule, claims[id].holds, nano.holds)
+        same += f"; there {question.there}" if question.there else ""
+        rows.append((asked, said, f"{same} ({claims.link(question.nano)}; here {claims.link(id)})"))
     return rows

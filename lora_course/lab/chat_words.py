@@ -46,4 +46,4 @@ def held_against(first: str, rule: str, here: bool, nano: bool) -> str:
         )
     if here == nano:
         return BOTH if here else neither
-    return f"on nano {one}" if here else f"<b>unlike nano</b>: {other} there"
+    return f"on nano {one}" if here else f"<b>unlike nano</b>: {other} on nano"

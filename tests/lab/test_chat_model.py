@@ -56,7 +56,7 @@ def test_a_row_says_which_is_ahead_and_whether_the_verdict_is_nanos(record: Path
     for holds, said in ((True, BOTH), (False, "on nano not with every seed")):
         claims = with_nano(holds, "5.1-s")
         (row,) = answer(claims, "5.1-s")
-        assert row[2].startswith(f"{said} (claim ") and "5.1-s" in row[2]
+        assert re.match(rf"{said} \(<a href=.*5\.1-c</a>; here <a href=.*5\.1-s</a>\)$", row[2])
         assert row[1] == (
             "With each of 2 seeds DoRA: 0.055 bits an answer token lower (0.050 to 0.060; training gained 4.0). "
             "60% against 50% of unseen verbs right."
@@ -64,12 +64,25 @@ def test_a_row_says_which_is_ahead_and_whether_the_verdict_is_nanos(record: Path
         assert claims.claims[-1].holds and claims.claims[-1].evidence == "smol"
     for holds, said in (
         (False, "AdaLoRA: not ahead on nano either"),
-        (True, "<b>unlike nano</b>: AdaLoRA ahead there"),
+        (True, "<b>unlike nano</b>: AdaLoRA ahead on nano"),
     ):  # lower with one seed of two
         (row,) = answer(with_nano(holds, "1.2-s"), "1.2-s")
         assert row[2].startswith(f"{said} (") and row[1].startswith(
             "No difference shown: AdaLoRA on average of 2 seeds 0.000 bits an answer token lower (-0.050 to +0.050; training"
         )
+
+
+def test_a_row_says_what_nano_compared_where_that_was_another_pair(record: Path) -> None:
+    path = record / "smol_past.json"
+    text = json.loads(path.read_text())
+    for seed in (0, 1):
+        text["runs"][f"gates/0.004/{seed}/test"] = run(0.5, 0.5)
+    path.write_text(json.dumps(text))
+    other = "; there from rank 8, half of it closed; from rank 12 not (5.1-e) ("
+    (row,) = answer(with_nano(False, "4.1-t"), "4.1-t")
+    assert row[2].startswith(f"gates: not ahead on nano either{other}")
+    (row,) = answer(with_nano(True, "4.1-t"), "4.1-t")
+    assert row[2].startswith(f"<b>unlike nano</b>: gates ahead on nano{other}")
 
 
 def test_a_row_names_the_second_where_that_is_lower_and_says_by_how_much(record: Path) -> None:
@@ -79,7 +92,7 @@ def test_a_row_names_the_second_where_that_is_lower_and_says_by_how_much(record:
         found["bits_per_token"] += 0.2 * key.startswith("dora/")
     path.write_text(json.dumps(text))
     (row,) = answer(with_nano(True, "5.1-s"), "5.1-s")
-    assert row[2].startswith("<b>unlike nano</b>: DoRA ahead there (") and row[1].startswith(
+    assert row[2].startswith("<b>unlike nano</b>: DoRA ahead on nano (") and row[1].startswith(
         "With each of 2 seeds LoRA: 0.145 bits an answer token lower (0.140 to 0.150; training"
     )
 
@@ -145,7 +158,7 @@ def test_bytes_of_a_number_are_those_of_the_file(arm: str, each: float, tmp_path
 def test_values_inside_a_run_are_averaged_seed_by_seed(record: Path) -> None:
     claims = with_nano(False, "4.2-s")
     (row,) = answer(claims, "4.2-s")
-    assert row[2].startswith("on nano not with every seed (")
+    assert row[2].startswith("on nano not with every seed; there by truncation (")
     assert row[1].startswith("With each of 2 seeds nested (Matryoshka): 0.083 bits")
     assert claims.claims[-1].values["svd"] == pytest.approx([0.4, 0.5])
 

@@ -21,8 +21,8 @@ def test_the_lower_one_is_named_if_each_seed_agrees(apart: list[float], said: st
 @pytest.mark.parametrize(
     ("id", "said"),
     [
-        ("0.1-s", ["nor within the margin on nano", "on nano the margin is exceeded", "<b>unlike nano</b>: within the margin there"]),
-        ("3.1-s", ["grown ranks: not ahead on nano either", "on nano not with every seed", "<b>unlike nano</b>: grown ranks ahead there"]),
+        ("0.1-s", ["nor within the margin on nano", "on nano the margin is exceeded", "<b>unlike nano</b>: within the margin on nano"]),
+        ("3.1-s", ["grown ranks: not ahead on nano either", "on nano not with every seed", "<b>unlike nano</b>: grown ranks ahead on nano"]),
     ],
 )  # fmt: skip
 def test_a_margin_and_an_order_are_held_against_nano_in_their_own_words(

@@ -252,13 +252,24 @@ def test_the_neighbours_lines_are_the_studys_and_run_as_arms_of_the_recipe(tmp_p
     rows = lab.blocks(tokenizer, lab.load_text("bible", "train")[:8], length=64)
     how = training_arguments("runs/one", learning_rate=1e-3, max_steps=3, per_device_train_batch_size=2)  # fmt: skip
     how.output_dir = str(tmp_path)
-    given |= {"rows": rows, "how": how, "rate": 1e-3, "get_peft_model": peft.get_peft_model, "Trainer": Trainer}  # fmt: skip
-    given["model"] = lab.load_base("nano")[0]
+    given |= {"rows": rows, "how": how, "rate": 1e-3, "get_peft_model": peft.get_peft_model, "Trainer": Trainer, "torch": torch}  # fmt: skip
     given["arms"]["lora_fa"] = peft.LoraConfig(**PLAIN)
     given["arm"] = "eva"
-    exec(start, given)
-    ranks = {m.r["default"] for m in given["model"].modules() if hasattr(m, "lora_A")}
-    assert len(ranks) > 1  # it gave each layer its own
+    padded = torch.cat([rows[0]["input_ids"][:20], torch.zeros(44, dtype=torch.long)])
+    one_chat = {"input_ids": padded, "attention_mask": (torch.arange(64) < 20).long()}
+    one_chat["labels"] = padded.where(one_chat["attention_mask"].bool(), -100)
+    chats = [{k: v.tolist() for k, v in one_chat.items()}] * 8  # as chapter 0.1 makes them
+    found = []
+    for given["rows"] in (rows, rows, chats):  # a training must not start from the last one's ranks
+        given["model"] = lab.load_base("nano")[0]
+        torch.manual_seed(0)
+        exec(start, given)
+        ranks = {n: m.r["default"] for n, m in given["model"].named_modules() if hasattr(m, "lora_A")}  # fmt: skip
+        found.append(ranks)
+        assert len(set(ranks.values())) > 1  # it gave each layer its own
+        assert given["arms"]["eva"] == neighbours["eva"] and not given["arms"]["eva"].rank_pattern
+    assert found[0] == found[1] != found[2]
+    given["rows"] = rows
     for arm, trained in (("lora_fa", "lora_B"), ("lora", "lora_")):
         given |= {"arm": arm, "model": lab.load_base("nano")[0]}
         exec(start, given)
