@@ -154,7 +154,7 @@
   function start(figure) {
     const data = JSON.parse(figure.querySelector('script[type="application/json"]').textContent);
     const live = figure.querySelector(".live"), at = [...data.start];
-    live.innerHTML = `<div class="controls">${data.controls.map((control, i) => `<label>${safe(control.name)} ` + (control.slider
+    live.innerHTML = `<div class="controls">${data.controls.map((control, i) => `<label><span>${safe(control.name)}</span> ` + (control.slider
       ? `<input type="range" min="0" max="${control.values.length - 1}" value="${at[i]}" data-control="${i}"><output></output>`
       : `<select data-control="${i}">${control.values.map((value, v) => `<option value="${v}" ${v === at[i] ? "selected" : ""}>${safe(value)}</option>`).join("")}</select>`)
       + "</label>").join("")}</div><div class="panels"></div><p class="said" aria-live="polite"></p>`;
