@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from lora_course.experiments.study import Study, Witness
 from tests.toy_chapter import FRONT_MATTER
 from tools import other_seeds
-from tools.chapters import Result, key
+from tools.chapters import ROOT, Result, key
 from tools.ledger import claim_row, on_other_seeds
 from tools.other_seeds import judge, others, train
 
@@ -165,3 +166,12 @@ def test_the_ledger_counts_what_stays_and_names_what_turns(
     row = claim_row(claim, "9_9_toy", again["9.9-a"])
     assert "| with other seeds | does not hold<br>l: 30 |" in row
     assert "with other seeds" not in claim_row(claim, "9_9_toy")
+
+
+def test_a_claim_that_other_seeds_break_is_called_seen_in_its_chapter() -> None:
+    chapters = "".join(path.read_text() for path in (ROOT / "notebooks").glob("[0-9]*.md"))
+    broken = [id for id, c in other_seeds.verdicts().items() if c["held"] and not c["holds"]]
+    assert broken  # 1.2-d is one
+    for id in broken:
+        stated = re.search(rf'claims\.add\(\n    "{re.escape(id)}",.*?\n\)', chapters, re.DOTALL)
+        assert stated and re.search(r'kind="(observation|chosen)"', stated[0]), id

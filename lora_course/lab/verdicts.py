@@ -6,7 +6,7 @@ from lora_course.lab.predicates import Values
 
 KINDS = {
     "claim": "",
-    "observation": "observed: few seeds, one machine or no interval",
+    "observation": "observed: few seeds, one machine, no interval, or not with other seeds",
     "chosen": "chosen after seeing the numbers",
 }
 VERDICTS = ("✓ holds", "✗ does not hold here", "✓ seen", "✗ not seen")
