@@ -147,6 +147,9 @@ def main(given: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # who reads it has seen enough: `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except ImportError as error:  # importlib.metadata's PackageNotFoundError too
+        print(f"lora-course: {error}; lora-course doctor says what to mend", file=sys.stderr)
+        return 2
     except (
         ValueError,
         TypeError,

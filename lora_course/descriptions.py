@@ -42,13 +42,25 @@ def describe_adapter(model: nn.Module) -> dict[str, Any]:
     }
 
 
+def describe_modules(model: nn.Module) -> dict[str, str]:
+    """The modules of the adapter by their last names: how many there are, and a hash of where they lie."""
+    names: dict[str, list[str]] = {}
+    for name in adapter_layers(model):
+        names.setdefault(name.rpartition(".")[2], []).append(name)
+    return {
+        ending: f"{len(found)}, {hashlib.sha256(' '.join(found).encode()).hexdigest()[:6]}"
+        for ending, found in names.items()
+    }
+
+
 def differences(found: Mapping[str, Any], asked: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """`"config.r is 2 there and 8 here"` for each entry that differs; what only describes (`DESCRIPTIVE`) is passed over."""
+    """`"config.r is 2 there and 8 here"` for each entry that differs; what only describes a configuration (`DESCRIPTIVE`) is passed over."""
     lines = []
     found, asked = json.loads(json.dumps(found)), json.loads(json.dumps(asked))
     for key in sorted(found.keys() | asked.keys()):
         there, here = found.get(key), asked.get(key)
-        if key in DESCRIPTIVE or there == here or UNKNOWN in (there, here):
+        describes = key in DESCRIPTIVE and prefix.endswith("config.")
+        if describes or there == here or UNKNOWN in (there, here):
             continue
         if isinstance(there, dict) and isinstance(here, dict):
             lines += differences(there, here, f"{prefix}{key}.")
@@ -79,19 +91,32 @@ def tokens_fingerprint(model: nn.Module) -> str | None:
     return f"{len(weight)} tokens, {hashlib.sha256(last.numpy().tobytes()).hexdigest()[:8]}"
 
 
-def describe_base(model: nn.Module) -> dict[str, Any]:
-    """`name`, `fingerprint` of the weights under the adapter and `tokens` of the base, as JSON holds them."""
+def describe_base(
+    model: nn.Module, layers: Mapping[str, LoRALinear] | None = None
+) -> dict[str, Any]:
+    """`name`, `fingerprint` of the weights under the adapter and `tokens` of the base, as JSON holds them.
+
+    layers: of one of several adapters, in the model's order; by default all.
+    """
     model = unwrapped(model)
     return {
         "name": getattr(model, "name_or_path", ""),
-        "fingerprint": base_fingerprint(adapter_layers(model)),
+        "fingerprint": base_fingerprint(adapter_layers(model) if layers is None else layers),
         "tokens": tokens_fingerprint(model),
     }
 
 
-def warn_of_another_base(model: nn.Module, base: Mapping[str, Any], folder: str | Path) -> None:
-    """Warn where the injected `model` has other base weights than those that the adapter in `folder` was trained on."""
-    here = describe_base(model)
+def warn_of_another_base(
+    model: nn.Module,
+    base: Mapping[str, Any],
+    folder: str | Path,
+    layers: Mapping[str, LoRALinear] | None = None,
+) -> None:
+    """Warn where the injected `model` has other base weights than those that the adapter in `folder` was trained on.
+
+    layers: as for `describe_base`.
+    """
+    here = describe_base(model, layers)
     there, tokens = base.get("tokens"), here["tokens"]
     if there and tokens and there != tokens:
         warnings.warn(

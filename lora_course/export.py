@@ -27,7 +27,7 @@ from peft import LoraConfig
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from lora_course.files import make_folder, replace_file, writing
+from lora_course.files import make_folder, replace_file, replace_files, writing
 from lora_course.folders import read_peft
 from lora_course.injection import (
     adapter_layers,
@@ -121,8 +121,13 @@ def export_peft(
         return folder
     with writing(make_folder(folder)):
         text = json.dumps(_fields(config), indent=2, sort_keys=True)
-        replace_file(folder / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
-        replace_file(folder / "adapter_config.json", text.encode())
+        weights = save(tensors, metadata={"format": "pt"})
+        replace_files(
+            {
+                folder / "adapter_model.safetensors": weights,
+                folder / "adapter_config.json": text.encode(),
+            }
+        )
         if not (folder / "README.md").exists():
             card = _card(config, info.layer.__name__, uniform)
             replace_file(folder / "README.md", card.encode())

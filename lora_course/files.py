@@ -7,7 +7,7 @@ import json
 import os
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,12 @@ from torch import Tensor
 def make_folder(folder: str | Path) -> Path:
     """The folder as a path, made if it is not there. Raises ValueError where a file of that name is in the way."""
     folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file, a folder is expected: give another name.")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):  # a file there, above it, or a link to nothing
+        raise ValueError(
+            f"{folder} can't be a folder: a file or a broken link is in the way. Give another name."
+        ) from None
     return folder
 
 
@@ -52,16 +55,30 @@ def replace_file(path: Path, content: bytes) -> None:
 
     The content goes to a name of its own first, so that writers at the same moment do not mix theirs.
     """
-    unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}.unfinished")
+    replace_files({path: content})
+
+
+def replace_files(contents: Mapping[Path, bytes]) -> None:
+    """Write files that belong together, the one that readers ask for first as the last.
+
+    What fails or is killed while they are written leaves the old ones. Between two of the exchanges that follow, the last
+    one is missing: no reader takes an old description for new tensors.
+    """
+    unfinished = {p: p.with_name(f"{p.name}.{uuid.uuid4().hex}.unfinished") for p in contents}
     try:
-        with unfinished.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())  # or a power cut may leave the new name with nothing in it
-        os.replace(unfinished, path)
+        for path, content in contents.items():
+            with unfinished[path].open("xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())  # or a power cut may leave the new name with nothing in it
+        if len(contents) > 1:
+            list(contents)[-1].unlink(missing_ok=True)
+        for path, file_written in unfinished.items():
+            os.replace(file_written, path)
     except BaseException:
-        with suppress(OSError):
-            unfinished.unlink(missing_ok=True)
+        for file_written in unfinished.values():
+            with suppress(OSError):
+                file_written.unlink(missing_ok=True)
         raise
 
 
@@ -70,6 +87,8 @@ def writing(folder: Path) -> Iterator[None]:
     """Within the block no other process of this machine writes to `folder`; what killed writers left there is gone."""
     name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:32]
     with FileLock(Path(tempfile.gettempdir()) / f"lora-course-{name}.lock"):
-        for left in folder.glob("*.unfinished"):
+        for left in folder.glob(
+            f"*.{'[0-9a-f]' * 32}.unfinished"
+        ):  # no file of another's that is called so
             left.unlink(missing_ok=True)
         yield

@@ -10,11 +10,14 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftConfig
 from peft.utils.other import get_pattern_key
+from torch import nn
 
-from lora_course.checkpoint import read_description, read_tensors
+from lora_course.checkpoint import DESCRIPTION, read_description, read_tensors
+from lora_course.descriptions import warn_of_another_base
 from lora_course.files import read_tensor_file
+from lora_course.injection import unwrapped
 from lora_course.lora import AdapterState, LoRALinear
-from lora_course.states import check_finite, split_state
+from lora_course.states import check_finite, relative_error, split_state
 from lora_course.targets import check_names, check_supported
 
 STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica")
@@ -37,17 +40,41 @@ def read_factors(adapter: AdapterState | str | Path) -> AdapterState:
             f"An adapter is given as a {type(adapter).__name__}: factor_state(model), or the folder of one, is expected."
         )
     folder = Path(adapter)
-    if (folder / "adapter_config.json").is_file():
-        return read_peft(folder)[1]
+    exported = read_peft(folder)[1] if (folder / "adapter_config.json").is_file() else None
+    if exported is not None and not (folder / DESCRIPTION).is_file():
+        return exported
     layer = read_description(folder)["layer"]
     state = read_tensors(folder)
     check_finite(state)
+    if exported is not None:
+        plain = all(set(t) == {"A", "B", "scaling"} for t in split_state(state).values())
+        if plain and not relative_error(exported, state) < 1e-3:
+            raise ValueError(
+                f"{folder} holds two adapters that differ: the one of save_adapter ({DESCRIPTION}) and an export "
+                "(adapter_config.json). One of them is older: delete it, or export again."
+            )
+        return exported
     if any(set(tensors) != {"A", "B", "scaling"} for tensors in split_state(state).values()):
         raise ValueError(
             f"{folder} holds a {layer}, whose tensors are no plain factors: load_adapter it into a base, and give "
             "factor_state of that model, or a folder by export_peft."
         )
     return state
+
+
+def warn_of_its_base(
+    model: nn.Module, adapter: AdapterState | str | Path, layers: Mapping[str, LoRALinear]
+) -> None:
+    """Warn as `load_adapter` does, for an adapter that `read_factors` read; a state, and PEFT's folder, say nothing of their base.
+
+    layers: those of this adapter, by name.
+    """
+    if not isinstance(adapter, str | Path) or (Path(adapter) / "adapter_config.json").is_file():
+        return
+    in_order = {
+        name: layers[name] for name, _ in unwrapped(model).named_modules() if name in layers
+    }
+    warn_of_another_base(model, read_description(adapter)["base"], adapter, in_order)
 
 
 def read_peft(folder: Path) -> tuple[LoraConfig, AdapterState]:
@@ -89,9 +116,15 @@ def read_peft(folder: Path) -> tuple[LoraConfig, AdapterState]:
         state[f"{module}.{factor.removeprefix('lora_')}"] = tensor
     check_finite(state)
     alphas, ranks = config.alpha_pattern or {}, config.rank_pattern or {}
-    for module in split_state(state):
+    for module, factors in split_state(state).items():
         alpha = alphas.get(get_pattern_key(list(alphas), module), config.lora_alpha)
         r = ranks.get(get_pattern_key(list(ranks), module), config.r)
+        ranks_there = {t.shape[0 if key == "A" else -1] for key, t in factors.items()}
+        if ranks_there != {r}:
+            raise ValueError(
+                f"{module!r} has factors of rank {sorted(ranks_there)}, and adapter_config.json says {r}, so that the scale α/r is not "
+                "theirs: the folder was edited. Take another copy."
+            )
         scaling = alpha / (math.sqrt(r) if config.use_rslora else r)
         state[f"{module}.scaling"] = torch.tensor(scaling, dtype=torch.float64)
     return config, state

@@ -97,6 +97,9 @@ class NestedLoRALinear(LoRALinear):
         P = torch.ones(r) if weighting == "equal" else matryoshka_weights(ranks)
         self.register_buffer("P", P.to(self.A.device))
         self.rank, self.weighted, self.only_last = r, True, False
+        self.uncut: tuple[int, bool, bool] | None = (
+            None  # what `unmerge` goes back to, set by `at_rank`
+        )
 
     @property
     def kept(self) -> int:
@@ -113,6 +116,13 @@ class NestedLoRALinear(LoRALinear):
             )
         return A * self.P[: self.rank, None] if self.weighted else A, B, self.scaling
 
+    def unmerge(self) -> None:
+        """As `LoRALinear`; what was merged at a cut whose block has ended is then cut as it was before that block."""
+        super().unmerge()
+        if self.uncut:
+            self.rank, self.weighted, self.only_last = self.uncut
+            self.uncut = None
+
     def get_extra_state(self) -> Tensor:
         """As `LoRALinear`, and where it is cut: what is merged is the cut."""
         return torch.cat(
@@ -124,6 +134,7 @@ class NestedLoRALinear(LoRALinear):
         super().set_extra_state(state)
         cut = self.merged and len(state) > 2
         self.rank, self.weighted = (int(state[2]), bool(state[3])) if cut else (self.r, True)
+        self.uncut = (self.r, True, False) if cut else None
 
     def check_tensors(self, name: str, tensors: AdapterState) -> None:
         super().check_tensors(name, tensors)
@@ -159,7 +170,7 @@ def at_rank(
         only_last: True sends a gradient only to the rows beyond the next smaller of `ranks` (DyLoRA's "frozen" mode).
 
     With gradient checkpointing, `backward()` runs the layers again: call it within the block too. An adapter that is merged
-    within the block stays cut at b after it.
+    within the block stays cut at b after it, until `unmerge`.
 
     Raises:
         ValueError: another layer than `NestedLoRALinear`, a rank that it does not have.    RuntimeError: merged.
@@ -171,7 +182,9 @@ def at_rank(
         yield model
     finally:
         for layer, switches in before:
-            if not layer.merged:
+            if layer.merged:
+                layer.uncut = switches
+            else:
                 layer.rank, layer.weighted, layer.only_last = switches
 
 

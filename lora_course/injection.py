@@ -20,7 +20,7 @@ from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
 from lora_course.instead import replace_methods, restore_methods
-from lora_course.linears import check_not_sharded
+from lora_course.linears import check_base_comes_along, check_not_sharded
 from lora_course.lora import LoRALinear
 from lora_course.targets import (
     check_arguments,
@@ -106,6 +106,7 @@ def inject(
     for name, module in wrapped.items():
         others = [owner for owner in owners[id(module.base_layer.weight)] if owner != name]
         module.weight_shared_with = others[0] if others else None
+        module.register_load_state_dict_pre_hook(check_base_comes_along)
         model.set_submodule(name, module)
         for parameter in (
             p for n, p in module.named_parameters() if not n.startswith("base_layer.")

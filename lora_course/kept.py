@@ -14,12 +14,13 @@ PREPARED = ("forward", "_original_forward", "_is_accelerate_prepared")
 
 @contextlib.contextmanager
 def kept_as_it_is(model: nn.Module, forward: Callable[..., Any] | None = None) -> Iterator[None]:
-    """Within it a Trainer may wrap `model.forward` and switch its cache off; after it both are as they were before.
+    """Within it a Trainer may wrap `model.forward`, switch its cache off and train or evaluate; after it these and each module's mode are as before.
 
     forward: what `model.forward` is within it, where it is not the model's own.
     """
     before = {name: vars(model)[name] for name in PREPARED if name in vars(model)}
     use_cache = uses_cache(model)
+    modes = [(module, module.training) for module in model.modules()]
     if forward is not None:
         model.forward = forward
     try:
@@ -29,6 +30,8 @@ def kept_as_it_is(model: nn.Module, forward: Callable[..., Any] | None = None) -
             vars(model).pop(name, None)
         vars(model).update(before)
         set_use_cache(model, use_cache)
+        for module, training in modes:
+            module.training = training
 
 
 @contextlib.contextmanager

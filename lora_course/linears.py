@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -196,4 +197,25 @@ def check_sum_finite(weight: Tensor, delta: Tensor, name: str) -> None:
         raise ValueError(
             f"The update of {name!r} is not finite in {weight.dtype}: its training diverged, or its scale is too large. "
             "Load an earlier checkpoint."
+        )
+
+
+def check_base_comes_along(layer: Any, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """A hook before `load_state_dict`: raise RuntimeError where an adapter is taken over without the base that it is merged into."""
+    state = state_dict.get(f"{prefix}_extra_state")
+    if state is None or f"{prefix}base_layer.weight" in state_dict:
+        return
+    if layer.merged or state[1]:
+        raise RuntimeError(
+            f"{prefix.rstrip('.')!r} is merged, and this state_dict lacks the base weight, which holds the update: call unmerge(model) "
+            "before a state is taken or loaded, or use adapter_state and use_adapter."
+        )
+
+
+def check_skip(model: nn.Module, skip: Iterable[str]) -> None:
+    """Raise ValueError unless `skip` is a list of last names of the model's layers; `lm_head` may be missing."""
+    names = {n.removesuffix(".base_layer").rpartition(".")[2] for n, _ in model.named_modules()}
+    if unknown := sorted({skip} if isinstance(skip, str) else set(skip) - names - {"lm_head"}):
+        raise ValueError(
+            f"skip holds {unknown[0]!r}: a list of last names of this model's layers is expected, such as ('lm_head', 'down_proj')."
         )

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 from lora_course.arguments import compute_dtype as fastest_dtype
 from lora_course.injection import adapter_layers, adapter_parameters, unload, weight_owners
-from lora_course.linears import check_mergeable, check_sum_finite, dequantized, is_4bit
+from lora_course.linears import check_mergeable, check_skip, check_sum_finite, dequantized, is_4bit
 from lora_course.targets import input_embedding
 
 
@@ -101,7 +101,7 @@ def quantize_model(
         skip: last names of layers to leave alone; an output layer that shares the embedding's weight is left alone anyway.
 
     Raises:
-        ValueError: an unknown `quant_type`, or a model without a linear layer to quantise.
+        ValueError: an unknown `quant_type`, a name in `skip` that no layer has, or a model without a linear layer to quantise.
         RuntimeError: an adapter is merged, or a part of it. Nothing has been changed then.
     """
     _check_quant_type(quant_type)
@@ -111,6 +111,7 @@ def quantize_model(
                 f"{name!r} is merged, wholly or in part: ΔW would be rounded with the base and could not be taken back. "
                 "Call unmerge(model) first, or unload(model)."
             )
+    check_skip(model, skip)
     embedding = getattr(input_embedding(model), "weight", None)
     linears = {
         name: module

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
 from transformers import TrainerState, TrainingArguments, default_data_collator
 
 from lora_course.injection import adapter_layers, trained_besides
@@ -38,6 +39,10 @@ def check_given(model: nn.Module, args: TrainingArguments, given: Mapping[str, A
     for name, reason in FIELDS.items():
         if getattr(args, name, None):
             raise ValueError(f"{name}={getattr(args, name)!r}: {reason}.")
+    if isinstance(model, OptimizedModule):
+        raise ValueError(
+            "The model is what torch.compile gave: give the model itself, and torch_compile=True in the arguments."
+        )
     for name, reason in GIVEN.items():
         if given.get(name) is not None:
             raise ValueError(f"{name} is given: {reason}.")

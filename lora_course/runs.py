@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import shutil
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,8 +19,9 @@ from typing import Any
 
 from transformers import EarlyStoppingCallback, TrainingArguments
 
-from lora_course.descriptions import UNKNOWN, describe_adapter, differences
-from lora_course.files import read_json
+from lora_course.descriptions import UNKNOWN, describe_adapter, describe_modules, differences
+from lora_course.files import read_json, replace_file
+from lora_course.resumed import describe_ends, describe_optimizer, numbers_in, plain
 
 COMPLETE = "complete.json"
 """Written into a checkpoint's folder when all else is in it."""
@@ -50,15 +52,19 @@ def describe_run(trainer: Any, method: dict[str, Any]) -> dict[str, Any]:
         "auxiliary_loss": getattr(trainer, "auxiliary_loss", None),
         # a trainer's own loss, such as DistillationTrainer's, is its method
         "compute_loss_func": None if getattr(loss, "__self__", None) is trainer else loss,
+        "data_collator": getattr(trainer, "_collator_given", None),
     }
     return {
         "adapter": describe_adapter(trainer.model),
+        "modules": describe_modules(trainer.model),
         "trainer": type(trainer).__name__,
         "method": method,
         **describe_arguments(given),
         "schedule": describe_schedule(trainer.args),
         "arguments": describe_own(trainer.args),
         "rows": fingerprint(trainer.train_dataset),
+        "ends": describe_ends(trainer),
+        "optimizer": describe_optimizer(trainer),
     }
 
 
@@ -83,12 +89,13 @@ def describe_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
         },
         "auxiliary_loss": name_of(given.get("auxiliary_loss")),
         "compute_loss_func": name_of(given.get("compute_loss_func")),
+        "data_collator": name_of(given.get("data_collator")),
     }
 
 
 def describe_schedule(args: TrainingArguments) -> dict[str, Any]:
     """The fields in `SCHEDULE`, the length, and the rows of an optimiser step over all processes."""
-    fields = {name: _plain(getattr(args, name, None)) for name in SCHEDULE}
+    fields = {name: plain(getattr(args, name, None)) for name in SCHEDULE}
     fields["length"] = (
         f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
     )
@@ -103,7 +110,7 @@ def describe_own(args: TrainingArguments) -> dict[str, Any] | None:
     common = {field.name for field in dataclasses.fields(TrainingArguments)} | set(INDIFFERENT)
     own = {field.name for field in dataclasses.fields(args)} - common
     return {
-        name: json.loads(json.dumps(getattr(args, name), default=_plain)) for name in sorted(own)
+        name: json.loads(json.dumps(getattr(args, name), default=plain)) for name in sorted(own)
     } or None
 
 
@@ -118,7 +125,7 @@ def fingerprint(rows: Any) -> str:
     def digest() -> str:
         found = hashlib.sha256(str(len(rows)).encode())
         for row in sample_of(rows):
-            found.update(json.dumps(row, default=_plain, sort_keys=True).encode())
+            found.update(json.dumps(row, default=plain, sort_keys=True).encode())
         return found.hexdigest()[:16]
 
     first = digest()
@@ -134,7 +141,8 @@ def sample_of(rows: Any) -> list[Any]:
 
 def check_same_run(folder: Path, found: dict[str, Any], asked: dict[str, Any]) -> None:
     """Raise ValueError, with every difference, where the run in `folder` is another than the one that is asked for."""
-    if lines := differences(found, asked):
+    before = {key: asked.get(key) for key in ("modules", "ends")}  # a run may be from before these
+    if lines := differences(before | found, asked):
         raise ValueError(
             f"{folder} holds another run: {'; '.join(lines)}. Give another folder, or overwrite=True to start anew in this one."
         )
@@ -186,16 +194,11 @@ def name_of(function: Callable[..., Any] | None) -> str | None:
     if isinstance(function, functools.partial):
         fixed = [*map(repr, function.args), *(f"{k}={v!r}" for k, v in function.keywords.items())]
         return f"{name_of(function.func)}({', '.join(fixed)})"
-    return (
-        None if function is None else getattr(function, "__qualname__", type(function).__qualname__)
-    )
-
-
-def _plain(value: Any) -> Any:
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    value = getattr(value, "value", value)
-    return value if isinstance(value, str | int | float | bool | dict | list | None) else str(value)
+    if function is None:
+        return None
+    name = getattr(function, "__qualname__", type(function).__qualname__)
+    held = numbers_in(function) if "<" in name else []  # many functions are called <lambda>
+    return f"{name}({', '.join(map(repr, held))})" if held else name
 
 
 def last_checkpoint(output_dir: str | Path) -> Path | None:
@@ -215,6 +218,18 @@ def last_checkpoint(output_dir: str | Path) -> Path | None:
 def read_mark(folder: Path) -> dict[str, Any]:
     """What stands in a complete checkpoint: `step`, `written`, `finished`, `run`."""
     return read_json(folder / COMPLETE)
+
+
+def mark_complete(folder: Path, trainer: Any, output: Any = None) -> None:
+    """Marks the checkpoint of a trainer's step as whole. output: what the training gave, at its end."""
+    mark = {
+        "step": trainer.state.global_step,
+        "written": time.time(),
+        "finished": output is not None and is_finished(trainer),
+        "output": output and [output.training_loss, output.metrics],
+        "run": trainer.described,
+    }
+    replace_file(folder / COMPLETE, json.dumps(mark).encode())
 
 
 def written(mark: Path) -> float:

@@ -24,7 +24,7 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from lora_course.folders import read_factors
+from lora_course.folders import read_factors, warn_of_its_base
 from lora_course.injection import inject, injection_of, layers_of
 from lora_course.linears import update_dtype
 from lora_course.lora import AdapterState, LoRALinear
@@ -150,6 +150,9 @@ def load_adapters(model: nn.Module, states: Mapping[str, AdapterState | str | Pa
     Raises:
         ValueError: no state, a state that is no plain LoRA or was made for another base, a model that carries an adapter.
             Nothing has been changed then.
+
+    Warns:
+        UserWarning: an adapter in a folder of `save_adapter` was trained on another base.
     """
     if not states:
         raise ValueError("states is empty: give {name: factor_state(model), …}.")
@@ -172,7 +175,10 @@ def load_adapters(model: nn.Module, states: Mapping[str, AdapterState | str | Pa
     exactly = "|".join(re.escape(module) for module in modules)
     config = LoraConfig(r=1, lora_alpha=1, target_modules=exactly, inference_mode=True)
     inject(model, config, layer=AdapterBatchLinear, names=tuple(states))
-    for module, layer in layers_of(model, AdapterBatchLinear).items():
+    layers = layers_of(model, AdapterBatchLinear)
+    for name, state in states.items():
+        warn_of_its_base(model, state, {module: layers[module] for module in plain[name]})
+    for module, layer in layers.items():
         layer.stack(
             [(a[module]["A"], a[module]["B"]) if module in a else None for a in plain.values()]
         )

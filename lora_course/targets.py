@@ -19,7 +19,7 @@ from torch import nn
 from lora_course.linears import check_linear
 from lora_course.lora import LoRALinear
 
-EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """Under which names configurations state how many experts a block has."""
 NEW_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 """Task types whose models get a head with random weights, which has to be trained and saved beside the adapter."""
@@ -224,14 +224,15 @@ def _unmatched(keys: Iterable[str], names: Iterable[str]) -> list[str]:
 
 
 def _fused_experts(model: nn.Module) -> list[str]:
-    """Names of parameters that hold the weights of several experts, `[experts, …, …]`, and are no linear layers."""
+    """Names of parameters that hold the weights of several experts, mostly `[experts, …, …]`, and are no linear layers."""
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     counts = {getattr(text, name, None) for name in EXPERT_COUNTS} - {None}
     return [
         name
         for name, parameter in model.named_parameters()
-        if parameter.ndim == 3 and parameter.shape[0] in counts
+        if (parameter.ndim == 3 and parameter.shape[0] in counts)
+        or (parameter.ndim > 1 and "experts." in name and not name.endswith((".weight", ".bias")))
     ]
 
 

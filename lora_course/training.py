@@ -19,8 +19,6 @@ resume, adds no auxiliary loss, and copies the model to every GPU that one proce
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -42,19 +40,21 @@ from lora_course import processes, refused
 from lora_course.arguments import one_device
 from lora_course.callbacks import ModelCallback
 from lora_course.checkpoint import restore_adapter, save_adapter
-from lora_course.files import replace_file
 from lora_course.kept import forward_set_on, kept_as_it_is, kept_factors, set_use_cache
+from lora_course.lora import AdapterState
 from lora_course.progress import Progress
+from lora_course.resumed import order_by_epoch, output_of, restore_callbacks, warn_of_no_length
 from lora_course.runs import (
     COMPLETE,
     as_json,
     check_optimizer,
     describe_run,
     folder_to_resume,
-    is_finished,
+    mark_complete,
     read_mark,
     rotate_checkpoints,
 )
+from lora_course.states import adapter_state, use_adapter
 
 TRAINER_STATE = "trainer_state.json"
 
@@ -104,7 +104,9 @@ class AdapterTrainer(Trainer):
             self._forward = forward_set_on(model)
         refused.check_made(self, arguments, self._forward)
         self._optimizer_given = self.optimizer is not None
+        self._collator_given = arguments.get("data_collator")
         self._passes_without_labels: Any = 0
+        self._begun: AdapterState | None = None
         self.auxiliary_loss = auxiliary_loss
         if args.disable_tqdm:
             self.remove_callback(PrinterCallback)  # or it prints each logged step instead
@@ -156,6 +158,11 @@ class AdapterTrainer(Trainer):
         )
         if folder is not None and (finished := self._take_over(folder)):
             return finished
+        if folder is None:
+            if self._begun is not None and resume_from_checkpoint:
+                use_adapter(self.model, self._begun)  # an interrupted training left no checkpoint
+            self._begun = {name: t.cpu() for name, t in adapter_state(self.model).items()}
+        warn_of_no_length(self.train_dataset, folder)
         with kept_as_it_is(self.model, self._forward):
             set_use_cache(self.model, self.args.use_cache)
             # Older checkpoints go when a new one is complete, by us: Trainer would delete the last one where one is kept and
@@ -172,9 +179,10 @@ class AdapterTrainer(Trainer):
                 for callback in self.callback_handler.callbacks:
                     if isinstance(callback, ModelCallback):
                         callback.stopped()
+        self._begun = None
         last = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save and (last / COMPLETE).is_file():
-            self._mark_complete(last, finished=is_finished(self))
+            mark_complete(last, self, output)
         processes.wait()  # or another process could look for the mark before it is there
         self._passes_without_labels = refused.warn_of_no_labels(self._passes_without_labels)
         refused.warn_of_no_best(self.args, self.state)
@@ -191,8 +199,7 @@ class AdapterTrainer(Trainer):
         self.state = state
         if self.args.load_best_model_at_end and state.best_model_checkpoint:
             self._load_best_model()
-        losses = [entry["loss"] for entry in self.history]
-        return TrainOutput(state.global_step, sum(losses) / max(1, len(losses)), {})
+        return TrainOutput(state.global_step, *output_of(read_mark(folder), self.history))
 
     def compute_loss(
         self,
@@ -212,13 +219,18 @@ class AdapterTrainer(Trainer):
         loss: Tensor = found[0] if return_outputs else found
         if self.auxiliary_loss is not None and model.training:
             # A loss per token of the whole step is summed over the micro-batches; any other Trainer divides itself.
-            summed = self.compute_loss_func is not None or (
-                self.model_accepts_loss_kwargs and num_items_in_batch is not None
-            )
+            summed = getattr(self, "loss_is_scaled_for_ga", None)  # what a Trainer's class may say
+            if summed is None:
+                summed = self.compute_loss_func is not None or (
+                    self.model_accepts_loss_kwargs and num_items_in_batch is not None
+                )
             auxiliary = refused.check_number(self.auxiliary_loss(self.model))
             share = self.current_gradient_accumulation_steps if summed else 1
             loss = loss + auxiliary.squeeze().to(loss.device) / share
         return (loss, found[1]) if return_outputs else loss
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return order_by_epoch(super()._get_train_sampler(train_dataset), self.args)
 
     def evaluation_loop(self, *arguments: Any, **named: Any) -> EvalLoopOutput:
         """Trainer's, after which the model has the `forward` that it had before: without `train` this would prepare it for good."""
@@ -249,17 +261,12 @@ class AdapterTrainer(Trainer):
         super()._save_checkpoint(model, trial)
         processes.wait()  # each writes its own random state
         if self.args.should_save:
-            self._mark_complete(folder)
+            mark_complete(folder, self)
             rotate_checkpoints(folder.parent, self._limit, self.state.best_model_checkpoint)
 
-    def _mark_complete(self, folder: Path, finished: bool = False) -> None:
-        mark = {
-            "step": self.state.global_step,
-            "written": time.time(),
-            "finished": finished,
-            "run": self.described,
-        }
-        replace_file(folder / COMPLETE, json.dumps(mark).encode())
+    def _load_callback_state(self) -> None:
+        super()._load_callback_state()
+        restore_callbacks(self.callback_handler.callbacks, self.state.stateful_callbacks)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None

@@ -26,6 +26,7 @@ GROUND = (
     "descriptions",
     "folders",
     "progress",
+    "resumed",
     "runs",
     "linears",
     "lora",

@@ -83,6 +83,7 @@ class RankAllocator(ModelCallback):
 
     def _observe(self) -> None:
         """One update of the moving averages."""
+        self._check_averages()
         owners = [(layer, name) for layer in self.layers.values() for name in "AEB"]
         parameters = [getattr(layer, name) for layer, name in owners]
         gradients = [whole(p.grad) for p in parameters if p.grad is not None]
@@ -105,6 +106,13 @@ class RankAllocator(ModelCallback):
         torch._foreach_sub_(importance, sensitivity)
         torch._foreach_abs_(importance)
         torch._foreach_lerp_(uncertainty, importance, 1 - self.config.beta2)
+
+    def _check_averages(self) -> None:
+        if any(layer.sensitivity_A.shape != layer.A.shape for layer in self.layers.values()):
+            raise RuntimeError(
+                "The last allocation of this adapter has been made, and its averages are gone: a second schedule needs a model injected "
+                "anew. To train on with the ranks as they are, prune_triplets(model) and leave the allocator out."
+            )
 
     def _allocate(self, budget: int) -> dict[str, int]:
         """Keeps the λ of the `budget` best triplets of all layers and sets the others to zero. Among equals the first win."""
@@ -135,6 +143,8 @@ class RankAllocator(ModelCallback):
     ) -> None:
         """Raises ValueError for another model than the allocator's, or a run shorter than the schedule."""
         super().on_train_begin(args, state, control, model)
+        if state.global_step + 1 < self.final:
+            self._check_averages()
         if state.max_steps < self.total_step:
             raise ValueError(
                 f"The run has {state.max_steps} steps and the schedule total_step={self.total_step}, so the budget "

@@ -18,7 +18,7 @@ from transformers import PrinterCallback, TrainingArguments, default_data_collat
 
 from lora_course.continual.memory import Rows
 from lora_course.continual.strategies import Sequential
-from lora_course.descriptions import describe_adapter
+from lora_course.descriptions import describe_adapter, describe_modules
 from lora_course.files import make_folder, read_json, replace_file
 from lora_course.processes import from_first, one_writer
 from lora_course.refused import check_rows
@@ -78,11 +78,12 @@ def learn(
             adapter, strategy, schedule, or other rows under a task's name.
     """
     _check(model, tasks, strategy)
-    for task in tasks:
-        check_rows(task.train, model, args.train_batch_size, trainer.get("data_collator"))
+    for rows in strategy.trained_together([task.train for task in tasks]):
+        check_rows(rows, model, args.train_batch_size, trainer.get("data_collator"))
     folder, names = Path(str(args.output_dir)), [task.name for task in tasks]
     asked = {
         "adapter": describe_adapter(model),
+        "modules": describe_modules(model),
         "strategy": strategy.settings(),
         "schedule": describe_schedule(args),
         "trainer": describe_arguments(trainer),

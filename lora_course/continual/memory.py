@@ -25,8 +25,8 @@ class Rows(Protocol):
 class Reservoir:
     """A uniform sample of all rows it was ever offered, in no more than `budget_bytes` bytes.
 
-    Each row draws a number from U(0, 1); the rows of the smallest numbers are kept, as many as fit. Rows of
-    equal size are then kept with equal probability whenever they came, as in Vitter's reservoir. Where sizes
+    Each row draws a number from U(0, 1); the rows of the smallest numbers are kept, as many as fit. A row that is larger
+    than the whole budget counts as not offered. Rows of equal size are then kept with equal probability whenever they came, as in Vitter's reservoir. Where sizes
     differ, a number that was once dropped shuts out all larger ones: else small and late rows would fill the
     gaps, and the sample lean to them.
 
@@ -57,6 +57,8 @@ class Reservoir:
             if number >= self.limit:
                 continue
             row = memory_row(rows[i])
+            if row_bytes(row) > self.budget_bytes:
+                continue  # it can't be kept, and would shut out what can
             place = bisect.bisect(self.numbers, number)
             self.numbers.insert(place, number)
             self.rows.insert(place, row)

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from lora_course.checkpoint import restore_adapter, save_adapter
-from lora_course.continual.memory import Interleaved, Reservoir, Rows
+from lora_course.continual.memory import Interleaved, Reservoir, Rows, memory_row, row_bytes
 from lora_course.continual.orthogonal import OrthogonalLoRALinear, overlap
 from lora_course.injection import adapter_layers, disabled, injection_of, layers_of
 from lora_course.lora import AdapterState, LoRALinear
+from lora_course.runs import fingerprint, sample_of
 from lora_course.states import adapter_state, use_adapter
 
 
@@ -33,6 +34,10 @@ class Sequential:
     def check(self, model: nn.Module) -> None:
         """Raise ValueError where this strategy can't take the model's adapter through tasks."""
         layers_of(model, self.layer)
+
+    def trained_together(self, tasks: Sequence[Rows]) -> list[Rows]:
+        """Whose rows may meet in a batch, given each task's: looked at before any work. Here a task's own."""
+        return list(tasks)
 
     def begin(self) -> None:
         """Forget what an earlier run left: called where a run starts."""
@@ -92,6 +97,27 @@ class Replay(Sequential):
             )
         self.memory = Reservoir(self.budget_bytes, self.seed)
         self.given: Reservoir | None = None
+
+    def trained_together(self, tasks: Sequence[Rows]) -> list[Rows]:
+        """Each task's, and those of all. Raises ValueError where memory could keep none, or rows have other columns than others."""
+        before = (self.given or self.memory).rows
+        together = [row for rows in (*tasks, before) for row in sample_of(rows)]
+        for rows in tasks:
+            sizes = [row_bytes(memory_row(row)) for row in sample_of(rows)]
+            if sizes and min(sizes) > self.budget_bytes:
+                raise ValueError(
+                    f"budget_bytes={self.budget_bytes} holds no row: one takes about {min(sizes):,} bytes."
+                )
+        if len(columns := {tuple(sorted(row)) for row in together}) > 1:
+            raise ValueError(
+                f"Rows of different tasks have the columns {sorted(map(list, columns))}, and replay puts them into one batch: give all the same."
+            )
+        return [*tasks, together]
+
+    def settings(self) -> dict[str, Any]:
+        """As chosen, and which rows memory held before the first run."""
+        before = (self.given or self.memory).rows
+        return super().settings() | ({"given": fingerprint(before)} if before else {})
 
     def begin(self) -> None:
         """What was added before the first run stays: rows that an adapter in service was trained on."""

@@ -20,7 +20,7 @@ from lora_course.distillation.loss import (
     empty_mixture,
     normalised_weights,
 )
-from lora_course.folders import read_factors
+from lora_course.folders import read_factors, warn_of_its_base
 from lora_course.injection import adapter_layers, disabled
 from lora_course.linears import check_not_sharded
 from lora_course.lora import AdapterState, LoRALinear
@@ -75,14 +75,18 @@ class Teachers:
             )
         factors = {name: read_factors(state) for name, state in states.items()}
         self.layers = [self._build(name, state) for name, state in factors.items()]
+        for adapter, layers in zip(states.values(), self.layers, strict=True):
+            warn_of_its_base(model, adapter, layers)
 
     def fingerprint(self) -> str:
-        """A hash of the weights and of every teacher's factors."""
+        """A hash of the weights and of every teacher's factors, scales and modules."""
         digest = hashlib.sha256(repr(self.weights.tolist()).encode())
         for name, layers in zip(self.names, self.layers, strict=True):
             digest.update(name.encode())
-            for layer in layers.values():
-                for factor in layer.factors()[:2]:
+            for module, layer in layers.items():
+                A, B, scaling = layer.factors()
+                digest.update(f"{module} {scaling!r}".encode())
+                for factor in (A, B):
                     digest.update(factor.detach().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
 

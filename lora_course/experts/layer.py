@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from typing import Any
 
@@ -105,6 +106,7 @@ class ExpertsLinear(LoRALinear):
             )
         ((decoder_name, stack),) = stacks
         decoder, width = model.get_submodule(decoder_name), config.get_text_config().hidden_size
+        check_decoder(decoder, config, decoder_name)
         first = next(iter(layers.values()))
         current = CurrentForward(first)
         current.handles += [
@@ -167,6 +169,20 @@ class ExpertsLinear(LoRALinear):
     def extra_repr(self) -> str:
         return (
             f"{super().extra_repr()}, experts={self.num_experts}, {self.routing}, by {self.gate_by}"
+        )
+
+
+def check_decoder(decoder: nn.Module, config: Any, name: str) -> None:
+    """Raise ValueError unless every layer of the decoder's blocks sees the tokens that its `forward` is given."""
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            "This model has an encoder beside its decoder, whose cross-attention projects the encoder's tokens: gates are those of the "
+            "decoder's, later ones included. Experts need a decoder-only language model."
+        )
+    if "input_ids" not in inspect.signature(decoder.forward).parameters:
+        raise ValueError(
+            f"{name!r} is a {type(decoder).__name__}, which is given hidden states, and routers ask the stack of blocks for its tokens and mask: "
+            "experts need a language model whose stack takes input_ids (Llama, Qwen, Mistral, OPT, …)."
         )
 
 

@@ -68,11 +68,20 @@ def excerpt(texts: list[str], max_bytes: int, piece: int = 2048) -> list[str]:
     About `max_bytes / piece` documents are taken at equal distances, each cut to an equal share between two characters.
     The same arguments give the same sample.
     """
+    check_texts(texts)
     if max_bytes < 1:
         raise ValueError(f"max_bytes={max_bytes}: expected a positive number of bytes")
     count = min(len(texts), max(1, max_bytes // piece))
     chosen = [texts[i * len(texts) // count] for i in range(count)]
     return [text.encode()[: max_bytes // count].decode(errors="ignore") for text in chosen]
+
+
+def check_texts(texts: object) -> None:
+    """Raise TypeError for one string, whose characters would count as documents."""
+    if isinstance(texts, str):
+        raise TypeError(
+            f"texts is one string of {len(texts)} characters, each of which would be a document: give a list, [text]."
+        )
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
@@ -93,6 +102,9 @@ def blocks(tokenizer: PreTrainedTokenizerBase, texts: list[str], length: int) ->
     Returns a dataset with `input_ids` and `labels` (equal; the model shifts them), both [rows, length] as torch tensors.
     What is left over at the end, fewer than `length` tokens, is dropped. Raises ValueError when not one row is filled.
     """
+    check_texts(texts)
+    if length < 1:
+        raise ValueError(f"length={length}: a row has one token or more")
     stream = torch.tensor([token for ids in _tokens(tokenizer, texts) for token in ids])
     rows = len(stream) // length
     if rows == 0:
@@ -119,6 +131,9 @@ def bits_per_byte(
     mean the same for every tokenizer. `max_bytes` scores `excerpt(texts, max_bytes)` instead.
     The model's train or eval mode is left as it was. Raises ValueError when there is no text.
     """
+    check_texts(texts)
+    if context < 1:
+        raise ValueError(f"context={context}: a window has one token or more")
     if max_bytes is not None:
         texts = excerpt(texts, max_bytes)
     byte_count = sum(len(text.encode()) for text in texts)

@@ -14,12 +14,16 @@ class Shape:
     kv_width: int
     vocabulary: int
     tied: bool
+    query_width: int | None = None
+    """That of the queries over their heads, where it is not `width` (Qwen3, Mistral-Nemo)."""
 
     @classmethod
     def from_config(cls, config: dict) -> "Shape":
         """From a model's `config.to_dict()` or config.json."""
         head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+        queries = config["num_attention_heads"] * head
         return cls(
+            query_width=None if queries == config["hidden_size"] else queries,
             layers=config["num_hidden_layers"],
             width=config["hidden_size"],
             intermediate=config["intermediate_size"],
@@ -31,7 +35,7 @@ class Shape:
     @property
     def linear(self) -> int:
         """Parameters of the linear layers inside the blocks, which are those that LoRA adapts and 4 bits shrink."""
-        attention = 2 * self.width * (self.width + self.kv_width)
+        attention = 2 * self.width * ((self.query_width or self.width) + self.kv_width)
         return self.layers * (attention + 3 * self.width * self.intermediate)
 
     @property
@@ -41,7 +45,7 @@ class Shape:
 
     def adapter(self, r: int) -> int:
         """Parameters of LoRA of rank r on all linear layers: r·(in + out) each."""
-        attention = 4 * self.width + 2 * (self.width + self.kv_width)
+        attention = 4 * self.width + 2 * ((self.query_width or self.width) + self.kv_width)
         return self.layers * r * (attention + 3 * (self.width + self.intermediate))
 
 

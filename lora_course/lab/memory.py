@@ -39,8 +39,13 @@ def tensor_bytes(model: nn.Module) -> int:
             for key in ("absmax", "code", "offset")
             if torch.is_tensor(getattr(s, key, None))
         ]
+    # What is only described ("meta") lies nowhere: there each tensor counts as itself.
     storages = {
-        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors
+        (
+            tensor.untyped_storage().data_ptr(),
+            id(tensor) if tensor.is_meta else 0,
+        ): tensor.untyped_storage().nbytes()
+        for tensor in tensors
     }
     return sum(storages.values())
 

@@ -64,13 +64,13 @@ def load_base(
 
 
 def describe_base(name: str) -> PreTrainedModel:
-    """The model that `load_base` would load, without its weights ("meta" tensors): a few megabytes, whatever its size."""
+    """The model that `load_base` would load, in fp32 as there, without its weights ("meta" tensors): a few megabytes, whatever its size."""
     if name == "smol" and (gguf := _smol_folder()) is not None:
         config = AutoConfig.from_pretrained(gguf, gguf_file=SMOL_GGUF)
     else:
         config = AutoConfig.from_pretrained(base_path(name))
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
 def _smol_folder() -> Path | None:
@@ -143,6 +143,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+@contextmanager
+def as_asked(model: nn.Module) -> Iterator[None]:
+    """Within the block `generate` obeys the settings that it is given and no others: what they leave out it would take from
+    the model's own `generation_config`, such as a chat model's repetition penalty."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig()  # type: ignore[assignment]  # no module, no tensor
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
 @torch.no_grad()
 def generate(
     model: PreTrainedModel,
@@ -175,6 +187,7 @@ def generate(
     )
     with (
         evaluating(model),
+        as_asked(model),
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
     ):
         torch.manual_seed(seed)

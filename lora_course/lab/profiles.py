@@ -17,6 +17,11 @@ from lora_course.lab.estimate import MemoryEstimate, Shape, estimate_memory
 GIB = 2**30
 CUDA_CONTEXT = GIB // 2  # what CUDA itself takes on a GPU before the first tensor
 AMOUNTS = ("steps", "batch", "length")
+CGROUPS = (
+    ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)  # fmt: skip
+"""Where a container's limit stands, of version 2 and 1: the limit, what is used, and what of that files left behind."""
 DATA = Path(__file__).resolve().parents[1] / "data"
 
 
@@ -84,9 +89,15 @@ def free_memory(device: str) -> int:
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info()[0]
     free = psutil.virtual_memory().available
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and limit.read_text().strip() != "max":
-        free = min(free, int(limit.read_text()) - int(used.read_text()))
+    for folder, most, now, cache in CGROUPS:
+        limit = Path(folder) / most
+        if limit.exists() and limit.read_text().strip() != "max":
+            # What files left in the cache counts as used there, and is given up when memory is asked for.
+            counted = dict(
+                line.split() for line in (Path(folder) / "memory.stat").read_text().splitlines()
+            )
+            used = int((Path(folder) / now).read_text()) - int(counted[cache])
+            free = min(free, int(limit.read_text()) - used)
     return free
 
 

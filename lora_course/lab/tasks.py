@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from lora_course.lab.corpora import SPLITS
-from lora_course.lab.models import document_start, embedding_of, evaluating
+from lora_course.lab.models import as_asked, document_start, embedding_of, evaluating
 
 QUESTION = "<question>"  # stands for it while a chat template is filled in
 DATA = Path(__file__).resolve().parents[1] / "data" / "tasks"
@@ -188,7 +188,7 @@ def write_answers(
         max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=end, pad_token_id=end, use_cache=True
     )  # fmt: skip
     answers = [""] * len(prompts)
-    with evaluating(model):
+    with evaluating(model), as_asked(model):
         for start in range(0, len(order), batch):
             chosen = order[start : start + batch]
             width = max(len(prompts[i]) for i in chosen)

@@ -23,8 +23,8 @@ DOWNLOAD_GB = {
 def run() -> int:
     """Prints the findings; 0 if the course runs here, 1 if something has to be mended first."""
     versions = environment.installed()
-    print("\n".join(f"{name:<14} {value}" for name, value in machine(versions)))
     needs = environment.wanting(versions)
+    print("\n".join(f"{name:<14} {value}" for name, value in machine(versions, not needs)))
     if needs:
         print(
             f"\nmend           {environment.listed(needs)} {'is' if len(needs) == 1 else 'are'} missing, too old or too new."
@@ -39,13 +39,13 @@ def run() -> int:
     return 0
 
 
-def machine(versions: dict[str, str]) -> Iterator[tuple[str, str]]:
-    """What is here, line by line; torch is asked only if it is installed."""
+def machine(versions: dict[str, str], complete: bool = True) -> Iterator[tuple[str, str]]:
+    """What is here, line by line; the GPU is asked only if nothing is missing, since that takes torch and transformers."""
     yield "lora-course", versions[environment.COURSE]
     yield "python", f"{platform.python_version()} ({sys.executable})"
     yield "machine", f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs"
     yield "packages", ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "peft", "bitsandbytes") if name in versions)  # fmt: skip
-    yield "GPU", gpu() if "torch" in versions else "torch is not installed"
+    yield "GPU", gpu() if complete else "asked when what is below is mended" if "torch" in versions else "torch is not installed"  # fmt: skip
     yield "SmolLM2", smol()
     yield "free disk", f"{shutil.disk_usage('.').free / 2**30:.0f} GiB"
 

@@ -180,6 +180,7 @@ class StackedLoRALinear(LoRALinear):
     def _take_out_of_base(self, A: Tensor, B: Tensor) -> None:
         if self.original is not None:
             self.base_layer.weight.data.copy_(self.original)
+            self.original = None  # the next merge copies what the base is then
         else:
             self._add_to_base(-self.scaling * (B @ A))
         self.merged = self.folded = False
@@ -191,6 +192,7 @@ class StackedLoRALinear(LoRALinear):
     def set_extra_state(self, state: Tensor) -> None:
         """As `LoRALinear`."""
         super().set_extra_state(state)
+        self.original = None  # of another base
         self.folded = bool(state[2])
 
     def check_tensors(self, name: str, tensors: AdapterState) -> None:

@@ -173,6 +173,10 @@ class SparseDeltaLinear(MaskedLinear):
             raise TypeError(
                 "mask='magnitude' reads the weight, and a 4-bit base holds codes: use mask='random'."
             )
+        if mask == "magnitude" and base_layer.weight.is_meta:
+            raise TypeError(
+                "mask='magnitude' reads the weight, and this base has none here (it is described or offloaded only): load it whole."
+            )
         super().__init__(base_layer, r, lora_alpha, **fields)
         device, total, count = (
             self.A.device,

@@ -17,7 +17,6 @@ from lora_course.lab.models import NANO, load_base
 from lora_course.lab.profiles import (
     GIB,
     estimate,
-    free_memory,
     needed_memory,
     pick_profile,
     preflight,
@@ -212,22 +211,6 @@ def test_preflight_refuses_a_missing_device_and_a_profile_without_minutes(monkey
         preflight(profiles()["t4"], {"t4": 3})
     with pytest.raises(ValueError, match="'tiny'; it has t4"):
         preflight(profiles()["tiny"], {"t4": 3})
-
-
-def test_free_memory_is_limited_by_the_container(monkeypatch, tmp_path) -> None:
-    free = free_memory("cpu")
-    assert free > 0
-    real = module.Path
-
-    def path(name: str) -> module.Path:
-        return real(str(name).replace("/sys/fs/cgroup", str(tmp_path)))
-
-    monkeypatch.setattr(module, "Path", path)
-    (tmp_path / "memory.max").write_text("1000000\n")
-    (tmp_path / "memory.current").write_text("400000\n")
-    assert free_memory("cpu") == 600_000
-    (tmp_path / "memory.max").write_text("max\n")
-    assert free_memory("cpu") > 600_000
 
 
 @pytest.mark.parametrize("chapter", chapters(), ids=lambda path: path.stem)
