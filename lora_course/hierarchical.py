@@ -97,9 +97,8 @@ class NestedLoRALinear(LoRALinear):
         P = torch.ones(r) if weighting == "equal" else matryoshka_weights(ranks)
         self.register_buffer("P", P.to(self.A.device))
         self.rank, self.weighted, self.only_last = r, True, False
-        self.uncut: tuple[int, bool, bool] | None = (
-            None  # what `unmerge` goes back to, set by `at_rank`
-        )
+        # What `unmerge` goes back to; `at_rank` sets it.
+        self.uncut: tuple[int, bool, bool] | None = None
 
     @property
     def kept(self) -> int:

@@ -40,13 +40,9 @@ def tensor_bytes(model: nn.Module) -> int:
             if torch.is_tensor(getattr(s, key, None))
         ]
     # What is only described ("meta") lies nowhere: there each tensor counts as itself.
-    storages = {
-        (
-            tensor.untyped_storage().data_ptr(),
-            id(tensor) if tensor.is_meta else 0,
-        ): tensor.untyped_storage().nbytes()
-        for tensor in tensors
-    }
+    places = [id(t) if t.is_meta else t.untyped_storage().data_ptr() for t in tensors]
+    sizes = [t.untyped_storage().nbytes() for t in tensors]
+    storages = dict(zip(places, sizes, strict=True))
     return sum(storages.values())
 
 
