@@ -69,7 +69,7 @@ def warn_of_its_base(
 
     layers: those of this adapter, by name.
     """
-    if not isinstance(adapter, str | Path) or (Path(adapter) / "adapter_config.json").is_file():
+    if not isinstance(adapter, str | Path) or not (Path(adapter) / DESCRIPTION).is_file():
         return
     in_order = {
         name: layers[name] for name, _ in unwrapped(model).named_modules() if name in layers

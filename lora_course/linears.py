@@ -219,3 +219,22 @@ def check_skip(model: nn.Module, skip: Iterable[str]) -> None:
         raise ValueError(
             f"skip holds {unknown[0]!r}: a list of last names of this model's layers is expected, such as ('lm_head', 'down_proj')."
         )
+
+
+@torch.no_grad()
+def hold(weight: Any, delta: Tensor) -> None:
+    """Add an update to a weight of another model, in place, and note on the weight that it holds it."""
+    weight.copy_(weight.float() + delta.to(weight.device))
+    weight.holds = _mark(weight, delta)
+
+
+def check_not_held(weight: Tensor, delta: Tensor, name: str) -> None:
+    """Raise RuntimeError, with the layer's `name`, if `hold` has added this update already and nothing was written since."""
+    if delta.any() and getattr(weight, "holds", None) == _mark(weight, delta):
+        raise RuntimeError(
+            f"{name!r} of the original holds this update already: a second merge would add it twice. Load the original again."
+        )
+
+
+def _mark(weight: Tensor, delta: Tensor) -> tuple[int, float]:
+    return weight._version, float(delta.double().norm())

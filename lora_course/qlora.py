@@ -16,15 +16,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Linear4bit, Params4bit
+from bitsandbytes.nn import Linear4bit
 from peft import prepare_model_for_kbit_training
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from lora_course.arguments import compute_dtype as fastest_dtype
 from lora_course.injection import adapter_layers, adapter_parameters, unload, weight_owners
-from lora_course.linears import check_mergeable, check_skip, check_sum_finite, dequantized, is_4bit
+from lora_course.layers_4bit import layers_4bit, protect, say_4bit, set_weight, stored_bytes
+from lora_course.linears import (
+    check_mergeable,
+    check_not_held,
+    check_skip,
+    check_sum_finite,
+    dequantized,
+    hold,
+    is_4bit,
+)
 from lora_course.targets import input_embedding
+
+__all__ = [
+    "dequantize_model",
+    "load_4bit",
+    "merge_into",
+    "merge_requantized",
+    "optimizer_name",
+    "protect",
+    "quantize_model",
+    "stored_bytes",
+]
 
 
 def load_4bit(
@@ -73,7 +93,7 @@ def load_4bit(
         trust_remote_code=False,
         **arguments,
     )
-    if not _layers_4bit(model):
+    if not layers_4bit(model):
         raise ValueError(
             f"{str(path_or_name)!r}: no linear layer became 4-bit. Is its config known to this version of transformers?"
         )
@@ -142,45 +162,11 @@ def quantize_model(
         )
         if bias:
             new.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
-        _set_weight(new, linear.weight.detach(), quant_type, double_quant)
+        set_weight(new, linear.weight.detach(), quant_type, double_quant)
         model.set_submodule(name, new.train(linear.training))
+    if isinstance(model, PreTrainedModel):
+        say_4bit(model)
     return protect(model)
-
-
-def stored_bytes(model: nn.Module) -> int:
-    """Bytes of all 4-bit weights of a model (or of one layer) with their constants: Σ n · `nf4.storage_bits(n)` / 8.
-
-    bitsandbytes keeps another 1,088 bytes a layer that are not counted: a copy of each codebook.
-    `model.get_memory_footprint()` counts the codes but none of the constants.
-    """
-    total = 0
-    for layer in _layers_4bit(model).values():
-        state = layer.weight.quant_state
-        constants = (
-            [state.absmax, state.state2.absmax, state.offset] if state.nested else [state.absmax]
-        )
-        total += layer.weight.nbytes + sum(tensor.nbytes for tensor in constants)
-    return total
-
-
-def protect(model: nn.Module) -> nn.Module:
-    """Keep bitsandbytes from repacking the 4-bit weights of a model in place; call it before the first forward.
-
-    On a CPU with AVX512-BF16 the first forward in eval mode, such as an evaluation before training, rearranges the codes
-    and rounds the constants for a faster kernel. What dequantises the weight later reads the new order as if it were the
-    old one: merges and the gradients of all layers below are wrong, without an error. `load_4bit`, `quantize_model` and `inject` do this.
-
-    Raises:
-        RuntimeError: a weight is repacked already. bitsandbytes can turn the order back but not the rounding.
-    """
-    for name, layer in _layers_4bit(model).items():
-        if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
-            raise RuntimeError(
-                f"{name!r} was repacked by a forward in eval mode: gradients and merges would be wrong. Load the model again "
-                "and call protect(model) before its first forward."
-            )
-        layer.support_avx512bf16_for_cpu = False
-    return model
 
 
 def optimizer_name(device: str | torch.device, bits: int = 32) -> str:
@@ -209,7 +195,7 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn
     Raises:
         ValueError: no layer is 4-bit.    RuntimeError: a weight was repacked (see `protect`).
     """
-    layers = _layers_4bit(protect(model))
+    layers = layers_4bit(protect(model))
     if not layers:
         raise ValueError(f"{type(model).__name__} has no 4-bit layer: nothing to dequantise.")
     for name, layer in layers.items():
@@ -226,6 +212,8 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn
             parameter.data = parameter.data.to(dtype)
     if quantizer := getattr(model, "hf_quantizer", None):
         quantizer.remove_quantization_config(model)  # or saving it would say that it is 4-bit
+    elif isinstance(model, PreTrainedModel) and hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
     return model
 
 
@@ -251,7 +239,7 @@ def merge_requantized(model: nn.Module) -> nn.Module:
         base: Any = layer.base_layer
         state = base.weight.quant_state
         merged = dequantized(base).float() + layer.delta_weight()
-        _set_weight(base, merged.to(state.dtype), state.quant_type, state.nested)
+        set_weight(base, merged.to(state.dtype), state.quant_type, state.nested)
     return unload(model)
 
 
@@ -264,7 +252,8 @@ def merge_into(original: nn.Module, model: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: no adapter, an update that is not finite, or `original` lacks a layer or has it in another shape.
-        TypeError, RuntimeError: as `merge`, also where `original` shares a weight. Nothing has been changed then.
+        TypeError, RuntimeError: as `merge`, also where `original` shares a weight, or holds this update already. Nothing has
+        been changed then.
     """
     layers = adapter_layers(model)
     linears: dict[str, Any] = dict(original.named_modules())
@@ -284,34 +273,16 @@ def merge_into(original: nn.Module, model: nn.Module) -> nn.Module:
                 f"{name!r} shares its weight with {others[0]!r} in the original: ΔW would be written to both. "
                 "Give one of them a weight of its own (a copy) first."
             )
-        check_sum_finite(weight, layer.delta_weight().to(weight.device), name)
+        delta = layer.delta_weight().to(weight.device)
+        check_sum_finite(weight, delta, name)
+        check_not_held(weight, delta, name)
     for name, layer in layers.items():
-        weight = linears[name].weight
-        weight.copy_(weight.float() + layer.delta_weight().to(weight.device))
+        hold(linears[name].weight, layer.delta_weight())
     return original
 
 
 def _on_cpu(linear: nn.Linear) -> bool:
     return linear.weight.device.type == "cpu"
-
-
-def _layers_4bit(model: nn.Module) -> dict[str, Any]:
-    # Any: bitsandbytes gives its weights attributes that their types don't have
-    return {
-        name: module for name, module in model.named_modules() if isinstance(module, Linear4bit)
-    }
-
-
-def _set_weight(layer: Linear4bit, weight: Tensor, quant_type: str, double_quant: bool) -> None:
-    # Params4bit quantises when it is sent to a device, even if it is there already.
-    new: Any = Params4bit(
-        weight,
-        requires_grad=False,
-        quant_type=quant_type,
-        compress_statistics=double_quant,
-        module=layer,
-    )
-    layer.weight = new.to(weight.device)
 
 
 def _check_quant_type(quant_type: str) -> None:

@@ -83,3 +83,14 @@ def test_a_start_that_leaves_the_base_alone_is_plain_lora(tmp_path: Path, start:
     torch.testing.assert_close(
         logits(load_peft(qwen(), tmp_path)), logits(theirs), atol=1e-5, rtol=1e-5
     )
+
+
+def test_an_export_beside_an_adapter_does_not_hide_its_base(tmp_path: Path) -> None:
+    model = randomize(inject(qwen(), config()))
+    save_adapter(model, tmp_path)
+    export_peft(model, tmp_path)
+    other = qwen()
+    for parameter in other.parameters():
+        parameter.data.mul_(1.5)
+    with pytest.warns(UserWarning, match="not those that the adapter in"):
+        load_adapters(other, {"a": tmp_path})

@@ -1,6 +1,7 @@
 """`lora_course.qlora`: 4-bit models are loaded, protected, trained on and merged, and what is refused."""
 
 import copy
+from pathlib import Path
 
 import bitsandbytes as bnb
 import pytest
@@ -9,7 +10,7 @@ from bitsandbytes import functional as bnbf
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig
 from torch import Tensor, nn
-from transformers import Qwen2Config, Qwen2ForCausalLM, TrainingArguments
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM, TrainingArguments
 
 from lora_course import linears, qlora
 from lora_course.injection import adapter_layers, inject, injection_of, merge, unload, unmerge
@@ -410,6 +411,37 @@ def test_a_diverged_update_and_a_shared_weight_are_refused_before_anything_chang
     assert_same_bytes(before, base_bytes(model))
     assert len(adapter_layers(model)) == 21
     assert all(torch.equal(value, weights[key]) for key, value in original.state_dict().items())
+
+
+def test_an_update_is_merged_into_an_original_once() -> None:
+    original = tiny_qwen()
+    model = adapted(quantize_model(tiny_qwen()))
+    merge_into(original, model)
+    once = copy.deepcopy(original.state_dict())
+    with pytest.raises(RuntimeError, match="holds this update already"):
+        merge_into(original, model)
+    assert all(torch.equal(value, once[key]) for key, value in original.state_dict().items())
+    original.load_state_dict(tiny_qwen().state_dict())
+    merge_into(original, model)
+    assert all(torch.equal(value, once[key]) for key, value in original.state_dict().items())
+    merge_into(original, adapted(tiny_qwen(), size=0.2))  # another update
+
+
+@pytest.mark.parametrize("skip", [("lm_head",), ("down_proj", "q_proj")])
+def test_a_model_quantised_in_memory_is_saved_and_loaded(
+    tmp_path: Path, skip: tuple[str, ...]
+) -> None:
+    model = quantize_model(tiny_qwen(), skip=skip)
+    model.save_pretrained(tmp_path / "packed")
+    packed = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", device_map={"": "cpu"})
+    with torch.no_grad():
+        expected = model(input_ids=TOKENS).logits
+        assert torch.equal(protect(packed)(input_ids=TOKENS).logits, expected)
+    assert_same_bytes(base_bytes(model), base_bytes(packed))
+    dequantize_model(model).save_pretrained(tmp_path / "wide")
+    wide = AutoModelForCausalLM.from_pretrained(tmp_path / "wide")
+    with torch.no_grad():
+        assert torch.equal(wide(input_ids=TOKENS).logits, model(input_ids=TOKENS).logits)
 
 
 def test_optimizer_names_are_ones_that_transformers_knows() -> None:

@@ -29,6 +29,7 @@ GROUND = (
     "resumed",
     "runs",
     "linears",
+    "layers_4bit",
     "lora",
     "processes",
     "kept",

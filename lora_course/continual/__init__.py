@@ -19,12 +19,12 @@ from lora_course.continual.learning import (
     Task,
     learn,
     load_results,
-    mean_loss,
     metrics,
     score_task,
 )
 from lora_course.continual.memory import Interleaved, Reservoir, Rows
 from lora_course.continual.orthogonal import OrthogonalLoRALinear, overlap
+from lora_course.continual.scoring import mean_loss
 from lora_course.continual.strategies import Isolated, Orthogonal, Replay, Sequential, restart
 
 __all__ = [

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import math
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from transformers import PrinterCallback, TrainingArguments, default_data_collator
+from transformers import PrinterCallback, TrainingArguments
 
 from lora_course.continual.memory import Rows
+from lora_course.continual.scoring import mean_loss
 from lora_course.continual.strategies import Sequential
 from lora_course.descriptions import describe_adapter, describe_modules
 from lora_course.files import make_folder, read_json, replace_file
@@ -115,7 +114,7 @@ def learn(
             strategy.load(model, stages[: i + 1])
         for j in missing:
             with strategy.serving(model.eval(), j):
-                row[names[j]] = score_task(model, tasks[j])
+                row[names[j]] = score_task(model, tasks[j], trainer.get("data_collator"))
         with one_writer() as mine:
             if mine and missing:
                 _write_record(folder, record)
@@ -155,33 +154,13 @@ def metrics(matrix: Tensor, higher_is_better: bool = False) -> dict[str, float]:
     }
 
 
-def score_task(model: nn.Module, task: Task) -> float:
-    """The task's score of the model as it stands."""
-    return (
-        float(task.evaluate(model)) if callable(task.evaluate) else mean_loss(model, task.evaluate)
-    )
-
-
-@torch.no_grad()
-def mean_loss(model: nn.Module, rows: Rows, batch_size: int = 8) -> float:
-    """Mean −log p a token over `rows` of equal length, in nats; labels of −100 don't count, and without any other the
-    mean is NaN. Each module's mode is left as it was."""
-    modes = [(module, module.training) for module in model.modules()]
-    device = next(model.parameters()).device
-    model.eval()
-    total, tokens = 0.0, 0
-    found: Any = (
-        rows  # a DataLoader takes what has a length and an index, and its type says Dataset
-    )
-    for batch in DataLoader(found, batch_size, collate_fn=default_data_collator):
-        count = int((batch["labels"][:, 1:] != -100).sum())
-        batch = {name: value.to(device) for name, value in batch.items()}
-        if count:
-            total += model(**batch, use_cache=False).loss.item() * count
-            tokens += count
-    for module, training in modes:
-        module.training = training
-    return total / tokens if tokens else math.nan
+def score_task(
+    model: nn.Module, task: Task, data_collator: Callable[..., Any] | None = None
+) -> float:
+    """The task's score of the model as it stands. data_collator: as for `mean_loss`."""
+    if callable(task.evaluate):
+        return float(task.evaluate(model))
+    return mean_loss(model, task.evaluate, data_collator=data_collator)
 
 
 def _train_on(

@@ -10,11 +10,19 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from scipy.special import stdtrit
 
 MOST = 2**20  # relabellings that are counted one by one
+
+
+def check_finite(values: Iterable[float]) -> None:
+    """Raise ValueError for NaN or infinity: compared with anything NaN is false, so that a run that diverged would pass for a result."""
+    if wrong := [value for value in values if not math.isfinite(value)]:
+        raise ValueError(
+            f"{wrong[0]} is among the values: a run diverged. Say so, and leave its method or its rate out of what is compared."
+        )
 
 
 def differences(first: Sequence[float], second: Sequence[float]) -> list[float]:
@@ -31,11 +39,12 @@ def interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, 
     Student's quantile with n − 1 degrees of freedom.
 
     Raises:
-        ValueError: fewer than 2 values.
+        ValueError: fewer than 2 values, or one that is not finite.
     """
     n = len(values)
     if n < 2:
         raise ValueError(f"{n} values: an interval needs 2 or more of them")
+    check_finite(values)
     t = float(stdtrit(n - 1, (1 + confidence) / 2))
     mean, half = statistics.fmean(values), t * statistics.stdev(values) / math.sqrt(n)
     return mean, mean - half, mean + half
@@ -69,10 +78,11 @@ def chance(
     Five pairs have 32 ways: a rule that only the values as they are pass has chance 1/32, about 0.03; on either side 1/16.
 
     Raises:
-        ValueError: no values, or more than 20.
+        ValueError: no values, more than 20, or one that is not finite.
     """
     if not 1 <= len(values) <= 20:
         raise ValueError(f"{len(values)} values: signs are turned one by one for 1 to 20 of them")
+    check_finite(values)
     if holds is None:
         least = abs(math.fsum(values)) * (
             1 - 1e-12
@@ -94,7 +104,7 @@ def chance_of_labels(
     statistic: of two groups, large where they differ as claimed; by default the distance of their means.
 
     Raises:
-        ValueError: an empty group, or more than about a million ways.
+        ValueError: an empty group, more than about a million ways, or a value that is not finite.
     """
     if statistic is None:
         statistic = lambda a, b: abs(statistics.fmean(a) - statistics.fmean(b))  # noqa: E731
@@ -104,6 +114,7 @@ def chance_of_labels(
         raise ValueError(
             f"groups of {size} and {len(second)} can be dealt in {ways} ways: 1 to {MOST} are counted, with no group empty"
         )
+    check_finite(pool)
     seen = statistic(first, second)
     least, passed = seen - 1e-12 * abs(seen), 0
     for chosen in itertools.combinations(range(len(pool)), size):
@@ -115,7 +126,11 @@ def chance_of_labels(
 
 
 def pareto(points: Mapping[str, tuple[float, float]]) -> list[str]:
-    """The names of the points that no other point beats: none is as low or lower in both and lower in one. By the first number."""
+    """The names of the points that no other point beats: none is as low or lower in both and lower in one. By the first number.
+
+    Raises ValueError for a number that is not finite.
+    """
+    check_finite(itertools.chain(*points.values()))
 
     def beaten(name: str) -> bool:
         x, y = points[name]

@@ -2,11 +2,9 @@
 
 import functools
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 
-import datasets
 import pytest
 import torch
 from torch import Tensor, nn
@@ -57,29 +55,6 @@ def test_metrics_are_gems_and_their_signs_say_better_or_worse() -> None:
 def test_metrics_refuse_what_is_no_full_matrix(matrix: Tensor) -> None:
     with pytest.raises(ValueError, match=r"\[T \+ 1, T\]"):
         metrics(matrix)
-
-
-def test_mean_loss_is_by_token_and_leaves_the_mode() -> None:
-    model, data = qwen().train(), rows(0, 11)
-    masked = [dict(row) for row in data]
-    masked[0] = {
-        **masked[0],
-        "labels": torch.cat([torch.full((6,), -100), masked[0]["labels"][6:]]),
-    }
-    logits = model.eval()(input_ids=torch.stack([row["input_ids"] for row in masked])).logits[
-        :, :-1
-    ]
-    labels = torch.stack([row["labels"] for row in masked])[:, 1:]
-    expected = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
-    for training in (True, False):
-        assert mean_loss(model.train(training), masked, batch_size=4) == pytest.approx(
-            expected.item(), rel=1e-5
-        )
-        assert model.training is training
-    model.train().model.layers[0].eval()  # a part that is frozen, dropout and all
-    modes = [module.training for module in model.modules()]
-    mean_loss(model, masked)
-    assert [module.training for module in model.modules()] == modes
 
 
 def test_the_row_before_any_task_is_the_base(tmp_path: Path) -> None:
@@ -355,17 +330,3 @@ def test_a_record_without_test_rows_and_a_score_with_an_address_in_it_go_on(tmp_
     path.write_text(json.dumps(record))
     changed = [Task("task 0", rows(0), rows(0, 8, seed=2)), first[1]]
     assert torch.equal(learn(injected(), changed, Sequential(), args).matrix, expected)
-
-
-def test_a_batch_or_all_rows_without_a_label_do_not_make_the_mean_of_the_others_nan() -> None:
-    ids = rows(0, 4)["input_ids"][:]
-    labels = ids.clone()
-    labels[2:] = -100
-    some = datasets.Dataset.from_dict({"input_ids": ids.numpy(), "labels": labels.numpy()})
-    scored = datasets.Dataset.from_dict({"input_ids": ids[:2].numpy(), "labels": ids[:2].numpy()})
-    model = decided()
-    assert mean_loss(model, some, batch_size=2) == pytest.approx(mean_loss(model, scored))
-    none = datasets.Dataset.from_dict(
-        {"input_ids": ids.numpy(), "labels": torch.full_like(ids, -100).numpy()}
-    )
-    assert math.isnan(mean_loss(model, none))

@@ -100,3 +100,19 @@ def test_the_front_holds_what_nothing_beats() -> None:
         "a": (1.0, 5.0), "b": (2.0, 3.0), "c": (2.0, 4.0), "d": (3.0, 3.0), "e": (4.0, 1.0), "f": (4.5, 1.5), "g": (2.0, 3.0),
     }  # fmt: skip
     assert pareto(points) == ["a", "b", "g", "e"]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_run_that_diverged_is_no_result(bad: float) -> None:
+    values = [bad, -0.1, 0.2, -0.3, 0.1]
+    for said in (
+        lambda: interval(values),
+        lambda: verdict(values),
+        lambda: equivalent(values, 1.0),
+        lambda: chance(values),
+        lambda: chance(values, lambda differences: max(differences) < 0),
+        lambda: chance_of_labels(values, [1.0, 2.0]),
+        lambda: pareto({"diverged": (1.0, bad), "lora": (1.0, 1.0)}),
+    ):
+        with pytest.raises(ValueError, match="among the values: a run diverged"):
+            said()
