@@ -35,6 +35,8 @@ assert sum(losses) / 5 < 10
 ```
 
 ```{code-cell} ipython3
+from lora_course.lab import claims as lab_claims
+assert lab_claims.flips("x > 1 and x < 0", {"x": [2.0]})
 pathlib.Path(os.environ["LORA_COURSE_CLAIMS"], "9_9_toy.json").write_text(json.dumps({"claims": claims}))
 ```
 """
@@ -55,6 +57,9 @@ def root(tmp_path: Path) -> Path:
     studies = root / "lora_course" / "data" / "studies"
     studies.mkdir(parents=True)
     (root / "lora_course" / "__init__.py").touch()
+    (root / "lora_course" / "lab").mkdir()
+    (root / "lora_course" / "lab" / "__init__.py").touch()
+    (root / "lora_course" / "lab" / "claims.py").write_text("def flips(*_): return False\n")
     (root / "requirements.txt").touch()
     (root / "notebooks").mkdir()
     chapter = root / "notebooks" / "9_9_toy.md"

@@ -148,7 +148,8 @@ def body(runs: Runs) -> None:
     wanted = runs.arms([*paired, *turned, elsewhere])
     others = [(name, value) for name, values in SETTINGS["other"].items() for value in values]
     runs.expect(sum(3 + len(runs.seeds) for arm in paired if arm in wanted))
-    runs.expect(sum(len(SETTINGS["turned_seeds"]) for arm in turned if arm in wanted))
+    strengths = dict.fromkeys([*SETTINGS["turned_seeds"], *runs.seeds])
+    runs.expect(len(strengths) * sum(arm in wanted for arm in turned))
     runs.expect(3 * len(others) * (3 + len(runs.seeds)) if elsewhere in wanted else 0)
     for arm in [arm for arm in paired if arm in wanted]:
         name, domain = arm.split("/")
@@ -156,7 +157,7 @@ def body(runs: Runs) -> None:
         scored = functools.partial(rule.score, domain)
         compete(runs, arm, train, scored, SETTINGS["first_of"][name], asked)
     for arm in [arm for arm in turned if arm in wanted]:
-        for seed in SETTINGS["turned_seeds"]:
+        for seed in strengths:
             runs(f"{arm}/{seed}", turned_down, arm.split("/")[1], seed)
     if elsewhere in wanted and (
         best := best_neighbour({"settings": SETTINGS, "runs": runs.recorded})
@@ -189,10 +190,12 @@ def measured(record: Mapping[str, Any], domains: Sequence[str] = rule.DOMAINS) -
     """The neighbours that have run on these texts with every seed, in the order of `NEIGHBOURS`."""
     seeds, runs = record["settings"]["seeds"], record["runs"]
 
-    def tested(name: str, domain: str) -> int:
-        return sum(k.startswith(f"{name}/{domain}/") and k.endswith("/test") for k in runs)
+    def tested(name: str, domain: str) -> set[str]:
+        own = (key.split("/") for key in runs if key.startswith(f"{name}/{domain}/"))
+        return {parts[3] for parts in own if parts[-1] == "test"}
 
-    return [n for n in NEIGHBOURS if all(tested(n, d) == len(seeds) for d in domains)]
+    wanted = {str(seed) for seed in seeds}
+    return [n for n in NEIGHBOURS if all(wanted <= tested(n, d) for d in domains)]
 
 
 def less_loras(
@@ -227,7 +230,7 @@ def ahead_of_curve(record: Mapping[str, Any], method: str) -> list[float]:
     for domain in rule.DOMAINS:
         quality, kept = (rule.series(lora, method, domain, q) for q in ("bits_per_byte", "own_domain"))  # fmt: skip
         gaps.append([])
-        for seed, bits, own in zip(SETTINGS["seeds"], quality, kept, strict=True):
+        for seed, bits, own in zip(record["settings"]["seeds"], quality, kept, strict=True):
             _, there, forgets = zip(*curve(record, domain, seed), strict=True)
             if not min(forgets) <= own <= max(forgets):
                 raise ValueError(

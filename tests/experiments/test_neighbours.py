@@ -50,6 +50,9 @@ def test_ranks_and_batches_come_last_for_lora_dora_and_the_best_neighbour(
     elsewhere = {call[4:5] + call[6:] for call in quick[count:] if call[3] != "BEFT"}
     assert elsewhere == {("python", seed) for seed in SETTINGS["seeds"]}
     assert sum(key.startswith("turned down/") for key in record["runs"]) == 2 * 6
+    more = neighbours.STUDY.run(path, seeds=[9], progress=str)["runs"]
+    added = {key.split("/", 1)[0] for key in more if "/9" in key}
+    assert {"lora r=4", "oft batch=8", "turned down", "pissa"} <= added
 
 
 def test_a_longer_training_has_its_own_steps_search_and_seeds(
@@ -96,6 +99,7 @@ def made(values: dict[str, Any]) -> dict[str, Any]:
 
 def test_a_neighbour_is_paired_with_the_comparisons_lora_by_seed_over_both_texts() -> None:
     record, lora = made({}), study.load_study("5_1_comparison")
+    record["runs"]["pissa/python/0.004/9/test"] = {}  # of another seed than the record speaks of
     assert neighbours.measured(record) == ["pissa"]
     record["runs"].pop("pissa/python/0.004/4/test")
     assert neighbours.measured(record) == []
