@@ -79,12 +79,12 @@ QUESTIONS: dict[str, Question] = {
         {"lora": ["lora"], "stages": ["progressive"]}, _lower("lora", "stages"), "one LoRA of rank 8", "two stages of rank 4",
     ),
     "3.1-s": Question(
-        "3.1-g", PAST, "Grown ranks end lower than uniform ones at equal parameters, with every seed.",
+        "3.1-g", PAST, "Grown ranks end lower than uniform ones of equal sum, with every seed.",
         {"grown": ["adaptive"], "uniform": ["lora"]}, _lower("grown", "uniform"), "grown ranks", "rank 8",
     ),
     "3.2-s": Question(
         "3.2-b", SEVERAL, "A student taught by the specialists ends lower than one trained on the same rows alone, with every seed.",
-        {"taught": ["distilled"], "alone": ["student"]}, _lower("taught", "alone"), "taught by two adapters", "alone",
+        {"taught": ["distilled"], "alone": ["student"]}, _lower("taught", "alone"), "taught by two adapters (more text)", "alone",
     ),
     "3.3-s": Question(
         "3.3-e", SEVERAL, "After two tasks in a row replay ends with a better mean than training on and on, with every seed.",
@@ -227,7 +227,7 @@ def answer(claims: Claims, *ids: str) -> list[tuple[str, str, str]]:
     for id in ids:
         question, waiting = QUESTIONS[id], missing(id)
         asked = (
-            f"On SmolLM2, a chat model of 135M, not nano, that learns {LEARNT[question.study]}: "
+            f"On SmolLM2, a chat model of 135M that learns {LEARNT[question.study]}: "
             f"{html.escape(question.first)} or {html.escape(question.second)}?"
         )
         if waiting:

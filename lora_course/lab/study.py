@@ -97,7 +97,7 @@ def provenance(record: Mapping[str, Any]) -> str:
         return f"{again} DID NOT HOLD."
     if not largest[nearest]:
         return f"{again} came out the same."
-    field = nearest.replace("_per_", " a ").replace("_", " ")
+    field = nearest.replace("_per_", " a ").replace("_", " ").replace("ACC", "mean score")
     return f"{again} differs by {largest[nearest]:.2g} in {field} ({within[nearest]:g} allowed)."
 
 

@@ -58,7 +58,7 @@ def test_a_row_says_which_is_ahead_and_whether_the_verdict_is_nanos(record: Path
         (row,) = answer(claims, "5.1-s")
         assert re.match(rf"{said} \(<a href=.*5\.1-c</a>; here <a href=.*5\.1-s</a>\)$", row[2])
         assert row[1] == (
-            "With each of 2 seeds DoRA: 0.055 bits an answer token lower (0.050 to 0.060; training gained 4.0). "
+            "Lower with all 2 seeds: DoRA, by 0.055 bits an answer token (0.050 to 0.060; training gained 4.0). "
             "60% against 50% of unseen verbs right."
         )
         assert claims.claims[-1].holds and claims.claims[-1].evidence == "smol"
@@ -68,7 +68,7 @@ def test_a_row_says_which_is_ahead_and_whether_the_verdict_is_nanos(record: Path
     ):  # lower with one seed of two
         (row,) = answer(with_nano(holds, "1.2-s"), "1.2-s")
         assert row[2].startswith(f"{said} (") and row[1].startswith(
-            "No difference shown: AdaLoRA on average of 2 seeds 0.000 bits an answer token lower (-0.050 to +0.050; training"
+            "No difference shown: AdaLoRA 0.000 bits an answer token lower (2 seeds: -0.050 to +0.050; training"
         )
 
 
@@ -93,7 +93,7 @@ def test_a_row_names_the_second_where_that_is_lower_and_says_by_how_much(record:
     path.write_text(json.dumps(text))
     (row,) = answer(with_nano(True, "5.1-s"), "5.1-s")
     assert row[2].startswith("<b>unlike nano</b>: DoRA ahead on nano (") and row[1].startswith(
-        "With each of 2 seeds LoRA: 0.145 bits an answer token lower (0.140 to 0.150; training"
+        "Lower with all 2 seeds: LoRA, by 0.145 bits an answer token (0.140 to 0.150; training"
     )
 
 
@@ -159,7 +159,7 @@ def test_values_inside_a_run_are_averaged_seed_by_seed(record: Path) -> None:
     claims = with_nano(False, "4.2-s")
     (row,) = answer(claims, "4.2-s")
     assert row[2].startswith("on nano not with every seed; there by truncation (")
-    assert row[1].startswith("With each of 2 seeds nested (Matryoshka): 0.083 bits")
+    assert row[1].startswith("Lower with all 2 seeds: nested (Matryoshka), by 0.083 bits")
     assert claims.claims[-1].values["svd"] == pytest.approx([0.4, 0.5])
 
 

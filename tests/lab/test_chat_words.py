@@ -9,9 +9,9 @@ from lora_course.lab.chat_words import BOTH, compared, held_against
 @pytest.mark.parametrize(
     ("apart", "said"),
     [
-        ([-0.2, 0.1], "No difference shown: a on average of 2 seeds 0.050 bits an answer token lower (-0.200 to +0.100; training gained 3.0)."),
-        ([-0.2, -0.1], "With each of 2 seeds a: 0.150 bits an answer token lower (0.100 to 0.200; training gained 3.0)."),
-        ([0.2, 0.1], "With each of 2 seeds b: 0.150 bits an answer token lower (0.100 to 0.200; training gained 3.0)."),
+        ([-0.2, 0.1], "No difference shown: a 0.050 bits an answer token lower (2 seeds: -0.200 to +0.100; training gained 3.0)."),
+        ([-0.2, -0.1], "Lower with all 2 seeds: a, by 0.150 bits an answer token (0.100 to 0.200; training gained 3.0)."),
+        ([0.2, 0.1], "Lower with all 2 seeds: b, by 0.150 bits an answer token (0.100 to 0.200; training gained 3.0)."),
     ],
 )  # fmt: skip
 def test_the_lower_one_is_named_if_each_seed_agrees(apart: list[float], said: str) -> None:
@@ -21,7 +21,7 @@ def test_the_lower_one_is_named_if_each_seed_agrees(apart: list[float], said: st
 @pytest.mark.parametrize(
     ("id", "said"),
     [
-        ("0.1-s", ["nor within the margin on nano", "on nano the margin is exceeded", "<b>unlike nano</b>: within the margin on nano"]),
+        ("0.1-s", ["the claim fails on nano too", "on nano the claim fails", "<b>unlike nano</b>: the claim holds on nano"]),
         ("3.1-s", ["grown ranks: not ahead on nano either", "on nano not with every seed", "<b>unlike nano</b>: grown ranks ahead on nano"]),
     ],
 )  # fmt: skip
