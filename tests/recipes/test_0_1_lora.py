@@ -22,6 +22,8 @@ TEMPLATE = (
 ROW = 128  # tokens: holds a chat below, and not one that is to be too long
 OURS = "from lora_course import AdapterTrainer"
 PEFT, PLAIN = "from peft import PeftModel, get_peft_model", "from lora_course import lab\n"
+RUNS = "[(16, 1e-4, 0), (16, 2e-4, 0), (16, 4e-4, 0)]"  # rank, rate, seed
+MIDDLE = "[(16, 2e-4, 0)]"
 SMALL_GPU = re.compile(r"^( +)# ((?:[a-z_]+=\w+,\s?){2})$", re.MULTILINE)
 
 
@@ -36,8 +38,8 @@ def parts(steps: int) -> tuple[str, str, str, str]:
 
 def for_a_small_gpu(code: str) -> str:
     """The same lines at the middle rate, with the arguments for a small GPU, which stand there as comments."""
-    uncommented, count = SMALL_GPU.subn(r"\1\2", code.replace("(1e-4, 2e-4, 4e-4)", "(2e-4,)"))
-    assert count == 2 and "(2e-4,)" in uncommented
+    uncommented, count = SMALL_GPU.subn(r"\1\2", code.replace(RUNS, MIDDLE))
+    assert count == 2 and MIDDLE in uncommented
     return re.sub('"(runs|adapters|merged)', r'"small/\1', uncommented)
 
 
@@ -74,8 +76,13 @@ def test_0_1_trains_an_adapter_that_peft_loads_and_merges_it_into_a_plain_model(
     losses = given["losses"]
     assert len(set(losses.values())) == 3  # each rate trained from the base, on its own
     kept_runs = {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*.safetensors")}
-    exec(code.replace("4e-4)", "4e-4, 8e-4)"), given)  # one more rate, as the text says
-    assert given["losses"] == losses | {"r16-0.0008-0": given["losses"]["r16-0.0008-0"]}
+    more = code.replace(
+        "(16, 4e-4, 0)", "(16, 4e-4, 0), (16, 8e-4, 0), (16, 2e-4, 1), (64, 1e-4, 0)"
+    )
+    exec(more, given)  # a rate, a seed and a rank more, as the text says
+    added = ["r16-0.0008-0", "r16-0.0002-1", "r64-0.0001-0"]
+    assert given["losses"] == losses | {run: given["losses"][run] for run in added}
+    assert len(set(given["losses"].values())) == 6
     assert all(path.stat().st_mtime_ns == before for path, before in kept_runs.items())
     losses = given["losses"]
     ids = lab.blocks(tokenizer, lab.load_text("glosses", "test"), 32)[:4]["input_ids"]
@@ -89,6 +96,8 @@ def test_0_1_trains_an_adapter_that_peft_loads_and_merges_it_into_a_plain_model(
     # two steps move the logits a hundred times as far as fp32 rounds them
     assert (adapted - before).abs().max() > 0.01
     torch.testing.assert_close(merged, adapted, atol=1e-4, rtol=1e-4)
+    with pytest.raises(NameError, match="'model'"):  # it is merged: a run on it is none on the base
+        exec(ours, given)
 
 
 def pairs(count: int) -> list[tuple[str, str]]:
@@ -156,6 +165,6 @@ def test_0_1_trains_on_chats_here_and_with_peft_alone(
     assert (adapted - before).abs().max() > 2e-3  # twenty times what is allowed below
     torch.testing.assert_close(merged, adapted, atol=1e-4, rtol=1e-4)
 
-    exec(on_cpu.replace("bf16=True, ", "").replace("(1e-4, 2e-4, 4e-4)", "(2e-4,)"), given)
+    exec(on_cpu.replace("bf16=True, ", "").replace(RUNS, MIDDLE), given)
     exec(for_a_small_gpu(on_cpu.replace("bf16=True, ", "")), given)
     assert apart("adapters/peft-r16-0.0002-0", "small/adapters/peft-r16-0.0002-0") < 0.1

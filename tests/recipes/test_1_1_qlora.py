@@ -1,5 +1,6 @@
 """The recipe of chapter 1.1."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from lora_course import lab, qlora
 from lora_course.injection import adapter_layers
 from tests.recipes import opening, recipe, small
+from tests.recipes.test_0_1_lora import TEMPLATE
 
 
 @pytest.mark.slow
@@ -39,10 +41,16 @@ def test_1_1_trains_on_four_bits_and_exports_what_peft_loads_on_the_same_base(
         2 < min(losses.values()) <= max(losses.values()) < math.log(4096)
     )  # of chance over nano's vocabulary
     assert given["best"] == min(losses, key=losses.get)
-    mine, best = (
-        folder / name / "adapter_model.safetensors" for name in ("mine", f"qlora-{given['best']}-0")
-    )
+    mine, best = (folder / name / "adapter_model.safetensors" for name in ("mine", given["best"]))
     assert mine.read_bytes() == best.read_bytes()
+    config = json.loads((folder / "mine" / "adapter_config.json").read_text())
+    assert config["task_type"] == "CAUSAL_LM"
+
+    lines = recipe("0_1_lora")  # those that try the result, as the text says
+    lines = lines[lines.index("asked = tokenizer") : lines.index('export_peft(model, "adapters/mine")')]  # fmt: skip
+    given["tokenizer"].chat_template, given["pairs"] = TEMPLATE, [("Who is there?", "A friend.")]
+    exec(lines, given)
+    assert "<user>Who is there?\n<assistant>" in capsys.readouterr().out
 
     base = qlora.load_4bit(lab.base_path("nano"))
     served = PeftModel.from_pretrained(base, tmp_path / "adapters" / "mine")

@@ -8,7 +8,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from lora_course import adalora, lab
-from tests.recipes import LARGE, opening, recipe
+from tests.recipes import LARGE, opening, recipe, small
+from tests.recipes.test_0_1_lora import OURS, ROW, TEMPLATE, pairs
 
 
 @pytest.mark.slow
@@ -54,3 +55,37 @@ def test_1_2_meets_its_budget_and_exports_plain_lora_of_one_rank(
     assert given["trainer"].state.global_step == 4 and given["how"].gradient_accumulation_steps == 8
     assert given["model"].is_gradient_checkpointing
     assert sum(adalora.kept_triplets(given["model"]).values()) == 8 * 28
+
+
+@pytest.mark.slow
+def test_1_2_trains_on_the_chats_of_chapter_0_1_and_scores_the_held_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model, tokenizer = lab.load_base("nano")
+    model.save_pretrained("nano")
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained("nano")
+    chats = small(recipe("0_1_lora"), 4, ROW).split(OURS)[0]
+    code = recipe("1_2_adalora").replace(LARGE, '"nano"').replace("1000", "12")
+    for (
+        pattern,
+        new,
+    ) in (  # what the text says: 0.1's rows and held_out without its model, and another score
+        (r"^rows = .*\n", ""),
+        (r"train_dataset=rows", "train_dataset=rows, eval_dataset=held_out"),
+        (r"^score = .*$", 'score = trainer.evaluate()["eval_loss"]'),
+        (r'"deltaT": 10', '"deltaT": 2'),  # of 12 steps
+    ):
+        code, count = re.subn(pattern, new, code, flags=re.MULTILINE)
+        assert count == 1
+    chats, count = re.subn(r"^model = .*\n", "", chats.replace(str(lab.base_path("nano")), "nano"), flags=re.MULTILINE)  # fmt: skip
+    assert count == 1
+    given = {"pairs": pairs(50)}
+    exec(chats, given)
+    assert "model" not in given
+    exec(code, given)
+    assert 0 < given["score"] < 12  # nats a token; chance over nano's vocabulary is 8.3
+    assert len(given["held_out"]) == 20
+    assert sum(adalora.kept_triplets(given["model"]).values()) == 8 * 28
+    assert Path("adapters/mine-0.0008/adapter_model.safetensors").is_file()
