@@ -1,8 +1,9 @@
 """The claims that chapters turn on, on a chat model of 135M parameters: one adapter learns the past of English verbs.
 
-Every method has as many parameters as LoRA of rank 8 on all linear layers, its scale, the same rows in the same order, and its
-own search for the rate on validation words, by bits an answer token. The chosen rate gets every seed, and its models write the
-past of test verbs, greedily. "lora" is also cut by SVD and rounded after training: what "nested" and "factors" are held against.
+Every method has the size of LoRA of rank 8 on all linear layers, its scale, the same rows in the same order, and its own search
+for the rate on validation words, by bits an answer token. Those that choose ranks ("adalora", "gates", "adaptive") end near that sum
+of ranks, so their parameters depend on the places ("adaptive" ends with fewer); "dora" has its magnitudes on top; "lora-2" is
+smaller. The chosen rate gets every seed, and its models write the past of test verbs, greedily. "lora" is also cut by SVD and rounded after training: what "nested" and "factors" are held against.
 """
 
 from __future__ import annotations

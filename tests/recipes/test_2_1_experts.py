@@ -1,11 +1,13 @@
 """The recipe of chapter 2.1."""
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerBase
 
 from lora_course import experts, lab, load_adapter
 from lora_course.export import export_peft
@@ -23,17 +25,12 @@ def test_2_1_averages_three_folders_of_peft_and_routes_them_at_the_best_of_three
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    base, tokenizer = lab.load_base("nano")
-    base.save_pretrained("nano")  # in fp32, so that scores compare; its own file is in 16 bits
-    tokenizer.save_pretrained("nano")
-    for seed, name in enumerate((*KINDS, "one")):
-        export_peft(randomize(inject(base, config(r=2 + seed)), seed), f"adapters/{name}")
-        unload(base)
+    tokenizer = _folders()
     given = {"mixed": lab.excerpt(lab.load_text("bible", "train"), 20_000)} | {
         split: {kind: lab.excerpt(lab.load_text(d, split), 600) for kind, d in KINDS.items()}
         for split in ("validation", "test")
     }
-    code = small(recipe("2_1_experts"), steps=2).replace(str(lab.base_path("nano")), "nano")
+    code = _recipe()
     exec(code, given)
     model, found, tried, parts = (given[name] for name in ("model", "found", "tried", "parts"))
     assert experts.expert_state(model, 2).keys() and len(adapter_layers(model)) == 28
@@ -60,6 +57,62 @@ def test_2_1_averages_three_folders_of_peft_and_routes_them_at_the_best_of_three
     exec(code.replace("0.2)", "0.2, 0.5)"), given)  # one more rate, as the text says
     assert given["tried"] == tried | {0.5: given["tried"][0.5]}
     assert kept and all(path.stat().st_mtime_ns == before for path, before in kept.items())
+
+
+@pytest.mark.slow
+def test_2_1_takes_rows_of_chats_and_scores_their_answers_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tokenizer = _folders()
+    code = _recipe()
+    code, blocks = re.subn(r"rows = lab.*# for chats: ", "", code)
+    code, lines = re.subn(r"# (score = |return )", r"\1", code)
+    assert (blocks, lines) == (1, 2)
+
+    def chats(split: str, domain: str) -> list[dict[str, list[int]]]:
+        rows = lab.blocks(tokenizer, lab.load_text(domain, split)[:9], 64)[:3]["input_ids"].tolist()
+        asked = [-100] * 40
+        return [
+            {"input_ids": ids, "attention_mask": [1] * 64, "labels": asked + ids[40:]}
+            for ids in rows
+        ]
+
+    given: dict = {"mixed": [row for d in KINDS.values() for row in chats("train", d)]} | {
+        split: {kind: chats(split, d) for kind, d in KINDS.items()}
+        for split in ("validation", "test")
+    }
+    exec(code, given)
+    found, tried = given["found"], given["tried"]
+    # nats an answer token: of an adapter in PEFT, and of the router as it was saved
+    adapted = PeftModel.from_pretrained(lab.load_base("nano")[0], "adapters/one").eval()
+    assert found["one"]["code"] == pytest.approx(_loss(adapted, given["test"]["code"]), abs=1e-3)
+    best = f"adapters/router-{min(tried, key=tried.get)}"
+    routed = load_adapter(lab.load_base("nano")[0], best).eval()
+    assert found["router"]["law"] == pytest.approx(_loss(routed, given["test"]["law"]), abs=1e-3)
+    assert set(found) == {*KINDS, "average", "one", "router"} and len(set(tried.values())) == 3
+
+
+@torch.no_grad()
+def _loss(model: torch.nn.Module, rows: list[dict[str, list[int]]]) -> float:
+    return model(
+        **{name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
+    ).loss.item()
+
+
+def _recipe() -> str:
+    return small(recipe("2_1_experts"), steps=2).replace(str(lab.base_path("nano")), "nano")
+
+
+def _folders() -> PreTrainedTokenizerBase:
+    """The base and four adapters, where the recipe looks for them; returns the base's tokenizer."""
+    base, tokenizer = lab.load_base("nano")
+    base.save_pretrained("nano")  # in fp32, so that scores compare; its own file is in 16 bits
+    tokenizer.save_pretrained("nano")
+    for seed, name in enumerate((*KINDS, "one")):
+        export_peft(randomize(inject(base, config(r=2 + seed)), seed), f"adapters/{name}")
+        unload(base)
+    return tokenizer
 
 
 def _routers(folder: Path) -> torch.Tensor:

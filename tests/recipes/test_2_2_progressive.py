@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
-from lora_course import lab
+from lora_course import lab, load_adapter
 from lora_course.injection import adapter_layers
 from lora_course.progressive import load_stage
 from tests.recipes import LARGE, opening, recipe
@@ -20,14 +21,7 @@ def test_2_2_adds_stages_to_two_that_stay_as_they_were_and_exports_their_sum(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    code = recipe("2_2_progressive")
-    assert LARGE in code and code.count("300") == 2 and code.count("512") == 1
-    for large, small_one in (
-        (LARGE, repr(str(lab.base_path("nano")))),
-        ("300", "3"),
-        ("512", "64"),
-    ):
-        code = code.replace(large, small_one)
+    code = _recipe()
     texts = lab.load_text("bible", "train")
     months = {
         name: texts[20 * i : 20 * i + 20] for i, name in enumerate(("january", "february", "march"))
@@ -64,3 +58,49 @@ def test_2_2_adds_stages_to_two_that_stay_as_they_were_and_exports_their_sum(
         assert all(B.any() for _, B in layer.stages()[:-1])
     written = load_file("adapters/year/adapter_model.safetensors")
     assert {len(w) for name, w in written.items() if "lora_A" in name} == {48}
+
+
+@pytest.mark.slow
+def test_2_2_takes_rows_of_chats_and_scores_their_answers_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = _recipe()
+    code, replaced = re.subn(r"rows = \[lab.*\n# for chats instead: ", "", code)
+    code, scored_bytes = re.subn(r"    bits = .*lab\.bits_per_byte.*\n", "", code)
+    code, lines = re.subn(r"# (nats = |bits = )", r"\1", code)
+    assert (replaced, scored_bytes, lines) == (1, 1, 2)
+    tokenizer = lab.load_base("nano")[1]
+    ids = lab.blocks(tokenizer, lab.load_text("bible", "train")[:20], 64)[:9]["input_ids"]
+    chats = [
+        {"input_ids": row, "attention_mask": [1] * 64, "labels": [-100] * 40 + row[40:]}
+        for row in ids.tolist()
+    ]
+    names = ("january", "february", "march")
+    months = {name: chats[3 * i : 3 * i + 2] for i, name in enumerate(names)}
+    held_out = {name: chats[3 * i + 2 : 3 * i + 3] for i, name in enumerate(names)}
+    exec(code, given := {"months": months, "held_out": held_out})
+    assert given["rows"] == list(months.values())
+    # nats an answer token: the last folder of the one LoRA, read anew
+    scored = re.findall(r"^(one LoRA|stages) (\d) (\{.*\})$", capsys.readouterr().out, re.MULTILINE)
+    found = {(way, int(month)): ast.literal_eval(nats) for way, month, nats in scored}
+    assert len(found) == 6
+    base = AutoModelForCausalLM.from_pretrained(lab.base_path("nano"), dtype="auto")  # in 16 bits
+    model = load_adapter(base, "adapters/one-2").eval()
+    for name, rows in held_out.items():
+        with torch.no_grad():
+            batch = {key: torch.tensor([row[key] for row in rows]) for key in rows[0]}
+            loss = model(**batch).loss.item()
+        assert found["one LoRA", 2][name] == pytest.approx(loss, abs=2e-3)
+
+
+def _recipe() -> str:
+    code = recipe("2_2_progressive")
+    assert LARGE in code and code.count("300") == 2 and code.count("512") == 1
+    for large, small_one in (
+        (LARGE, repr(str(lab.base_path("nano")))),
+        ("300", "3"),
+        ("512", "64"),
+    ):
+        code = code.replace(large, small_one)
+    return code
