@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from transformers import Trainer
 
-from lora_course import distillation, lab, qlora
+from lora_course import continual, distillation, lab, qlora
 from lora_course.export import export_peft
 from lora_course.folders import read_factors
 from lora_course.injection import adapter_layers, inject, unload
@@ -38,8 +38,8 @@ def test_3_2_a_model_teaches_a_small_one_and_folders_teach_one_adapter(
     both = recipe("3_2_distillation") + recipe("3_2_distillation", "Several adapters", "The sketch")
     code = small(both, steps=2)
     assert SMALL_STUDENT in code
-    assert "range(3)" in code
-    code = code.replace("range(3)", "range(2)")  # two seeds differ as three do
+    assert "range(5)" in code
+    code = code.replace("range(5)", "range(2)")  # two seeds differ as five do
     exec(code.replace(SMALL_STUDENT, repr(str(lab.base_path("nano")))), given)
 
     teacher, alone, student, one = (
@@ -75,6 +75,14 @@ def test_3_2_a_model_teaches_a_small_one_and_folders_teach_one_adapter(
     page = (ROOT / "notebooks" / "3_2_distillation.md").read_text()
     first, second = (read_factors(f"adapters/alone-{seed}") for seed in range(2))
     assert not any(torch.equal(first[k], second[k]) for k in first if k.endswith(".A"))
+
+    # chats are scored by their answers alone
+    (line,) = re.findall(r"`(continual\.mean_loss\(.*?)`", page)
+    unseen = [{"input_ids": [3, 4, 5, 6], "labels": [-100, -100, 5, -100]}]
+    scored = eval(line, given | {"continual": continual, "unseen": unseen})
+    with torch.no_grad():
+        logits = given["model"](torch.tensor([[3, 4, 5, 6]])).logits[0, 1].float()
+    assert scored == pytest.approx(-logits.log_softmax(-1)[5].item(), abs=1e-4)
 
     # alone for longer: as many steps as it says
     (line,) = re.findall(r"`(longer = with_lora\(.*?)`", page)

@@ -50,7 +50,7 @@ def test_3_3_learns_two_tasks_in_turn_and_merges_two_folders_of_peft(
         "old_test": milton.select(range(2)),
         "new": Task("shakespeare", shakespeare, shakespeare.select(range(2))),
     }
-    both = recipe("3_3_continual", "Part 2", "The sketch") + recipe("3_3_continual")
+    both = recipe("3_3_continual", "Part 2", "Check it") + recipe("3_3_continual")
     code = small(both, steps=2).replace(str(lab.base_path("nano")), "nano")
     exec(code, given)
     matrix = load_results("runs/tasks").matrix
@@ -88,10 +88,17 @@ def test_3_3_learns_two_tasks_in_turn_and_merges_two_folders_of_peft(
     assert given["bits"]["base"]["code"] == pytest.approx(scored, abs=1e-4)
     assert len({row["code"] for row in given["bits"].values()}) == len(given["bits"]) == 6
 
+    # chats are scored by their answers alone
+    page = (ROOT / "notebooks" / "3_3_continual.md").read_text()
+    (line,) = re.findall(r"`(continual\.mean_loss\(model, unseen.*?)`", page)
+    unseen = {"code": [{"input_ids": [3, 4, 5, 6], "labels": [-100, -100, 5, -100]}]}
+    scored = eval(line, given | {"unseen": unseen, "t": "code"})
+    with torch.no_grad():
+        logits = model(torch.tensor([[3, 4, 5, 6]])).logits[0, 1].float()
+    assert scored == pytest.approx(-logits.log_softmax(-1)[5].item(), abs=1e-4)
+
     # the line for TIES: its weights are λ, its cut is to the recipe's rank
-    (line,) = re.findall(
-        r"`(tried\[f\"ties-.*?\.state)`", (ROOT / "notebooks" / "3_3_continual.md").read_text()
-    )
+    (line,) = re.findall(r"`(tried\[f\"ties-.*?\.state)`", page)
     exec(line, given | {"ties": ties, "weight": 0.5})
     expected = ties(parts, 16, 0.2, [0.5, 0.5]).state
     assert relative_error(given["tried"]["ties-0.5"], expected) < 1e-6
