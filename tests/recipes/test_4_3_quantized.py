@@ -116,7 +116,7 @@ def test_4_3_chats_are_scored_by_the_loss_of_their_answers(tmp_path: Path) -> No
     assert given["score"](model) == pytest.approx(of_trainer, rel=1e-5)
     for row in rows:
         row["labels"] = row["input_ids"]  # with the prompts it is another number
-    assert given["score"](model) != pytest.approx(of_trainer, rel=1e-2)
+    assert given["score"](model) != pytest.approx(of_trainer, rel=1e-3)
 
 
 def test_4_3_the_line_that_clips_rounds_to_half_of_the_largest() -> None:
