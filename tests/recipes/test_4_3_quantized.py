@@ -7,7 +7,7 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from lora_course import lab
 from lora_course.export import export_peft, load_peft
@@ -40,7 +40,7 @@ def test_4_3_packs_a_folder_of_peft_and_gives_a_server_the_rounded_adapter(
     unload(base)
 
     code, apart = recipe("4_3_quantized").split("from lora_course import qlora\n")
-    code, in_int4 = code.split("import torch\n")
+    code, _, in_int4 = code.split("import torch\n")  # the middle one is for chats
     assert LARGE in code
     given: dict = {"held_out": lab.load_text("shakespeare", "validation")[:1]}
     exec(code.replace(LARGE, repr(name)), given)
@@ -98,6 +98,25 @@ def test_4_3_packs_a_folder_of_peft_and_gives_a_server_the_rounded_adapter(
 def use_it() -> str:
     source = (ROOT / "notebooks" / "4_3_quantized.md").read_text()
     return source[source.index("\n## Use it") : source.index("\n## The idea")]
+
+
+def test_4_3_chats_are_scored_by_the_loss_of_their_answers(tmp_path: Path) -> None:
+    (block,) = re.findall(r"^```python\n(import torch\n\ndef score.*?)^```", use_it(), re.MULTILINE | re.DOTALL)  # fmt: skip
+    rows = [
+        {"input_ids": ids, "attention_mask": [1] * 6 + [0] * 2, "labels": [-100] * 3 + ids[3:6] + [-100] * 2}
+        for ids in torch.arange(16).reshape(2, 8).tolist()
+    ]  # fmt: skip
+    plain = lab.load_base("nano", device="cpu")[0]
+    model = randomize(inject(plain, config(r=2, lora_dropout=0.5))).train()
+    given: dict = {"held_out": rows}
+    exec(block, given)
+    # as chapter 0.1's rows and trainer have it, row by row
+    how = TrainingArguments(str(tmp_path), per_device_eval_batch_size=1, use_cpu=True, report_to=[])
+    of_trainer = Trainer(model, how, eval_dataset=rows).evaluate()["eval_loss"]
+    assert given["score"](model) == pytest.approx(of_trainer, rel=1e-5)
+    for row in rows:
+        row["labels"] = row["input_ids"]  # with the prompts it is another number
+    assert given["score"](model) != pytest.approx(of_trainer, rel=1e-3)
 
 
 def test_4_3_the_line_that_clips_rounds_to_half_of_the_largest() -> None:
