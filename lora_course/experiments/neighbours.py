@@ -57,7 +57,7 @@ LINES: dict[str, str] = {
     "oft": 'OFTConfig(oft_block_size=32, target_modules="all-linear")',
     "loha": 'LoHaConfig(r=4, alpha=8, target_modules="all-linear")',
     "lora_fa": "create_lorafa_optimizer(model, r=8, lora_alpha=16, lr=0.016)",
-    "vera": 'VeraConfig(r=256, target_modules="all-linear")',
+    "vera": 'VeraConfig(r=256, target_modules="all-linear", save_projection=False)',
     "beft": 'BeftConfig(target_modules="all-linear")',
 }
 """What switches each on in PEFT, by group: start, scale and optimiser, form, memory. `plain` are LoRA's own fields, `model` a PEFT model."""

@@ -1,5 +1,6 @@
 """The recipe of chapter 5.1, its lines for PEFT's other methods, and the broken comparison that it prints."""
 
+import dataclasses
 import re
 import weakref
 from pathlib import Path
@@ -62,6 +63,39 @@ def test_5_1_compares_two_methods_by_pairs_each_at_its_own_rate(
     assert code.count("use_dora=True, ") == 1
     exec(small(code.replace("use_dora=True, ", ""), steps=3), alone)
     assert alone["gaps"] == [0, 0] and len(set(alone["found"]["lora"])) == 2
+
+
+def chats(rows: Any) -> list[dict[str, Any]]:
+    """Eight times one filled row, as chapter 0.1 makes them."""
+    ids = torch.cat([rows[0]["input_ids"][:20], torch.zeros(44, dtype=torch.long)])
+    one = {"input_ids": ids, "attention_mask": (torch.arange(64) < 20).long()}
+    one["labels"] = ids.where(one["attention_mask"].bool(), -100)
+    return [{k: v.tolist() for k, v in one.items()}] * 8
+
+
+@pytest.mark.slow
+def test_chats_are_scored_by_the_loss_of_their_answers_as_the_text_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (scored,) = re.findall(r"`bits` be `(Trainer.*?)`;", CHAPTER.read_text())
+    code = small(recipe("5_1_comparison").partition("\nfound = {}")[0], steps=3)
+    for old, new in (
+        ("lab.blocks(tokenizer, texts, length=64)", "texts"),
+        ("lab.bits_per_byte(model, tokenizer, held_out)", scored),
+        ("per_device_train_batch_size=8", "per_device_train_batch_size=2"),
+    ):
+        assert code.count(old) == 1
+        code = code.replace(old, new)
+    rows = lab.blocks(lab.load_base("nano")[1], lab.load_text("bible", "train")[:8], length=64)
+    given: dict[str, Any] = {"texts": chats(rows)}
+    exec(code, given)
+    with torch.no_grad():
+        ids = rows[0]["input_ids"][None, :20]
+        before = lab.load_base("nano")[0](input_ids=ids, labels=ids).loss
+    after = given["score"]("lora", 2e-2, 0, given["texts"])
+    assert 0 < after < before.item() - 0.1
+    assert Path("scores.txt").read_text().split() == ["lora", "0.02", "0", str(after)]
 
 
 PLAIN = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
@@ -177,6 +211,27 @@ def test_what_a_server_can_load_is_what_the_table_says(name: str, tmp_path: Path
     assert off < (0.1 if name == "vera" else 1e-4)  # VeRA's update is of rank 256, and cut at 128
 
 
+def test_veras_file_is_small_without_its_matrices_and_read_again_with_them(tmp_path: Path) -> None:
+    """`save_projection=False`: PEFT's default writes both random matrices, and the file is larger than LoRA's."""
+    default = dataclasses.replace(evaluated("vera"), save_projection=True)
+    assert peft.VeraConfig().save_projection
+    sizes = {}
+    for name, config in {
+        "lora": peft.LoraConfig(**PLAIN),
+        "vera": evaluated("vera"),
+        "vera by default": default,
+    }.items():
+        model = peft.get_peft_model(lab.load_base("nano")[0], config)
+        stepped("vera", model)
+        trained, folder = logits(model), tmp_path / name
+        model.save_pretrained(folder)
+        sizes[name] = (folder / "adapter_model.safetensors").stat().st_size
+        torch.manual_seed(7)  # the matrices come from the config's own seed
+        again = peft.PeftModel.from_pretrained(lab.load_base("nano")[0], folder)
+        torch.testing.assert_close(logits(again), trained, atol=1e-4, rtol=0)
+    assert sizes["vera"] < 0.2 * sizes["lora"] and sizes["vera by default"] > 2 * sizes["lora"]
+
+
 def test_evas_folder_written_once_more_is_read_right_by_every_server(tmp_path: Path) -> None:
     """Its ranks differ by layer, at one α/r: servers that read one rank need the folder that chapter 4.4 makes of it."""
     torch.manual_seed(0)
@@ -255,12 +310,9 @@ def test_the_neighbours_lines_are_the_studys_and_run_as_arms_of_the_recipe(tmp_p
     given |= {"rows": rows, "how": how, "rate": 1e-3, "get_peft_model": peft.get_peft_model, "Trainer": Trainer, "torch": torch}  # fmt: skip
     given["arms"]["lora_fa"] = peft.LoraConfig(**PLAIN)
     given["arm"] = "eva"
-    padded = torch.cat([rows[0]["input_ids"][:20], torch.zeros(44, dtype=torch.long)])
-    one_chat = {"input_ids": padded, "attention_mask": (torch.arange(64) < 20).long()}
-    one_chat["labels"] = padded.where(one_chat["attention_mask"].bool(), -100)
-    chats = [{k: v.tolist() for k, v in one_chat.items()}] * 8  # as chapter 0.1 makes them
     found = []
-    for given["rows"] in (rows, rows, chats):  # a training must not start from the last one's ranks
+    # a training must not start from the last one's ranks
+    for given["rows"] in (rows, rows, chats(rows)):
         given["model"] = lab.load_base("nano")[0]
         torch.manual_seed(0)
         exec(start, given)
