@@ -99,8 +99,8 @@ class Roster:
             place = names.index(column)
             found = [who for who, row in self.students().items() if _number(row[place]) == given[1]]
             return found[0] if len(found) == 1 else None
-        if assignment and (given := self._given(stem, assignment)):
-            return given[0] if len(given) == 1 else None
+        if assignment and (owners := self._given(stem, assignment)):
+            return owners[0] if len(owners) == 1 else None
         parts = [stem, *re.split(r"[\s_()]+", stem)]
         exact: dict[str, int] = {}
         for student, row in self.students().items():
