@@ -48,6 +48,25 @@ def test_written_again_it_is_the_same_to_the_byte_and_another_seed_is_refused(tm
         assign(["9.1"], SEED, tmp_path / "c")
 
 
+def test_the_folder_s_name_is_the_assignment_s_also_from_within(tmp_path, monkeypatch) -> None:
+    (tmp_path / "hw7").mkdir()
+    (tmp_path / "hw7" / "roster.csv").write_text("id\ns1\n")  # it is in nobody's way
+    monkeypatch.chdir(tmp_path / "hw7")
+    for _ in range(2):
+        assert assign(["5.1"], SEED, Path(".")).name == "hw7"
+    assert Path("student/hw7.ipynb").is_file()
+    with pytest.raises(ValueError, match="give a --name without slashes"):
+        assign(["5.1"], SEED, tmp_path / "new", name="a/b")
+    assert not (tmp_path / "new").exists()
+
+
+def test_files_that_assign_did_not_write_are_not_written_over(tmp_path: Path) -> None:
+    (tmp_path / "rubric.md").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds rubric\.md, which would be written over"):
+        assign(["5.1"], SEED, tmp_path)
+    assert contents(tmp_path) == {"rubric.md": b"mine"}
+
+
 def test_nothing_that_students_get_gives_an_answer_or_the_seed_away(everything) -> None:
     out, made = everything
     given = {path: path.read_text(encoding="utf-8") for path in (out / "student").iterdir()}

@@ -62,3 +62,37 @@ def test_no_draw_of_2_2_c_refuses_a_right_restart_or_takes_the_stub_for_an_answe
     for seed in range(60):  # 45 among them once drew a scale of 1
         assert check_restart(restart, seed).status == "right"
         assert check_restart(stub, seed).status == "not attempted"
+
+
+def test_no_draw_of_3_2_c_takes_the_logits_own_places() -> None:
+    from lora_course.classroom.chapter_3_2 import check_a_token
+
+    def mean_over(places):
+        return lambda batchmean, labels: batchmean * len(labels) / (labels[:, places] != -100).sum()
+
+    for seed in range(40):  # 10 and 30 among them once took the first
+        judge = check_a_token.exercise.judge
+        assert judge(mean_over(slice(None, -1)), seed).status == "wrong"
+        assert judge(mean_over(slice(1, -1)), seed).status == "wrong"
+        assert judge(mean_over(slice(1, None)), seed).status == "right"
+
+
+def test_no_draw_of_5_1_d_takes_places_for_seeds_or_their_order_as_text() -> None:
+    from lora_course.classroom.chapter_5_1 import check_fair_differences
+    from lora_course.classroom.chapter_5_1.fairness import fair_differences
+
+    def by_place(first, second):
+        pairs = zip(sorted(first), sorted(second), strict=False)
+        return [first[one] - second[other] for one, other in pairs]
+
+    def by_text(first, second):
+        return [first[seed] - second[seed] for seed in sorted(set(first) & set(second), key=str)]
+
+    def pairing(pair):
+        return lambda *arguments: fair_differences(*arguments, pair=pair)
+
+    for seed in range(20):  # 6 and 14 among them once took the first, 3 and 8 the second
+        judge = check_fair_differences.exercise.judge
+        assert judge(pairing(by_place), seed).status == "wrong"
+        assert judge(pairing(by_text), seed).status == "wrong"
+        assert judge(fair_differences, seed).status == "right"

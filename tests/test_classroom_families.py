@@ -120,6 +120,22 @@ def test_a_missed_rule_is_named(family: Family) -> None:
             assert len(line.strip()) < 12 or line.strip() not in result.message
 
 
+def test_16_bits_hide_no_rule() -> None:
+    """To take no weight decay moves an answer by less than the steps of bf16."""
+    family = find("0.1-step")
+    choice = next(choice for choice in family.variants() if choice["decay"] == "decoupled")
+    step = family.function(choice | {"decay": "none"})
+    exact = family.function(choice)
+    check = family.exercise(choice)
+
+    def rounded(function, to):
+        return lambda *arguments: tuple(to(result) for result in function(*arguments))
+
+    for to in (torch.Tensor.bfloat16, torch.Tensor.half, lambda t: t.numpy().astype("float16")):
+        assert "32 bits" in check.judge(rounded(step, to), 0).message
+    assert check.judge(rounded(exact, torch.Tensor.double), 0).status == "right"
+
+
 @each_family
 def test_each_planted_mistake_alone_is_wrong(family: Family) -> None:
     for number, seed in enumerate(SEEDS[:12]):

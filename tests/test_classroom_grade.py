@@ -11,6 +11,8 @@ from lora_course.classroom import confinement
 from lora_course.classroom.assign import assign
 from lora_course.classroom.confinement import Limits
 from lora_course.classroom.grade import grade
+from lora_course.classroom.grading import Line, Record, grade_submission
+from lora_course.classroom.submissions import Entry, digest, file_of
 from tests.class_of_fifty import STORAGE, submissions
 
 SEED = "what a class of fifty is graded with"
@@ -114,3 +116,59 @@ def test_a_folder_without_assignment_and_unknown_problems_are_refused(tmp_path: 
     assign(["1.1"], "a", tmp_path / "hw")
     with pytest.raises(ValueError, match="no problem 9.9"):
         grade(tmp_path / "hw", tmp_path / "submissions", tmp_path / "out", "trust", only=["9.9"])
+
+
+def test_a_file_that_changed_is_graded_whole_when_one_problem_is_graded_again(
+    tmp_path: Path,
+) -> None:
+    made = assign(["5.1"], SEED, tmp_path / "hw")
+    path = tmp_path / "student01.ipynb"
+    path.write_text("{}")
+    first, *others = made.problems
+
+    def again(of: str) -> dict[str, bool]:
+        lines = {id: Line("right", 3, "an old line") for id in made.problems}
+        before = Record("student01", path.name, of, "a run", problems=lines)
+        entry = Entry("student01", path)
+        record = grade_submission(made, "student01", entry, "r", "trust", LIMITS, [first], before)
+        return {id: line.message != "an old line" for id, line in record.problems.items()}
+
+    assert again(digest(path)) == {first: True} | dict.fromkeys(others, False)
+    assert again("of another file") == dict.fromkeys(made.problems, True)
+
+
+def test_a_table_is_refused_from_whose_ids_no_problems_were_drawn(tmp_path: Path) -> None:
+    (tmp_path / "assigned.csv").write_text("email\ns1@example.org\ns2@example.org\n")
+    (tmp_path / "exported.csv").write_text("id,email\n4711,s1@example.org\n4712,s2@example.org\n")
+    (tmp_path / "submissions").mkdir()
+    for name in ("s1@example.org", f"hw-{file_of('s2@example.org')}"):
+        (tmp_path / "submissions" / f"{name}.ipynb").write_text("")
+    assign(["5.1"], SEED, tmp_path / "hw", roster=tmp_path / "assigned.csv")
+
+    def graded_with(roster: str) -> dict[str, Record]:
+        folders = [tmp_path / name for name in ("hw", "submissions", "grades")]
+        return grade(*folders, "trust", tmp_path / roster, limits=LIMITS, say=str)
+
+    with pytest.raises(ValueError, match="no problems for 4711"):
+        graded_with("exported.csv")
+    assert not (tmp_path / "grades").exists()
+    assert set(graded_with("assigned.csv")) == {"s1@example.org", "s2@example.org"}
+    # who came later and handed in gets problems by assigning again, and the others keep theirs
+    before = {path: path.read_bytes() for path in (tmp_path / "hw" / "solutions").iterdir()}
+    assign(["5.1"], SEED, tmp_path / "hw", roster=tmp_path / "exported.csv")
+    assert list(graded_with("exported.csv")) == ["4711"]
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_the_grades_of_another_assignment_are_not_written_over(tmp_path: Path) -> None:
+    (tmp_path / "submissions").mkdir()
+    assign(["5.1"], SEED, tmp_path / "hw1")
+    assign(["1.1"], SEED, tmp_path / "hw2")  # of the same seed
+
+    def graded(homework: str, out: str) -> dict[str, Record]:
+        folders = [tmp_path / name for name in (homework, "submissions", out)]
+        return grade(*folders, "trust", fresh=True, say=str)
+
+    assert graded("hw1", "grades") == graded("hw1", "grades") == graded("hw2", "others") == {}
+    with pytest.raises(ValueError, match="grades holds the grades of another assignment"):
+        graded("hw2", "grades")

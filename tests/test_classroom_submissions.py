@@ -85,6 +85,43 @@ def test_two_submissions_of_a_student_and_one_of_nobody(tmp_path: Path) -> None:
     assert strangers == ["y.ipynb"]
 
 
+def test_a_picture_that_came_with_a_notebook_does_not_count(tmp_path: Path) -> None:
+    roster = table(tmp_path, CANVAS)
+    folder = tmp_path / "submissions"
+    folder.mkdir()
+    names = ["student01_101_7001_hw1.ipynb", "student01_101_7002_scan.png"]
+    for time, name in enumerate(names):  # the picture is the later one
+        (folder / name).write_text("{}")
+        os.utime(folder / name, (time, time))
+    found, _ = assign_entries(collect(folder), roster)
+    assert found["101"].name == names[0]
+    assert found["101"].flags == (f"two submissions, {names[1]} and {names[0]}: the latter counts",)
+
+
+def test_a_row_that_lacks_the_id_which_names_students_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="row of b@x has nothing under 'ID'"):
+        table(tmp_path, "Name,ID,Email\nA,1,a@x\nB,,b@x\n").students()
+    assert list(table(tmp_path, "Name,ID,Email\nA,1,a@x\n,,\n").students()) == ["1"]
+    assert list(table(tmp_path, CANVAS.replace("Points Possible,,", "Points Possible,,x")).students()) == ["101", "102"]  # fmt: skip
+
+
+def test_the_name_under_which_a_notebook_was_given_out_says_whose_it_is(tmp_path: Path) -> None:
+    roster = table(tmp_path, "id,name\ns1,A\ns1-b,B\nben.o@example.org,C\nÅsa L,D\n")
+    for who in roster.students():
+        name = f"hw1-{file_of(who)}"
+        for kept in (name, f"Copy of {name}", f"{name} (2)", f"{name}-Copy1", f"{name}-1", f"x_{name}"):  # fmt: skip
+            assert roster.match(f"{kept}.ipynb", "hw1") == who
+    for name in ("hw1-s12", "hw1-s1-c", "hw2-s1-b", "xhw1-s1", "hw1-s1 hw1-s1-b"):
+        assert roster.match(f"{name}.ipynb", "hw1") is None
+    assert roster.match("s1.ipynb", "hw1") == "s1"
+    longer = table(tmp_path, "id,name\ns1,A\ns1-1,B\n")
+    assert longer.match("hw1-s1-1.ipynb", "hw1") == "s1-1"
+    same = table(tmp_path, "id,name\ns1,A\nS1,B\n")
+    assert same.match("hw1-s1.ipynb", "hw1") is None
+    canvas = table(tmp_path, CANVAS)  # the platform's number comes first
+    assert canvas.match("student01_101_7001_hw1-102.ipynb", "hw1") == "101"
+
+
 def test_a_number_that_a_student_put_into_a_name_is_not_the_platforms(tmp_path: Path) -> None:
     canvas, moodle = table(tmp_path, CANVAS), table(tmp_path, MOODLE)
     # the display name and the file's own name are the student's; both try to be student 102
@@ -143,6 +180,19 @@ def test_answers_are_found_by_metadata_then_by_name_and_the_last_counts() -> Non
     assert moved.answer == other["source"]
 
 
+def test_a_result_that_is_kept_under_the_function_s_name_does_not_hide_the_function() -> None:
+    right = cell("def f(x):\n    return 1")
+    for tried in ("f = f(2)", "f == 3", "f  =  f(3)\nprint(f)"):
+        found = find_answer([right, cell(tried)], "p", "f")
+        assert found.answer == right["source"]
+        given = right | {"problem": "p", "role": "answer"}
+        found = find_answer([given, cell(tried)], "p", "f")
+        assert found.answer == right["source"] and found.flags == []
+    short = cell("f = lambda x: 1", "p", "answer")
+    assert find_answer([cell("f = min"), cell("f == 3")], "p", "f").answer == "f = min"
+    assert find_answer([short, right], "p", "f").answer == short["source"]
+
+
 @pytest.mark.parametrize(
     ("content", "word"),
     [(b"", "empty"), (b"\xff\xfe", "no notebook"), (b"[" * 10**5, "no notebook"), (b'{"cells": [1]}', "no notebook")],
@@ -163,6 +213,18 @@ def test_only_definitions_that_the_answer_uses_are_run() -> None:
     chosen = needed(ast.parse(own).body, ast.parse(answer).body)
     assert [ast.unparse(node).split("\n")[0] for node in chosen] == ["factor = 3", "def helper(x):", "def deeper(x):"]  # fmt: skip
     assert plain_python("%time\n  !ls\nx = 1").splitlines() == ["#%time", "#  !ls", "x = 1"]
+
+
+def test_only_what_is_no_python_is_taken_for_ipython_s() -> None:
+    rest = "def rest(a, n):\n    return (\n        a\n        % n\n    )"
+    assert plain_python(rest) == rest
+    names: dict = {}
+    exec(plain_python(f"%%time\n{rest}\n!ls 'x\nmath.ceil?\n?rest"), names)
+    assert names["rest"](7, 3) == 1
+    within = plain_python("if a:\n    x = 1\n    %time f(x)\n# %s").splitlines()
+    assert within[2:] == ["#    %time f(x)", "# %s"]
+    for same in ("text = 'one\u2028line'\n", "%%bash\n", "x = (1 +  # enough?", "\0"):
+        assert plain_python(same) == ("#" if same[0] == "%" else "") + same
 
 
 def test_values_go_over_the_wire_and_forged_bytes_do_not() -> None:

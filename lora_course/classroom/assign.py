@@ -13,7 +13,7 @@ from importlib.metadata import metadata
 from pathlib import Path
 from typing import Any
 
-from lora_course.classroom.assignment import Assignment
+from lora_course.classroom.assignment import FILE, Assignment
 from lora_course.classroom.draws import Draw
 from lora_course.classroom.families import Choices, Family, of_chapter
 from lora_course.classroom.handouts import readme, rubric
@@ -38,6 +38,9 @@ CHAPTERS = {
 }  # fmt: skip
 """File, short title, and what the problems need, of each chapter."""
 
+WRITTEN = ("student", "solutions", "rubric.md", "gradescope.zip", "otter")
+"""What an assignment's folder holds beside the assignment."""
+
 
 def assign(
     chapters: Sequence[str],
@@ -50,7 +53,8 @@ def assign(
     """Writes an assignment of all families of the chapters, or of `problems` among them, into a folder.
 
     roster: gives each student of the table a notebook with problems of their own.
-    Raises ValueError for a chapter without problems, a seed without content, or a folder that holds another assignment.
+    Raises ValueError for a chapter without problems, a seed without content, a name that no file can have, or a folder that
+    holds another assignment or files that would be written over.
     """
     if not seed.strip():
         raise ValueError("--seed is empty: give a phrase that only you know.")
@@ -59,14 +63,21 @@ def assign(
     if unknown := [id for id in problems if id not in ids]:
         raise ValueError(f"no problem {', '.join(unknown)} in these chapters; there are {', '.join(ids)}.")  # fmt: skip
     made = Assignment(
-        name or out.name,
+        name or out.resolve().name,
         seed,
         tuple(id for id in ids if not problems or id in problems),
         per_student=roster is not None,
     )
-    if (out / "assignment.json").exists() and Assignment.load(out) != made:
+    if Path(made.name).name != made.name:
+        raise ValueError(f"{made.name!r} can't name files: give a --name without slashes.")
+    if (out / FILE).exists():
+        if Assignment.load(out) != made:
+            raise ValueError(
+                f"{out} holds another assignment: a new seed or other problems would change what students have. Take another folder."
+            )
+    elif there := [name for name in WRITTEN if (out / name).exists()]:
         raise ValueError(
-            f"{out} holds another assignment: a new seed or other problems would change what students have. Take another folder."
+            f"{out} holds {', '.join(there)}, which would be written over: take another folder."
         )
     students = list(Roster.read(roster).students()) if roster else [None]
     out.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from lora_course.classroom.assignment import Assignment
+from lora_course.classroom.assignment import FILE, Assignment
 from lora_course.classroom.confinement import Kind, Limits
 from lora_course.classroom.grading import Record, grade_submission
 from lora_course.classroom.report import write_feedback, write_report
@@ -40,6 +40,8 @@ def grade(
 
     only: problems to grade again; the others keep their lines.
     fresh: grade everything again. Each run draws inputs of its own.
+    Raises ValueError for a problem that the assignment lacks, a table of students for whom no problems were drawn, and a
+    folder of another assignment's grades.
     """
     assignment = Assignment.load(homework)
     if unknown := set(only) - set(assignment.problems):
@@ -51,9 +53,13 @@ def grade(
         raise ValueError(
             f"each student of {assignment.name} has problems of their own: give --roster."
         )
-    entries, strangers = assign_entries(collect(submissions), table)
+    named = assignment.name if assignment.per_student else ""
+    entries, strangers = assign_entries(collect(submissions), table, named)
+    if assignment.per_student:
+        refuse_another_table(homework, assignment, entries)
     folder = out / "records"
     folder.mkdir(parents=True, exist_ok=True)
+    refuse_another_assignment(folder, homework)
     done = {} if fresh else load_records(folder)
     todo = {
         who: entry
@@ -109,24 +115,57 @@ def grade(
 
 
 def assign_entries(
-    entries: Sequence[Entry], table: Roster | None
+    entries: Sequence[Entry], table: Roster | None, assignment: str = ""
 ) -> tuple[dict[str, Entry], list[str]]:
-    """Each student's submission, and the names of those that belong to nobody. Of two of a student the later file counts."""
+    """Each student's submission, and the names of those that belong to nobody. Of two of a student the later notebook counts.
+
+    assignment: its name, where each student's notebook was called by it and by the student's id.
+    """
     found: dict[str, Entry] = {}
     strangers = []
     for entry in entries:
-        who = table.match(entry.name) if table else entry.name.removesuffix(".ipynb")
+        who = table.match(entry.name, assignment) if table else entry.name.removesuffix(".ipynb")
         if who is None:
             strangers.append(entry.name)
             continue
         if who in found:
-            both = sorted(
-                (found[who], entry), key=lambda e: e.path.stat().st_mtime if e.path else 0
-            )
-            flag = f"two submissions, {both[0].name} and {both[1].name}: the later one counts"
-            entry = Entry(both[1].name, both[1].path, (*both[1].flags, flag))
+            less, more = sorted((found[who], entry), key=weight)
+            flag = f"two submissions, {less.name} and {more.name}: the latter counts"
+            entry = Entry(more.name, more.path, (*more.flags, flag))
         found[who] = entry
     return found, strangers
+
+
+def weight(entry: Entry) -> tuple[bool, float]:
+    """Of two of a student's the larger counts: a notebook before the picture or PDF that came with it, then the later one."""
+    if entry.path is None:
+        return False, 0
+    return entry.path.suffix.lower() == ".ipynb", entry.path.stat().st_mtime
+
+
+def refuse_another_table(homework: Path, assignment: Assignment, entries: dict[str, Entry]) -> None:
+    """Raises ValueError where students handed in for whom `assign` drew no problems: their ids are another table's."""
+    folder = homework / "solutions"
+    lack = [
+        who
+        for who in entries
+        if not (folder / f"{assignment.name}-{file_of(who)}-solutions.ipynb").exists()
+    ]
+    if folder.is_dir() and lack:
+        raise ValueError(
+            f"{assignment.name} has no problems for {', '.join(lack[:5])}: they are drawn from the ids of the table that `assign "
+            "--per-student` had. Give that table, or assign again with this one: who has problems keeps them."
+        )
+
+
+def refuse_another_assignment(folder: Path, homework: Path) -> None:
+    """Raises ValueError where a folder's records are of another assignment: they would be written over."""
+    mark, own = folder / "assignment.sha256", digest(homework / FILE)
+    if mark.exists() and mark.read_text() != own:
+        raise ValueError(
+            f"{folder.parent} holds the grades of another assignment: give another --out."
+        )
+    mark.write_text(own)
 
 
 def missing(record: Record, assignment: Assignment) -> bool:

@@ -87,11 +87,13 @@ def grade_submission(
     only: Iterable[str] = (),
     before: Record | None = None,
 ) -> Record:
-    """Grades the problems of `only`, by default all; the others' lines are those of `before`.
+    """Grades the problems of `only`, by default all; the others' lines are those of `before`, if it is of the same file.
 
     run: what draws this run's inputs. It never raises for what a student handed in.
     """
     record = Record(student, entry.name, digest(entry.path), run, flags=list(entry.flags))
+    if before and before.digest != record.digest:
+        before = None
     only = set(only) or set(assignment.problems)
     try:
         cells = read_cells(entry.path)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from lora_course.classroom.calls import Answer, Mistake, Unanswered, bind, random_states
 from lora_course.classroom.comparison import PRECISION, Difference, difference
@@ -40,7 +41,10 @@ class Result:
 
 @dataclass(frozen=True, eq=False)
 class Exercise:
-    """What `exercise` was given; the text of `exercises` says what each field does."""
+    """What `exercise` was given; the text of `exercises` says what each field does.
+
+    sixteen: results of 16 bits are taken. Graded problems take none: their rules can lie nearer to each other than such steps.
+    """
 
     id: str
     points: float
@@ -54,6 +58,7 @@ class Exercise:
     whole: bool = False
     draws: bool = False
     fresh: bool = False
+    sixteen: bool = True
     tolerance: float = 1e-4
 
     def judge(self, learner: Any, seed: int) -> Result:
@@ -178,6 +183,12 @@ class Exercise:
                     )
             if (result is None or result is ...) and not self.changes:
                 raise Unanswered
+            if not self.sixteen and any(
+                str(getattr(leaf, "dtype", "")).endswith("float16") for leaf in tree_leaves(result)
+            ):
+                raise Mistake(
+                    "Return numbers of 32 bits or more: in 16 bits one rule can't be told from another."
+                )
             if shared := [place for at, place in storages(result).items() if at in memory]:
                 part = f" (its {shared[0].lstrip('.')})" if shared[0] else ""
                 raise Mistake(

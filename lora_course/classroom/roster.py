@@ -9,6 +9,8 @@ import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
+from lora_course.classroom.submissions import file_of
+
 IDS = ("id", "student id", "student_id", "sid", "sis user id", "sis login id", "login", "username", "identifier",
        "email", "email address", "e-mail")  # fmt: skip
 """Columns that say who a row is, in lower case; the first of them that a table has names the student in reports."""
@@ -63,19 +65,30 @@ class Roster:
         return cls(header, rows, kind, dialect, mark, "\r\n" if "\r\n" in text else "\n")
 
     def students(self) -> dict[str, list[str]]:
-        """Each student's row by id: rows without one (Canvas's "Points Possible") are none."""
-        place = self._places()[0]
+        """Each student's row by id: rows without any (Canvas's "Points Possible") are none.
+
+        Raises ValueError for an id that is there twice, and for a row that has another of the ids but not the first one.
+        """
+        place, *others = self._places()
         found: dict[str, list[str]] = {}
         for row in self.rows:
             student = row[place].strip()
-            if student and not row[0].strip().lower().startswith("points possible"):
-                if student in found:
-                    raise ValueError(f"{student} is twice in the roster: a student has one row.")
+            if row[0].strip().lower().startswith("points possible"):
+                continue
+            if student in found:
+                raise ValueError(f"{student} is twice in the roster: a student has one row.")
+            if student:
                 found[student] = row
+            elif known := [row[other] for other in others if row[other].strip()]:
+                raise ValueError(
+                    f"the roster's row of {known[0]} has nothing under {self.header[place]!r}, which names the students: fill it in."
+                )
         return found
 
-    def match(self, name: str) -> str | None:
+    def match(self, name: str, assignment: str = "") -> str | None:
         """The student to whom a submission's name belongs, by any of the ids in it; None for none or more than one.
+
+        assignment: of problems drawn for each student, its name. `assign` called a student's notebook by it and by the id.
 
         Canvas writes name_ID_file-ID_title, Moodle Name_ID_assignsubmission_file, others what the student chose.
         """
@@ -86,6 +99,8 @@ class Roster:
             place = names.index(column)
             found = [who for who, row in self.students().items() if _number(row[place]) == given[1]]
             return found[0] if len(found) == 1 else None
+        if assignment and (owners := self._given(stem, assignment)):
+            return owners[0] if len(owners) == 1 else None
         parts = [stem, *re.split(r"[\s_()]+", stem)]
         exact: dict[str, int] = {}
         for student, row in self.students().items():
@@ -125,6 +140,14 @@ class Roster:
     def _places(self) -> list[int]:
         names = [name.strip().lower() for name in self.header]
         return [names.index(name) for name in IDS if name in names]
+
+    def _given(self, stem: str, assignment: str) -> list[str]:
+        """The students whose notebook was given out under the name in `stem`: "copy of hw1-s1 (2)", "hw1-s1-copy1"."""
+        names = {who: _plain(f"{assignment}-{file_of(who)}") for who in self.students()}
+        # the longest first: hw1-s1-b is no hw1-s1
+        each = "|".join(re.escape(name) for name in sorted(names.values(), key=len, reverse=True))
+        found = re.findall(rf"(?:^|[\s_(])({each})(?:-(?:copy)?\d+)?(?=[\s(]|$)", stem)
+        return [who for who, name in names.items() if name in found]
 
     def _column(self, column: str) -> int | None:
         """Where a grade goes: Canvas writes "hw1 (12345)", Moodle "Grade"."""

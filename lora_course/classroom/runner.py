@@ -12,11 +12,13 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import resource
 import sys
 from typing import Any
 
-MAGIC = ("%", "!")
+IPYTHON = re.compile(r"\s*([%!?]|[\w.*]+\?{1,2}\s*$)")
+"""A magic, a command of the shell, or a question (`topk?`): so begins a line that is IPython's, if it is no Python."""
 
 
 def send(stream: int, message: bytes) -> None:
@@ -40,9 +42,22 @@ def receive(stream: int) -> bytes:
 
 
 def plain_python(source: str) -> str:
-    """A cell without IPython's lines: they are kept as comments, so that line numbers stay."""
-    lines = source.splitlines()
-    return "\n".join(f"#{line}" if line.lstrip().startswith(MAGIC) else line for line in lines)
+    """A cell without IPython's lines: they are kept as comments, so that line numbers stay.
+
+    Only a line at which Python stops can be one: `% block` within brackets goes on with the line above it.
+    """
+    lines = source.split("\n")
+    while True:
+        text = "\n".join(lines)
+        try:
+            ast.parse(text)
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            at = (getattr(error, "lineno", None) or 0) - 1
+            if not 0 <= at < len(lines) or not IPYTHON.match(lines[at]):
+                return text
+            lines[at] = f"#{lines[at]}"
+        else:
+            return text
 
 
 def defined(node: ast.stmt) -> set[str]:

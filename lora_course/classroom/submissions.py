@@ -124,17 +124,29 @@ def _code(cell: dict[str, Any]) -> dict[str, Any]:
 
 
 def find_answer(cells: list[dict[str, Any]], problem: str, name: str) -> Found:
-    """The answer cell by metadata, else by its function's name; of several the last that defines the name."""
-    defines = re.compile(rf"^(async\s+def|def|class)\s+{name}\b|^{name}\s*=", re.MULTILINE)
+    """The answer cell by metadata, else by its function's name; of several the last that defines the name.
+
+    `def name` goes before `name = …`, by which a student may have kept a result and not a function.
+    """
+    define = re.compile(rf"^(async\s+def|def|class)\s+{name}\b", re.MULTILINE)
+    assign = re.compile(rf"^{name}\s*=(?!=)", re.MULTILINE)
     marked = [c for c in cells if c["role"] == "answer" and c["problem"] == problem]
-    defining = {id(c) for c in cells if defines.search(c["source"])}
+    defining = {id(c) for c in cells if define.search(c["source"])}
+    assigning = {id(c) for c in cells if assign.search(c["source"])}
     # the cells themselves and not their content: comparing each with each takes hours for 100,000 of them
     among = {id(c) for c in marked}
-    others = defining - among
+    others = (defining | assigning) - among
     named = [c for c in cells if id(c) in others and c["role"] not in ("check", "setup")]
     own = [c["source"] for c in cells if not c["role"] and id(c) not in others]
     # an answer cell that no longer defines the function may have been split or moved
-    good = [c for c in marked if id(c) in defining] or named or marked
+    good = next(
+        (
+            found
+            for where, how in [(marked, defining), (marked, assigning), (named, defining)]
+            if (found := [c for c in where if id(c) in how])
+        ),
+        named or marked,
+    )
     if not good:
         return Found(None, own)
     flags = []

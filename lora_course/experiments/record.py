@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from lora_course.arguments import compute_dtype
-from lora_course.files import replace_file
+from lora_course.files import replace_file, writing
 
 PACKAGE = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
@@ -29,7 +29,7 @@ class Record:
     for different arms can share it.
 
     path: the file; it need not be there yet. settings: those of the study, as JSON would give them back.
-    overwrite: start anew where the file is there already.
+    overwrite: start anew where the file is there already; it stays until the first run of the new record is computed.
     Raises ValueError where the file is no record, or one of another study or of other settings; `seeds` may differ, as more
     seeds are more runs and no other ones.
     """
@@ -45,13 +45,13 @@ class Record:
             "verified": None,
             "runs": {},
         }
-        if overwrite:
-            self.path.unlink(missing_ok=True)
+        self.anew = overwrite  # what is there stays until the new record's first run is computed
         self._refuse_another()
 
     def read(self) -> dict[str, Any]:
         """All of the record."""
-        return json.loads(self.path.read_text()) if self.path.exists() else as_json(self.new)
+        there = self.path.exists() and not self.anew
+        return json.loads(self.path.read_text()) if there else as_json(self.new)
 
     @property
     def runs(self) -> dict[str, dict[str, Any]]:
@@ -65,34 +65,38 @@ class Record:
 
     def add(self, key: str, values: Mapping[str, Any]) -> dict[str, Any]:
         """Writes a run, and returns its values as they will be read."""
-        record, facts = self.read(), facts_of_this_run()
-        for made in record["made"]:
-            made["keys"] = [other for other in made["keys"] if other != key]
-        record["made"] = [made for made in record["made"] if made["keys"]]
-        if not record["made"] or {**record["made"][-1], "keys": None} != {**facts, "keys": None}:
-            record["made"].append({**facts, "keys": []})
-        record["made"][-1]["keys"].append(key)
-        record["runs"][key] = as_json(values)
-        self._write(record)
-        return record["runs"][key]
+        facts, values = facts_of_this_run(), as_json(values)
+        with writing(self.path.parent):  # or a run that another call writes meanwhile is lost
+            record = self.read()
+            for made in record["made"]:
+                made["keys"] = [other for other in made["keys"] if other != key]
+            record["made"] = [made for made in record["made"] if made["keys"]]
+            if not record["made"] or record["made"][-1] | {"keys": None} != facts | {"keys": None}:
+                record["made"].append({**facts, "keys": []})
+            record["made"][-1]["keys"].append(key)
+            record["runs"][key] = values
+            self._write(record)
+        return values
 
     def dtype(self) -> str:
         """In which precision a CPU made its runs, so that more of them, or a witness, are made in the same.
 
         The first records do not say; they are of processors without bf16.
         """
-        made = self.read()["made"] if self.path.exists() else []
+        made = self.read()["made"]
         found = made[0].get("dtype", "float32") if made else str(compute_dtype("cpu"))
         return found.removeprefix("torch.")
 
     def note(self, **fields: Any) -> None:
         """Writes fields beside the runs, such as `verified`."""
-        self._write(self.read() | as_json(fields))
+        with writing(self.path.parent):
+            self._write(self.read() | as_json(fields))
 
     def _write(self, record: Mapping[str, Any]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
         replace_file(self.path, text.encode())
+        self.anew = False
 
     def _refuse_another(self) -> None:
         try:
@@ -134,7 +138,6 @@ def changed(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> l
     return found
 
 
-@functools.cache
 def facts_of_this_run() -> dict[str, Any]:
     """Date, commit, versions, and what of the machine moves a number: the dtype of its matrix products, device, threads."""
     return {
@@ -151,6 +154,7 @@ def facts_of_this_run() -> dict[str, Any]:
     }
 
 
+@functools.cache  # the code that runs stays what it was when it was imported
 def commit() -> str | None:
     """The commit of the code that runs, with " and changes" where a file of the package differs from it; None outside git."""
 
@@ -186,7 +190,12 @@ def largest_difference(recorded: Any, again: Any) -> float:
 
 
 def beginning(whole: Any, part: Any) -> Any:
-    """Of values those that a part of them has too: its keys, and as many first entries as its lists have."""
+    """Of values those that a part of them has too: its keys, and as many first entries as its lists have.
+
+    A part with nothing in it is the beginning of nothing: the whole is given back, from which the part differs.
+    """
+    if isinstance(part, dict | list) and not part:
+        return whole
     if isinstance(whole, dict) and isinstance(part, dict):
         return {key: beginning(whole[key], part[key]) for key in part if key in whole}
     if isinstance(whole, list) and isinstance(part, list):

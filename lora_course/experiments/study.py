@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import datetime
 import fnmatch
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -76,11 +77,14 @@ class Study:
 
         out: the file; the course's own by default.    arms: only these, as patterns ("dora", "lora/*").
         seeds: more than the settings have.    progress: is given a line after each run.
-        Raises ValueError, before any work, for a file of something else or of other settings, or an arm that is unknown.
+        Raises ValueError, before any work, for a file of something else or of other settings, an arm that is unknown, or seeds
+        for a study that has none.
         """
         settings = dict(self.settings)
+        if seeds and "seeds" not in settings:
+            raise ValueError(f"{self.name} has no seeds to add to: it draws nothing at random")
         if seeds:
-            settings["seeds"] = list(dict.fromkeys([*settings.get("seeds", []), *seeds]))
+            settings["seeds"] = list(dict.fromkeys([*settings["seeds"], *seeds]))
         record = Record(out or self.path, self.name, settings, overwrite)
         runs = Runs(record, arms, progress)
         with precision_of(record.dtype()):
@@ -117,7 +121,12 @@ class Study:
                 found = again.found
         largest = {
             field: max(
-                largest_difference(recorded[k].get(field), found[k].get(field)) for k in found
+                (
+                    largest_difference(recorded[k].get(field), found[k].get(field))
+                    for k in found
+                    if field in recorded[k] or field in found[k]
+                ),
+                default=math.inf,  # where no run has the field, nothing is compared
             )
             for field in self.witness.within
         }

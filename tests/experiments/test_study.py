@@ -1,5 +1,6 @@
 """`lora_course.experiments.study`: nothing is computed twice, seeds can be added, and a witness catches a changed number."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -78,6 +79,23 @@ def test_arms_are_chosen_by_pattern_and_unknown_ones_refused_before_any_work(
     assert not [key for key in calls if key.startswith("lora")] and len(calls) == 6
 
 
+def test_overwrite_loses_nothing_before_the_first_new_run(tmp_path: Path) -> None:
+    out = tmp_path / "s.json"
+    make([]).run(out, progress=str)
+    before = out.read_bytes()
+    with pytest.raises(ValueError, match="arm 'loar' is unknown"):
+        make([]).run(out, arms=["loar"], overwrite=True)
+    assert out.read_bytes() == before
+    again = make([], lambda key: 1.0).run(out, arms=["lora"], overwrite=True, progress=str)
+    assert len(again["runs"]) == 3 and again == json.loads(out.read_text())
+
+
+def test_a_study_without_seeds_refuses_more_of_them(tmp_path: Path) -> None:
+    study = Study("s", {"steps": 3}, lambda runs: None, Witness((), {}))
+    with pytest.raises(ValueError, match="s has no seeds to add to"):
+        study.run(tmp_path / "s.json", seeds=[7])
+
+
 def test_two_calls_for_different_arms_can_share_a_record(tmp_path: Path) -> None:
     calls, out = [], tmp_path / "s.json"
     study = make(calls)
@@ -120,6 +138,8 @@ def test_verify_catches_a_changed_number_and_a_lost_field(tmp_path: Path) -> Non
     del record["runs"]["lora/0.004/1/test"]["parameters"]
     out.write_text(json.dumps(record))
     assert make([]).verify(out)["largest"]["parameters"] == float("inf")
+    misspelt = Witness(("lora/0.004/1/test",), {"bits_per_bite": 0.01})
+    assert not dataclasses.replace(make([]), witness=misspelt).verify(out)["holds"]
 
 
 def test_a_record_without_its_witness_or_what_leads_to_it_cannot_be_verified(
@@ -149,3 +169,4 @@ def test_a_part_of_a_long_run_can_be_the_witness(tmp_path: Path) -> None:
         assert not study(wrong).verify(out)["holds"]
     assert not study({"error": 0.5, "loss": {"a": [1.0, 2.0, 3.0, 4.0]}}).verify(out)["holds"]
     assert not study({"error": 0.5}).verify(out)["holds"]
+    assert not study({"error": 0.5, "loss": {"a": []}}).verify(out)["holds"]

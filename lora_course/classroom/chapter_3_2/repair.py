@@ -53,7 +53,8 @@ def check_a_token(draw: Draw):
         for row in range(B):
             labels[row, : draw.integer(0, 3)] = -100
             labels[row, length - draw.integer(1, 4) :] = -100
-        labels[0, 0], labels[0, 1:3], labels[0, -1] = 1, 0, 2
+        # more first labels than last ones count, or counting those at the logits' own places would do
+        labels[:2, 0], labels[0, 1:3], labels[0, -1] = 1, 0, 2
         if B == 2:
             labels[1] = -100
         number = draw.number(1, 9)

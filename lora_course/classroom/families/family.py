@@ -180,6 +180,7 @@ class Family:
             gradients=self.gradients,
             changes=self.changes,
             tolerance=self.tolerance,
+            sixteen=False,
         )
 
     def build(self, source: str) -> Callable[..., Any]:
