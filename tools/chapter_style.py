@@ -22,7 +22,6 @@ ORDER = (  # sections of a chapter of the second edition; others may stand betwe
     "When you need it", "Use it", "The idea", "Build it", "The sketch", "Check it", "Train it",
     "Claims", "Exercises",
 )  # fmt: skip
-SKETCH_LAST = ("3_3_continual",)  # where it would part the loop from what the loop trains
 WORDS_A_MINUTE, SECONDS_A_LINE = 200, 4  # prose as one reads it to understand; code, line by line
 MINUTES = re.compile(r"^\*\*Exercise [^\n]*?\(\w+, (\d+) minutes?\)", re.MULTILINE)
 EXERCISES = re.compile(r"^## Exercises$.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
@@ -87,15 +86,6 @@ class Chapter:
     @property
     def headings(self) -> list[str]:
         return re.findall(r"^## (.+)$", self.prose, re.MULTILINE)
-
-    @property
-    def order(self) -> tuple[str, ...]:
-        """The sections that it must have, as they must follow each other."""
-        if self.path.stem not in SKETCH_LAST:
-            return ORDER
-        rest = tuple(name for name in ORDER if name != "The sketch")
-        at = rest.index("Train it") + 1
-        return (*rest[:at], "The sketch", *rest[at:])
 
     @property
     def claims(self) -> set[str]:

@@ -50,7 +50,7 @@ def test_3_3_learns_two_tasks_in_turn_and_merges_two_folders_of_peft(
         "old_test": milton.select(range(2)),
         "new": Task("shakespeare", shakespeare, shakespeare.select(range(2))),
     }
-    both = recipe("3_3_continual", "Part 2", "Check it") + recipe("3_3_continual")
+    both = recipe("3_3_continual", "Part 2", "The sketch") + recipe("3_3_continual")
     code = small(both, steps=2).replace(str(lab.base_path("nano")), "nano")
     exec(code, given)
     matrix = load_results("runs/tasks").matrix
