@@ -65,7 +65,7 @@ class Record:
 
     def add(self, key: str, values: Mapping[str, Any]) -> dict[str, Any]:
         """Writes a run, and returns its values as they will be read."""
-        facts, values = facts_of_this_run(), as_json(values)
+        facts, new = facts_of_this_run(), as_json(values)
         with writing(self.path.parent):  # or a run that another call writes meanwhile is lost
             record = self.read()
             for made in record["made"]:
@@ -74,9 +74,9 @@ class Record:
             if not record["made"] or record["made"][-1] | {"keys": None} != facts | {"keys": None}:
                 record["made"].append({**facts, "keys": []})
             record["made"][-1]["keys"].append(key)
-            record["runs"][key] = values
+            record["runs"][key] = new
             self._write(record)
-        return values
+        return new
 
     def dtype(self) -> str:
         """In which precision a CPU made its runs, so that more of them, or a witness, are made in the same.
