@@ -97,7 +97,7 @@ QUESTIONS: dict[str, Question] = {
     "4.1-t": Question(
         "4.1-f", PAST, "Gates that close a third of rank 12 end lower than LoRA of rank 8, with every seed.",
         {"gates": ["gates"], "lora": ["lora"]}, _lower("gates", "lora"), "gates (rank 12, a third closed)", "LoRA of rank 8",
-        "from rank 8, half of it closed; from rank 12 not (5.1-e)",
+        "from rank 8, half of it closed, and not with other seeds; from rank 12 not (5.1-e)",
     ),
     "4.2-s": Question(
         "4.2-c", PAST, "At ranks 1, 2 and 4 on average the cuts of a nested adapter (Matryoshka) are lower than SVD cuts of plain LoRA, with every seed.",
