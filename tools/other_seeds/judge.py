@@ -23,7 +23,7 @@ def judge(stem: str, records: Path = RECORDS, root: Path = ROOT) -> dict[str, di
     """By claim: whether it `held` with the course's seeds, whether it `holds` with the others, and the `values` of these.
 
     Claims that rest on no record with other seeds are left out. A cell that raises, as where a sentence's sign turned, does
-    not stop the chapter; a claim whose cell raised is told of by `ValueError`.
+    not stop the chapter. A claim whose cell raised is left out if it did not hold before, and told of by `ValueError` if it did.
     """
     before = cached(chapter := root / "notebooks" / f"{stem}.md", root)
     if before is None:
@@ -46,7 +46,7 @@ def judge(stem: str, records: Path = RECORDS, root: Path = ROOT) -> dict[str, di
         told = errors(notebook)
         found = by_id(staged / "claims")
     known = by_id(before.folder / "claims")
-    if lost := sorted(set(known) - set(found)):
+    if lost := sorted(id for id in set(known) - set(found) if known[id].holds):
         raise ValueError(f"{stem} said nothing of {', '.join(lost)} with other seeds: {told}")
     return {
         id: {"held": known[id].holds, "holds": claim.holds, "values": claim.values}
