@@ -78,7 +78,7 @@ def test_a_row_says_what_nano_compared_where_that_was_another_pair(record: Path)
     for seed in (0, 1):
         text["runs"][f"gates/0.004/{seed}/test"] = run(0.5, 0.5)
     path.write_text(json.dumps(text))
-    other = "; there from rank 8, half of it closed; from rank 12 not (5.1-e) ("
+    other = "; there from rank 8, half of it closed, and not with other seeds; from rank 12 not (5.1-e) ("
     (row,) = answer(with_nano(False, "4.1-t"), "4.1-t")
     assert row[2].startswith(f"gates: not ahead on nano either{other}")
     (row,) = answer(with_nano(True, "4.1-t"), "4.1-t")
