@@ -102,6 +102,9 @@ def test_a_chapter_that_was_not_executed_or_loses_a_claim_is_told_of(
     (records / "toy.json").write_text(json.dumps(broken))
     with pytest.raises(ValueError, match=r"said nothing of 9\.9-a, 9\.9-b .*KeyError.*lora/1/9"):
         judge.judge("9_9_toy", records, root)
+    (said,) = (root / "build" / "executed").rglob("9_9_toy.json")
+    said.write_text(said.read_text().replace('"holds": true', '"holds": false'))
+    assert judge.judge("9_9_toy", records, root) == {}  # what did not hold has nothing to lose
     (root / "requirements.txt").write_text("other")
     with pytest.raises(ValueError, match="execute 9_9_toy first"):
         judge.judge("9_9_toy", records, root)
@@ -180,3 +183,22 @@ def test_a_claim_that_other_seeds_break_is_called_seen_in_its_chapter() -> None:
     for id in broken:
         stated = re.search(rf'claims\.add\(\n    "{re.escape(id)}",.*?\n\)', chapters, re.DOTALL)
         assert stated and re.search(r'kind="(observation|chosen)"', stated[0]), id
+
+
+@pytest.mark.parametrize(
+    ("id", "first", "second", "stem", "words", "counted"),
+    [
+        ("1.2-d", "importance", "at_random", "1_2_adalora", "Of five other seeds one has it the other way", 1),
+        ("3.1-d", "not_grown", "grown", "3_1_adaptive", "Of five other seeds two have it so", 3),
+        ("4.1-c", "masked", "lora", "4_1_sparse", "With two of five other seeds it is the other way", 2),
+        ("4.1-f", "gates", "lora", "4_1_sparse", "With three of five other seeds it is the other way", 3),
+    ],
+)  # fmt: skip
+def test_what_a_page_says_of_other_seeds_is_what_came_out(
+    id: str, first: str, second: str, stem: str, words: str, counted: int
+) -> None:
+    values = other_seeds.verdicts()[id]["values"]
+    turned = [one > two for one, two in zip(values[first], values[second], strict=True)]
+    assert len(turned) == 5 and sum(turned) == counted
+    claim = (ROOT / "notebooks" / f"{stem}.md").read_text().split(f'"{id}"')[1]
+    assert words in claim.split("claims.add(")[0]

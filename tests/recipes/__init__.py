@@ -28,3 +28,14 @@ def small(code: str, steps: int, length: int = 64) -> str:
 def opening(texts: list[str]) -> list[str]:
     """The first 400 characters of each text: most of what a recipe on whole ones takes is the scoring of the held out."""
     return [text[:400] for text in texts]
+
+
+def chats(
+    texts: list[str], count: int, asked: int = 40, length: int = 64
+) -> list[dict[str, list[int]]]:
+    """Rows of nano's tokens as `chat_row` of chapter 0.1 makes them: the first `asked` are a question, and don't count."""
+    ids = lab.blocks(lab.load_base("nano")[1], texts, length)[:count]["input_ids"].tolist()
+    return [
+        {"input_ids": row, "attention_mask": [1] * length, "labels": [-100] * asked + row[asked:]}
+        for row in ids
+    ]

@@ -15,7 +15,7 @@ from lora_course.folders import read_factors
 from lora_course.injection import adapter_layers, inject, unload
 from lora_course.states import concatenate, relative_error
 from tests.models import config, randomize
-from tests.recipes import recipe, small
+from tests.recipes import chats, recipe, small
 
 KINDS = {"law": "bible", "code": "python", "support": "glosses"}
 
@@ -64,22 +64,17 @@ def test_2_1_takes_rows_of_chats_and_scores_their_answers_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    tokenizer = _folders()
+    _folders()
     code = _recipe()
     code, blocks = re.subn(r"rows = lab.*# for chats: ", "", code)
     code, lines = re.subn(r"# (score = |return )", r"\1", code)
     assert (blocks, lines) == (1, 2)
 
-    def chats(split: str, domain: str) -> list[dict[str, list[int]]]:
-        rows = lab.blocks(tokenizer, lab.load_text(domain, split)[:9], 64)[:3]["input_ids"].tolist()
-        asked = [-100] * 40
-        return [
-            {"input_ids": ids, "attention_mask": [1] * 64, "labels": asked + ids[40:]}
-            for ids in rows
-        ]
+    def rows(split: str, domain: str) -> list[dict[str, list[int]]]:
+        return chats(lab.load_text(domain, split)[:9], 3)
 
-    given: dict = {"mixed": [row for d in KINDS.values() for row in chats("train", d)]} | {
-        split: {kind: chats(split, d) for kind, d in KINDS.items()}
+    given: dict = {"mixed": [row for d in KINDS.values() for row in rows("train", d)]} | {
+        split: {kind: rows(split, d) for kind, d in KINDS.items()}
         for split in ("validation", "test")
     }
     exec(code, given)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from lora_course import lab, load_adapter
 from lora_course.injection import adapter_layers
 from lora_course.progressive import load_stage
-from tests.recipes import LARGE, opening, recipe
+from tests.recipes import LARGE, chats, opening, recipe
 
 
 @pytest.mark.slow
@@ -70,15 +70,10 @@ def test_2_2_takes_rows_of_chats_and_scores_their_answers_alone(
     code, scored_bytes = re.subn(r"    bits = .*lab\.bits_per_byte.*\n", "", code)
     code, lines = re.subn(r"# (nats = |bits = )", r"\1", code)
     assert (replaced, scored_bytes, lines) == (1, 1, 2)
-    tokenizer = lab.load_base("nano")[1]
-    ids = lab.blocks(tokenizer, lab.load_text("bible", "train")[:20], 64)[:9]["input_ids"]
-    chats = [
-        {"input_ids": row, "attention_mask": [1] * 64, "labels": [-100] * 40 + row[40:]}
-        for row in ids.tolist()
-    ]
+    rows = chats(lab.load_text("bible", "train")[:20], 9)
     names = ("january", "february", "march")
-    months = {name: chats[3 * i : 3 * i + 2] for i, name in enumerate(names)}
-    held_out = {name: chats[3 * i + 2 : 3 * i + 3] for i, name in enumerate(names)}
+    months = {name: rows[3 * i : 3 * i + 2] for i, name in enumerate(names)}
+    held_out = {name: rows[3 * i + 2 : 3 * i + 3] for i, name in enumerate(names)}
     exec(code, given := {"months": months, "held_out": held_out})
     assert given["rows"] == list(months.values())
     # nats an answer token: the last folder of the one LoRA, read anew

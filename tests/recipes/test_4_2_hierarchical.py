@@ -10,21 +10,18 @@ from safetensors.torch import load_file
 from lora_course import export_peft, inject, lab, unload
 from lora_course.injection import disabled
 from tests.models import config, randomize
-from tests.recipes import LARGE, recipe
+from tests.recipes import LARGE, chats, recipe
 from tools.chapters import ROOT
 
 
-def test_4_2_cuts_a_folder_of_peft_by_svd_and_a_nested_training_at_four_ranks(
+def test_4_2_cuts_a_folder_of_peft_by_svd_and_a_nested_training_at_three_ranks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    base, tokenizer = lab.load_base("nano")
+    base = lab.load_base("nano")[0]
     export_peft(randomize(inject(base, config(r=48)), 1), "adapters/mine")
     unload(base)
-    rows = lab.blocks(tokenizer, lab.load_text("bible", "train")[:40], 64)
-    answers = [{k: row[k].tolist() for k in ("input_ids", "labels")} for row in rows]
-    for row in answers:  # as chats are: what is asked does not count
-        row["labels"][:32] = [-100] * 32
+    answers = chats(lab.load_text("bible", "train")[:40], 40, asked=32)
     given = {"rows": answers[4:], "held_out": answers[:4]}
     code = recipe("4_2_hierarchical")
     assert LARGE in code and "max_steps=200" in code and code.count("{kept:.1%}") == 2
