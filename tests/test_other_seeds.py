@@ -27,6 +27,7 @@ fields = dict(statement="", source="", expected="", outcome="")
 claims = [
     fields | dict(id="9.9-a", predicate="mean(l) < 10", values={"l": losses}, holds=sum(losses) / 5 < 10),
     fields | dict(id="9.9-b", predicate="x > 1", values={"x": [2.0]}, holds=True),
+    fields | dict(id="9.9-c", predicate="d > 0", values={"d": losses + losses, "none": []}, holds=True),
 ]
 ```
 
@@ -72,6 +73,7 @@ def root(tmp_path: Path) -> Path:
     claims = [
         fields | {"id": "9.9-a", "predicate": "mean(l) < 10", "values": {"l": [1.0, 2.0, 3.0, 4.0, 5.0]}, "holds": True},
         fields | {"id": "9.9-b", "predicate": "x > 1", "values": {"x": [2.0]}, "holds": True},
+        fields | {"id": "9.9-c", "predicate": "d > 0", "values": {"d": [1.0, 2.0, 3.0, 4.0, 5.0] * 2, "none": []}, "holds": True},
     ]  # fmt: skip
     (executed / "claims" / "9_9_toy.json").write_text(json.dumps({"claims": claims}))
     return root
@@ -85,8 +87,9 @@ def test_a_chapter_judges_on_the_other_seeds_what_rests_on_seeds_though_a_cell_r
     toy(tmp_path, SEEDS, [30.0, 1.0, 1.0, 30.0, 1.0]).rename(records / "toy.json")
     found = judge.judge("9_9_toy", records, root)
     assert found == {
-        "9.9-a": {"held": True, "holds": False, "values": {"l": [30.0, 1.0, 1.0, 30.0, 1.0]}}
-    }
+        "9.9-a": {"held": True, "holds": False, "values": {"l": [30.0, 1.0, 1.0, 30.0, 1.0]}},
+        "9.9-c": {"held": True, "holds": True, "values": {"d": [30.0, 1.0, 1.0, 30.0, 1.0] * 2, "none": []}},
+    }  # fmt: skip
     here = json.loads((root / "lora_course" / "data" / "studies" / "toy.json").read_text())
     assert here["settings"]["seeds"] == [0, 1, 2, 3, 4]  # the checkout's own record stays
 
@@ -100,7 +103,7 @@ def test_a_chapter_that_was_not_executed_or_loses_a_claim_is_told_of(
     broken = json.loads((records / "toy.json").read_text())
     broken["settings"]["seeds"] = list(SEEDS)  # a run is missing: the claims' cell raises
     (records / "toy.json").write_text(json.dumps(broken))
-    with pytest.raises(ValueError, match=r"said nothing of 9\.9-a, 9\.9-b .*KeyError.*lora/1/9"):
+    with pytest.raises(ValueError, match=r"said nothing of 9\.9-a, 9\.9-b, 9\.9-c .*KeyError.*lora/1/9"):
         judge.judge("9_9_toy", records, root)
     (said,) = (root / "build" / "executed").rglob("9_9_toy.json")
     said.write_text(said.read_text().replace('"holds": true', '"holds": false'))
