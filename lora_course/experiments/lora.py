@@ -7,15 +7,18 @@ A block of nano has 8 · 4,672 parameters with LoRA of rank 8 on all linear laye
 from __future__ import annotations
 
 import math
+import tempfile
 from typing import Any
 
+import datasets
 from peft import LoraConfig
 from torch import nn
+from transformers import PrinterCallback, Trainer
 
+from lora_course.arguments import device_of, training_arguments
 from lora_course.experiments import Arm, Runs, Study, Trained, Witness
-from lora_course.experiments.arms import NANO, adapted, base_of, bits_of, train_as
+from lora_course.experiments.arms import NANO, adapted, base_of, bits_of, recipe, train_as
 from lora_course.experiments.rates import compete_all
-from lora_course.injection import adapter_layers
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
@@ -38,22 +41,32 @@ SETTINGS = NANO | {
 
 
 def config(arm: str) -> LoraConfig:
-    """The adapter of an arm; of "full" one of rank 1, which stays zero."""
-    if arm == "full":
-        return LoraConfig(r=1, lora_alpha=1, target_modules="all-linear")
+    """The adapter of an arm; "full" has none."""
     r, scale, targets = (ARMS[arm][key] for key in ("r", "scale", "target_modules"))
     alpha = {"alpha = 2r": 2 * r, "alpha = 16": 16, "rslora": 2 * math.sqrt(8)}[scale]
     return LoraConfig(r=r, lora_alpha=alpha, use_rslora=scale == "rslora", target_modules=targets)
 
 
+def full() -> Arm:
+    """Every weight is trained, by transformers' own trainer: `AdapterTrainer` refuses what its checkpoints would not hold."""
+    model = base_of(SETTINGS).train().requires_grad_(True)
+
+    def fit(rows: datasets.Dataset, learning_rate: float, seed: int) -> list[float]:
+        with tempfile.TemporaryDirectory() as folder:
+            fields = recipe(SETTINGS, learning_rate, seed)
+            trainer = Trainer(
+                model, training_arguments(folder, device_of(model), **fields), train_dataset=rows
+            )
+            trainer.remove_callback(PrinterCallback)  # or it prints each step
+            trainer.train()
+        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    return Arm(model, fit=fit)
+
+
 def trained(arm: str, rate: float, seed: int) -> Trained:
-    model = adapted(SETTINGS, seed, config(arm))
-    if arm == "full":
-        # every weight trains; the adapter stays zero, for the same trainer and batches
-        adapter = {p for layer in adapter_layers(model).values() for p in (layer.A, layer.B)}
-        for parameter in model.parameters():
-            parameter.requires_grad_(parameter not in adapter)
-    return train_as(SETTINGS, Arm(model), rate, seed)
+    made = full() if arm == "full" else Arm(adapted(SETTINGS, seed, config(arm)))
+    return train_as(SETTINGS, made, rate, seed)
 
 
 def bits(model: nn.Module, split: str) -> dict[str, float]:

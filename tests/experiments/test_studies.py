@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from lora_course import experiments
-from lora_course.experiments import ROUNDING, Runs
+from lora_course.experiments import ROUNDING, Runs, lora
+from lora_course.experiments.arms import base_of
 from lora_course.experiments.record import Record, as_json
 from lora_course.lab import study as reading
 
@@ -113,3 +114,17 @@ def test_the_study_that_the_package_shows_runs_and_is_verified(tmp_path: Path) -
     witness = dataclasses.replace(study.witness, keys=(tested[1],))
     found = dataclasses.replace(study, witness=witness).verify(tmp_path / "ranks.json")
     assert found["holds"] and set(found["largest"]) == {"bits_per_byte", "parameters"}
+
+
+def test_full_fine_tuning_of_0_1_moves_every_weight_and_has_no_adapter(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    small = {"steps": 2, "batch": 1, "length": 16, "train_bytes": 10_000}
+    monkeypatch.setattr(lora, "SETTINGS", lora.SETTINGS | small)
+    before = dict(base_of(lora.SETTINGS).named_parameters())
+    found = lora.trained("full", 1e-3, 0)
+    after = dict(found.model.named_parameters())
+    assert len(found.losses) == 2 and before.keys() == after.keys()
+    assert not [name for name, weight in before.items() if weight.equal(after[name])]
+    every = sum(weight.numel() for weight in before.values())
+    assert found.arm.parameters(found.model) == every
