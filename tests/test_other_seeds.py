@@ -103,7 +103,9 @@ def test_a_chapter_that_was_not_executed_or_loses_a_claim_is_told_of(
     broken = json.loads((records / "toy.json").read_text())
     broken["settings"]["seeds"] = list(SEEDS)  # a run is missing: the claims' cell raises
     (records / "toy.json").write_text(json.dumps(broken))
-    with pytest.raises(ValueError, match=r"said nothing of 9\.9-a, 9\.9-b, 9\.9-c .*KeyError.*lora/1/9"):
+    with pytest.raises(
+        ValueError, match=r"said nothing of 9\.9-a, 9\.9-b, 9\.9-c .*KeyError.*lora/1/9"
+    ):
         judge.judge("9_9_toy", records, root)
     (said,) = (root / "build" / "executed").rglob("9_9_toy.json")
     said.write_text(said.read_text().replace('"holds": true', '"holds": false'))

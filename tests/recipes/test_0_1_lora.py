@@ -28,12 +28,19 @@ SMALL_GPU = re.compile(r"^( +)# ((?:[a-z_]+=\w+,\s?){2})$", re.MULTILINE)
 
 
 def parts(steps: int) -> tuple[str, str, str, str]:
-    """The rows of chats, the training, the training with PEFT alone, the rows of plain text."""
+    """The rows of chats, the training with PEFT alone, the training with the package, the rows of plain text."""
     code = small(recipe("0_1_lora"), steps, ROW).replace(str(lab.base_path("nano")), "nano")
-    chats, rest = code.split(OURS)
-    ours, rest = rest.split(PEFT)
-    alone, plain = rest.split(PLAIN)
-    return chats, OURS + ours, PEFT + alone, PLAIN + plain
+    chats, rest = code.split(PEFT)
+    alone, rest = rest.split(OURS)
+    ours, plain = rest.split(PLAIN)
+    return chats, PEFT + alone, OURS + ours, PLAIN + plain
+
+
+def on_cpu(code: str) -> str:
+    """What `Trainer` wants to be told on a CPU, in fp32, with a warm-up of the two steps' length."""
+    told = code.replace("bf16=True", "use_cpu=True").replace("warmup_steps=10", "warmup_steps=1")
+    assert "use_cpu" in told and "warmup_steps=1," in told
+    return told
 
 
 def for_a_small_gpu(code: str) -> str:
@@ -65,7 +72,7 @@ def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.slow
 def test_0_1_trains_an_adapter_that_peft_loads_and_merges_it_into_a_plain_model(base: Any) -> None:
-    chats, ours, _, plain = parts(steps=2)
+    chats, _, ours, plain = parts(steps=2)
     tokenizer = AutoTokenizer.from_pretrained("nano")
     texts = opening(lab.excerpt(lab.load_text("shakespeare", "train"), 90_000))
     given = {"texts": texts, "pairs": pairs(2)}  # two pairs: one to ask, and no rows
@@ -80,7 +87,7 @@ def test_0_1_trains_an_adapter_that_peft_loads_and_merges_it_into_a_plain_model(
         "(16, 4e-4, 0)", "(16, 4e-4, 0), (16, 8e-4, 0), (16, 2e-4, 1), (64, 1e-4, 0)"
     )
     exec(more, given)  # a rate, a seed and a rank more, as the text says
-    added = ["r16-0.0008-0", "r16-0.0002-1", "r64-0.0001-0"]
+    added = [f"resumed-{run}" for run in ("r16-0.0008-0", "r16-0.0002-1", "r64-0.0001-0")]
     assert given["losses"] == losses | {run: given["losses"][run] for run in added}
     assert len(set(given["losses"].values())) == 6
     assert all(path.stat().st_mtime_ns == before for path, before in kept_runs.items())
@@ -132,39 +139,44 @@ def test_0_1_a_template_that_rewrites_its_prompt_is_refused(base: Any) -> None:
 
 
 @pytest.mark.slow
-def test_0_1_trains_on_chats_here_and_with_peft_alone(
+def test_0_1_trains_on_chats_with_peft_alone_and_with_runs_that_go_on(
     base: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # One step of Adam is the gradient's signs, of which bf16 turns some on some CPUs: what is compared is in fp32. With
     # one row a step instead of eight the two would be 0.4 apart.
     monkeypatch.setenv("LORA_COURSE_CPU_DTYPE", "float32")
-    chats, ours_lines, alone, _ = parts(steps=2)
+    chats, alone, ours_lines, _ = parts(steps=2)
     given = {"pairs": pairs(50)}
-    exec(chats + ours_lines, given)
-    losses = given["losses"]
-    assert len(set(losses.values())) == 3
+    exec(chats + on_cpu(alone), given)
+    losses, best = given["losses"], given["best"]
+    assert len(set(losses.values())) == 3 and losses[best] == min(losses.values())
     assert "<user>Number 0?" in capsys.readouterr().out  # the question, in the template
-    ours = json.loads(Path("adapters/mine/adapter_config.json").read_text())
-    exec(chats + for_a_small_gpu(ours_lines), given)
-    assert apart("adapters/r16-0.0002-0", "small/adapters/r16-0.0002-0") < 0.1  # the same steps
-
-    on_cpu = alone.replace("bf16=True", "bf16=True, use_cpu=True")  # Trainer wants to be told
-    on_cpu = chats + on_cpu.replace("warmup_steps=10", "warmup_steps=1")  # of two steps
-    exec(on_cpu, given)
-    assert len(set(given["losses"].values())) == 3
-    best = given["best"]
-    theirs = json.loads(Path(f"adapters/{best}/adapter_config.json").read_text())
-    for field in ("r", "lora_alpha", "task_type"):
-        assert ours[field] == theirs[field]
-    assert set(ours["target_modules"]) == set(theirs["target_modules"])
+    assert apart(f"adapters/{best}", "adapters/mine") == 0
+    theirs = json.loads(Path("adapters/mine/adapter_config.json").read_text())
     ids = torch.tensor([given["rows"][0]["input_ids"][:16]])
     with torch.no_grad():
         before = base(input_ids=ids).logits
-        adapted = PeftModel.from_pretrained(base, f"adapters/{best}")(ids).logits
-        merged = AutoModelForCausalLM.from_pretrained("merged-peft")(input_ids=ids).logits
+        adapted = PeftModel.from_pretrained(copy.deepcopy(base), "adapters/mine")(ids).logits
+        merged = AutoModelForCausalLM.from_pretrained("merged")(input_ids=ids).logits
     assert (adapted - before).abs().max() > 2e-3  # twenty times what is allowed below
     torch.testing.assert_close(merged, adapted, atol=1e-4, rtol=1e-4)
+    with pytest.raises(NameError, match="'model'"):  # it is merged: a run on it is none on the base
+        exec(on_cpu(alone), dict(given))
 
-    exec(on_cpu.replace("bf16=True, ", "").replace(RUNS, MIDDLE), given)
-    exec(for_a_small_gpu(on_cpu.replace("bf16=True, ", "")), given)
-    assert apart("adapters/peft-r16-0.0002-0", "small/adapters/peft-r16-0.0002-0") < 0.1
+    more = alone.replace(RUNS, "[(16, 2e-4, 1)]").replace("losses = {}\n", "")
+    exec(chats + on_cpu(more), given)  # one run more, as the text says
+    assert given["losses"] == losses | {"r16-0.0002-1": given["losses"]["r16-0.0002-1"]}
+    assert len(set(given["losses"].values())) == 4
+    exec(chats + for_a_small_gpu(on_cpu(alone)), given)
+    assert apart("adapters/r16-0.0002-0", "small/adapters/r16-0.0002-0") < 0.1  # the same steps
+
+    given = {"pairs": pairs(50)}
+    exec(chats + ours_lines, given)
+    assert len(set(given["losses"].values())) == 3
+    ours = json.loads(Path("adapters/mine/adapter_config.json").read_text())
+    for field in ("r", "lora_alpha", "task_type"):
+        assert ours[field] == theirs[field]
+    assert set(ours["target_modules"]) == set(theirs["target_modules"])
+    exec(chats + for_a_small_gpu(ours_lines), given)
+    middle = "adapters/resumed-r16-0.0002-0"
+    assert apart(middle, f"small/{middle}") < 0.1  # the same steps

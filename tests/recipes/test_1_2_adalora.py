@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from lora_course import adalora, lab
 from tests.recipes import LARGE, opening, recipe, small
-from tests.recipes.test_0_1_lora import OURS, ROW, TEMPLATE, pairs
+from tests.recipes.test_0_1_lora import PEFT, ROW, TEMPLATE, pairs
 
 
 @pytest.mark.slow
@@ -66,7 +66,7 @@ def test_1_2_trains_on_the_chats_of_chapter_0_1_and_scores_the_held_out(
     model.save_pretrained("nano")
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained("nano")
-    chats = small(recipe("0_1_lora"), 4, ROW).split(OURS)[0]
+    chats = small(recipe("0_1_lora"), 4, ROW).split(PEFT)[0]
     code = recipe("1_2_adalora").replace(LARGE, '"nano"').replace("1000", "12")
     for (
         pattern,
