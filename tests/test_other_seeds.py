@@ -165,6 +165,7 @@ def test_the_ledger_counts_what_stays_and_names_what_turns(
         "2 were tried so far" in text
         and "(5 to 9 where the course has 0 to 4): 1 hold there too, [9.9-a]" in text
     )
+    assert "not; these count as seen since. So 50% held as they were called at first." in text
     assert "do not hold" not in text
     again["9.9-b"]["holds"], again["9.9-a"]["holds"] = False, True
     (path,) = (folder / "claims").iterdir()

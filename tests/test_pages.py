@@ -7,7 +7,7 @@ import pytest
 from docutils import nodes
 from docutils.utils import new_document
 
-from tools import pages
+from tools import other_seeds, pages
 from tools.chapters import ROOT, Result
 from tools.ledger import carried_over
 from tools.sphinx_extension import Search, escape, first_sentences, mark_chinese, render
@@ -77,9 +77,10 @@ def test_the_ledger_has_a_line_a_claim_that_opens_with_anchor_and_classes_for_th
 
 
 def test_claims_on_the_chat_model_are_held_against_nanos(
-    project: tuple[Path, list[Result]],
+    project: tuple[Path, list[Result]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, results = project
+    monkeypatch.setattr(other_seeds, "verdicts", dict)
     assert "None of" in carried_over(results)
     path = results[0].folder / "claims" / "1_1_qlora.json"
     chapter = json.loads(path.read_text())
@@ -90,6 +91,11 @@ def test_claims_on_the_chat_model_are_held_against_nanos(
     text = carried_over(results)
     assert " 2 were stated" in text and ": 1 hold on both models, 0 on neither" in text
     assert "1 on one of the two: [1.2-s](#claim-1-2-s) (on nano [1.2-a](#claim-1-2-a))" in text
+    again = {"1.1-b": {"held": True, "holds": False, "values": {}}}
+    monkeypatch.setattr(
+        other_seeds, "verdicts", lambda: again
+    )  # what they refute is not held on nano
+    assert ": 0 hold on both models, 0 on neither" in carried_over(results)
 
 
 def test_run_times_name_each_chapter_and_add_up(project: tuple[Path, list[Result]]) -> None:

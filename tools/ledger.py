@@ -1,13 +1,19 @@
 """The ledger: every claim of every chapter, from the records that their runs left."""
 
 import html
+import itertools
+import math
+import re
 from pathlib import Path
 from typing import Any
 
 from lora_course.lab.chat_model import QUESTIONS
 from lora_course.lab.claims import EVIDENCE, KINDS, Claim, anchor_of, load_claims
+from lora_course.lab.predicates import evaluate
 from tools import other_seeds
 from tools.chapters import Result, title
+
+MOST_WAYS = 7_776  # three series of five seeds
 
 
 def ledger(root: Path, results: list[Result]) -> str:
@@ -26,19 +32,23 @@ def ledger(root: Path, results: list[Result]) -> str:
     return "\n".join(parts) or "*No chapter yet.*"
 
 
+def claims_of(results: list[Result]) -> list[Claim]:
+    chapters = [chapter for result in results for chapter in load_claims(result.folder / "claims")]
+    return [claim for chapter in chapters for claim in chapter["claims"]]
+
+
 def verdicts_of(results: list[Result]) -> dict[str, bool]:
     """Each claim's id → whether it holds."""
-    return {
-        claim.id: claim.holds
-        for result in results
-        for chapter in load_claims(result.folder / "claims")
-        for claim in chapter["claims"]
-    }
+    return {claim.id: claim.holds for claim in claims_of(results)}
 
 
 def carried_over(results: list[Result]) -> str:
-    """How many of the claims that were tried on the chat model hold there and on nano, on neither, and which on one of them."""
-    held = verdicts_of(results)
+    """How many of the claims that were tried on the chat model hold there and on nano, on neither, and which on one of them.
+
+    What other seeds refute does not hold on nano.
+    """
+    refuted = {id for id, claim in other_seeds.verdicts().items() if not claim["holds"]}
+    held = {id: holds and id not in refuted for id, holds in verdicts_of(results).items()}
     tried = {id: QUESTIONS[id].nano for id in QUESTIONS if id in held}
     if not tried:
         return f"None of {len(QUESTIONS)} central claims has been tried on SmolLM2-135M yet."
@@ -66,7 +76,9 @@ def on_other_seeds(results: list[Result]) -> str:
         f"Of those that hold and rest on trainings, {len(kept) + len(lost)} were tried so far with seeds that nothing had been "
         f"chosen with (5 to 9 where the course has 0 to 4): {len(kept)} hold there too"
     )
-    said += f", {', '.join(map(link, lost))} not." if lost else "."
+    said += f", {', '.join(map(link, lost))} not; these count as seen since." if lost else "."
+    if lost:
+        said += f" So {len(kept) / (len(kept) + len(lost)):.0%} held as they were called at first."
     if failed:
         said += (
             f" Of {failed} that do not hold, {', '.join(map(link, found)) or 'none'} would there."
@@ -89,6 +101,7 @@ def claim_row(claim: Claim, stem: str, again: dict[str, Any] | None = None) -> s
         ("came out", cell(claim.effect or claim.outcome)),
         ("values", values(claim.values)),
         ("with other seeds", f"{'holds' if again['holds'] else 'does not hold'}<br>{values(again['values'])}" if again else ""),
+        ("by chance", by_chance(claim)),
         ("explanation", cell(claim.explanation)),
         ("stated in", f'<a href="../notebooks/{stem}.html#{claim.anchor}">chapter {".".join(stem.split("_")[:2])}</a>'),
     ]  # fmt: skip
@@ -100,6 +113,39 @@ def claim_row(claim: Claim, stem: str, again: dict[str, Any] | None = None) -> s
         f":class-container: claim chapter-{chapter} verdict-{verdict} model-{claim.evidence}\n\n"
         f"| claim | {claim.id} |\n|---|---|\n{body}\n::::\n"
     )
+
+
+def by_chance(claim: Claim) -> str:
+    """In how many of the ways to swap what is compared within seeds, or to turn the signs of differences, the rule holds.
+
+    Empty where the values can't be swapped (they are no twins, or more than seven thousand ways), and where every way passes:
+    a rule of closeness, which labels don't decide.
+    """
+    names, series = list(claim.values), list(claim.values.values())
+    seeds = len(series[0])
+    if seeds < 3 or any(len(one) != seeds for one in series):
+        return ""
+    if len(series) == 1 and re.search(r"[<>]=? -?0(\.0\d*)?(?![\d.])", claim.predicate):
+        series, what = [*series, [-value for value in series[0]]], "turn the differences' signs"
+    elif re.search(rf"zip\({', '.join(names)}\)", claim.predicate):
+        what = "swap the labels within seeds"
+    else:
+        return ""
+    ways = math.factorial(len(series)) ** seeds
+    if len(series) == 1 or ways > MOST_WAYS:
+        return ""
+    orders = list(itertools.permutations(range(len(series))))
+    passed = sum(
+        evaluate(
+            claim.predicate,
+            {
+                name: [series[order[row]][seed] for seed, order in enumerate(way)]
+                for row, name in enumerate(names)
+            },
+        )
+        for way in itertools.product(orders, repeat=seeds)
+    )
+    return f"holds in {passed:,} of {ways:,} ways to {what}" if passed < ways else ""
 
 
 def values(named: dict[str, list]) -> str:

@@ -13,6 +13,7 @@ from benchmarks import report
 from tools import pacing, projects, record_runs
 from tools.chapters import Result, title
 from tools.ledger import carried_over, ledger, on_other_seeds
+from tools.limits import limits
 from tools.playpage import tables as playpage
 
 MARKER = re.compile(r"^<!-- generated: ([a-z ]+) -->$", re.MULTILINE)
@@ -193,6 +194,7 @@ PARTS: dict[str, Callable[[Path, list[Result]], str]] = {
     "bibliography": bibliography,
     "carried over": lambda root, results: carried_over(results),
     "other seeds": lambda root, results: on_other_seeds(results),
+    "limits": lambda root, results: limits(results),
     "ledger": ledger,
     "api": api_list,
     "benchmarks": benchmarks,

@@ -1,9 +1,11 @@
 """Predicates over raw values: what decides whether a claim holds, and whether it could have been otherwise."""
 
 import ast
+import functools
 import itertools
 import statistics
 from collections.abc import Callable
+from types import CodeType
 
 Values = dict[str, list[float]]
 FUNCTIONS: dict[str, Callable] = {
@@ -29,6 +31,21 @@ def evaluate(predicate: str, values: Values) -> bool:
     Raises ValueError for what is no expression, uses another name, compares a list with a number, or comes to something
     that is not True or False.
     """
+    code = _compiled(predicate, tuple(values))
+    try:
+        verdict = eval(code, {"__builtins__": {}, **FUNCTIONS, **values})
+    except TypeError as error:
+        raise ValueError(
+            f"predicate {predicate!r}: {error}; each value is a list, one number a seed: take mean(…) or […][0]"
+        ) from None
+    if not isinstance(verdict, bool):
+        raise ValueError(f"predicate {predicate!r} came to {verdict!r}; expected True or False")
+    return verdict
+
+
+@functools.cache
+def _compiled(predicate: str, names: tuple[str, ...]) -> CodeType:
+    """A predicate over the values of these names, checked."""
     try:
         tree = ast.parse(predicate, mode="eval")
     except SyntaxError as error:
@@ -46,22 +63,12 @@ def evaluate(predicate: str, values: Values) -> bool:
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
     }
     used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-    if unknown := used - bound - set(values) - set(FUNCTIONS):
+    if unknown := used - bound - set(names) - set(FUNCTIONS):
         raise ValueError(
-            f"predicate {predicate!r} uses {', '.join(sorted(unknown))}; it knows the values {', '.join(values)} "
+            f"predicate {predicate!r} uses {', '.join(sorted(unknown))}; it knows the values {', '.join(names)} "
             f"and the functions {', '.join(FUNCTIONS)}"
         )
-    try:
-        verdict = eval(
-            compile(tree, "<predicate>", "eval"), {"__builtins__": {}, **FUNCTIONS, **values}
-        )
-    except TypeError as error:
-        raise ValueError(
-            f"predicate {predicate!r}: {error}; each value is a list, one number a seed: take mean(…) or […][0]"
-        ) from None
-    if not isinstance(verdict, bool):
-        raise ValueError(f"predicate {predicate!r} came to {verdict!r}; expected True or False")
-    return verdict
+    return compile(tree, "<predicate>", "eval")
 
 
 def perturbations(values: Values) -> list[Values]:
