@@ -17,6 +17,7 @@ from lora_course.lab.chat_words import compared, held_against
 from lora_course.lab.claims import AnswerTable, Claims
 from lora_course.lab.evidence import differences
 from lora_course.lab.study import STUDIES, chosen_rate, load_study
+from lora_course.lab.tasks import load_task
 
 LEVELS = {"bits_per_token": "bits an answer token", "own_text": "bits a byte of other English"}
 BYTES_OF = {"delta": 8, "factors-2bit": 2 / 8 + 4 / 64}
@@ -52,6 +53,9 @@ LEARNT = {
     SEVERAL: "the past of English verbs and the plural of German nouns",
 }
 UNSEEN = {PAST: "verbs", SEVERAL: "words"}
+RULES = {"past": "three-line rule", "plural": "suffix table"}
+"""For each task what `tasks_nano` has beside the models: a rule, or a table learnt from the training words."""
+RULES_OF = {PAST: "a rule of three lines", SEVERAL: "a rule and a table"}
 SMALLER = (1, 2, 4)
 QUESTIONS: dict[str, Question] = {
     "0.1-s": Question(
@@ -143,6 +147,35 @@ def right(record: Mapping[str, Any], path: str) -> str:
     runs = _runs(record, path)
     asked = [list(run["tasks"].values()) if "tasks" in run else [run] for run in runs]
     return f"{statistics.fmean(one['exact'] for run in asked for one in run):.0%}"
+
+
+def rule_right(record: Mapping[str, Any]) -> float:
+    """The share of a record's test words that a rule or a table (`RULES`) answers exactly, the mean of the tasks.
+
+    `tasks_nano` has their answers to all test words, in order, and a record's test words are the first of these.
+    """
+    settings, rules = record["settings"], load_study("tasks_nano")["runs"]
+    tasks, count = settings.get("tasks") or [settings["task"]], settings["words"]["test"]
+    answered = [rules[f"baselines/{task}"][RULES[task]]["right"][:count] for task in tasks]
+    return statistics.fmean(statistics.fmean(map(int, marks)) for marks in answered)
+
+
+def irregular_verbs(record: Mapping[str, Any]) -> int:
+    """How many of a record's test verbs are irregular: what its runs' "irregular" is a share of."""
+    return load_task("past", "test")["regular"][: record["settings"]["words"]["test"]].count(False)
+
+
+def at_the_edge(record: Mapping[str, Any], arm: str) -> str:
+    """What a claim on an arm is to say where the best of the values tried (a rate, or a weight) is the lowest or the
+    highest of them; "" where it lies between, or only one was tried."""
+    keys = [key.split("/") for key in record["runs"]]
+    tried = sorted({float(key[1]) for key in keys if key[0] == arm and key[-1] == "validation"})
+    if len(tried) < 2 or tried[0] < chosen_rate(record, arm) < tried[-1]:
+        return ""
+    end, beyond = (
+        ("lowest", "lower") if chosen_rate(record, arm) == tried[0] else ("highest", "higher")
+    )
+    return f" {chosen_rate(record, arm):g} for {arm} is the {end} value tried; a {beyond} one may be better."
 
 
 def arms_run(record: Mapping[str, Any]) -> list[str]:
@@ -240,9 +273,13 @@ def answer(claims: Claims, *ids: str) -> list[tuple[str, str, str]]:
         low, high = min(apart), max(apart)
         mean, least, most = (f"{value:+.3f}" for value in (statistics.fmean(apart), low, high))
         nano = claims[question.nano]
+        arms = dict.fromkeys(
+            path.split("/")[0] for paths in question.arms.values() for path in paths
+        )
+        edges = "".join(at_the_edge(record, arm) for arm in arms)
         claims.add(
             id, question.statement, f"this course, as {question.nano} on nano", "stated before the runs", values,
-            question.rule, f"On nano {question.nano}: {nano.verdict}.", kind="observation", evidence="smol",
+            question.rule, f"On nano {question.nano}: {nano.verdict}.{edges}", kind="observation", evidence="smol",
             effect=f"{mean} bits an answer token ({least} to {most})",
         )  # fmt: skip
         names = [html.escape(name) for name in (question.first, question.second)]
@@ -250,7 +287,10 @@ def answer(claims: Claims, *ids: str) -> list[tuple[str, str, str]]:
         said = compared(names, apart, won)
         shares = [right(record, paths[0]) for paths in question.arms.values()]
         if all(shares):
-            said += f" {' against '.join(shares)} of unseen {UNSEEN[question.study]} right."
+            ruled = f"{RULES_OF[question.study]}: {rule_right(record):.0%}"
+            said += (
+                f" {' against '.join(shares)} of unseen {UNSEEN[question.study]} right ({ruled})."
+            )
         same = held_against(names[0].split(" (")[0], question.rule, claims[id].holds, nano.holds)
         same += f"; there {question.there}" if question.there else ""
         rows.append((asked, said, f"{same} ({claims.link(question.nano)}; here {claims.link(id)})"))

@@ -52,7 +52,7 @@ TASKS = {
     "past": Task(
         "verbs", ("word",), "past", "other_pasts",
         "Give the past tense of the English verb.", "letter",
-        "Of 100 verbs whose relatives were not trained on, this many get a past tense that a dictionary has; "
+        "Of 100 verbs of families that were not trained on, this many get a past tense that a dictionary has; "
         "a rule of three lines gets most of them, so only what is above it is more than adding -ed.",
     ),
     "plural": Task(
@@ -74,14 +74,14 @@ TASKS = {
     "pronunciation": Task(
         "pronunciation", ("word",), "phonemes", "other_phonemes",
         "Give the phonemes of the English word.", "phoneme",
-        "Of 100 English words without a relative in the training words, this many are pronounced right from the first "
+        "Of 100 English words of families that were not trained on, this many are pronounced right from the first "
         "to the last phoneme; the error rate says how many of 100 phonemes are wrong, missing or too many.",
         apart=True,
     ),
     "spelling": Task(
         "pronunciation", ("phonemes",), "word", "homophones",
         "Give the spelling of the English word with these phonemes.", "letter",
-        "Of 100 English words without a relative in the training words, this many are spelled right from their sound.",
+        "Of 100 English words of families that were not trained on, this many are spelled right from their sound.",
     ),
 }  # fmt: skip
 

@@ -12,6 +12,7 @@ from lora_course.lab.baselines import (
     score_baselines,
     suffix_table,
 )
+from lora_course.lab.study import load_study
 from lora_course.lab.tasks import TASKS
 
 
@@ -109,3 +110,8 @@ def test_a_table_of_endings_knows_most_plurals_of_the_test_words():
     found = score_baselines("plural")
     assert found["suffix table"]["exact"] > 0.8 > 0.5 > found["majority by gender"]["exact"]
     assert len(found["suffix table"]["right"]) == 1000
+    assert found == load_study("tasks_nano")["runs"]["baselines/plural"]
+
+
+def test_the_record_has_what_rules_for_pasts_score_now():
+    assert score_baselines("past") == load_study("tasks_nano")["runs"]["baselines/past"]

@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import statistics
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import pytest
 from lora_course.experiments import smol_past, smol_several
 from lora_course.experiments.smol_past import METHODS
 from lora_course.lab import Claims, chat_model
+from lora_course.lab.baselines import rule_of_three, suffix_table
 from lora_course.lab.chat_model import (
     QUESTIONS,
     answer,
@@ -16,6 +19,8 @@ from lora_course.lab.chat_model import (
     series,
 )
 from lora_course.lab.chat_words import BOTH
+from lora_course.lab.study import STUDIES, load_study
+from lora_course.lab.tasks import load_task
 
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 TEXTS = {path.stem: path.read_text() for path in NOTEBOOKS.glob("[0-9]*.md")}
@@ -36,7 +41,9 @@ def record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         runs[f"adalora/0.004/{seed}/test"] = run(0.35, 0.5)
         nested = {"1": 0.55 + shift, "2": 0.2 + shift, "4": 0.2 + shift}
         runs[f"nested/0.002/{seed}/test"] = run(0.3, 0.5, cut=nested)
-    text = {"study": "smol_past", "settings": {"seeds": [0, 1]}, "runs": runs, "made": []}
+    settings = {"seeds": [0, 1], "task": "past", "words": {"test": 400}}
+    text = {"study": "smol_past", "settings": settings, "runs": runs, "made": []}
+    shutil.copy(STUDIES / "tasks_nano.json", tmp_path)
     (tmp_path / "smol_past.json").write_text(json.dumps(text))
     for module in (chat_model, chat_model.load_study.__globals__):
         names = module if isinstance(module, dict) else vars(module)
@@ -59,7 +66,7 @@ def test_a_row_says_which_is_ahead_and_whether_the_verdict_is_nanos(record: Path
         assert re.match(rf"{said} \(<a href=.*5\.1-c</a>; here <a href=.*5\.1-s</a>\)$", row[2])
         assert row[1] == (
             "Lower with all 2 seeds: DoRA, by 0.055 bits an answer token (0.050 to 0.060; training gained 4.0). "
-            "60% against 50% of unseen verbs right."
+            "60% against 50% of unseen verbs right (a rule of three lines: 93%)."
         )
         assert claims.claims[-1].holds and claims.claims[-1].evidence == "smol"
     for holds, said in (
@@ -70,6 +77,57 @@ def test_a_row_says_which_is_ahead_and_whether_the_verdict_is_nanos(record: Path
         assert row[2].startswith(f"{said} (") and row[1].startswith(
             "No difference shown: AdaLoRA 0.000 bits an answer token lower (2 seeds: -0.050 to +0.050; training"
         )
+
+
+def of_rules(study: str) -> float:
+    """The share of a study's test words that a rule of three lines has right, or the mean of that and of a suffix table."""
+    settings = load_study(study)["settings"]
+    shares = []
+    for task in settings.get("tasks", ["past"]):
+        rule = (
+            rule_of_three
+            if task == "past"
+            else suffix_table(task, load_task(task, "train").to_list())
+        )
+        words = load_task(task, "test").to_list()[: settings["words"]["test"]]
+        shares.append(statistics.fmean(rule(word) in word["accepted"] for word in words))
+    return statistics.fmean(shares)
+
+
+@pytest.mark.parametrize("study", [chat_model.PAST, chat_model.SEVERAL])
+def test_rows_with_right_answers_have_a_rules_share_of_the_same_words(study: str) -> None:
+    wanted, told = of_rules(study), 0
+    assert chat_model.rule_right(load_study(study)) == pytest.approx(wanted)
+    for id in (id for id, question in QUESTIONS.items() if question.study == study):
+        (row,) = answer(with_nano(True, id), id)
+        asked = re.search(r"\d+% against \d+% of unseen .* right (.*)", row[1])
+        told += asked is not None
+        assert asked is None or re.fullmatch(rf"\(a rule[a-z ]*: {wanted:.0%}\)\.", asked[1])
+    assert told >= 4
+
+
+def test_a_claim_says_where_the_lowest_or_the_highest_of_the_values_tried_was_the_best() -> None:
+    said = {}
+    for id in QUESTIONS:
+        claims = with_nano(True, id)
+        answer(claims, id)
+        said[id] = re.split(r"On nano \S+: .*?\.(?: |$)", claims[id].explanation)[-1]
+    edge = "0.5 for average is the lowest value tried; a lower one may be better."
+    assert {id: text for id, text in said.items() if text} == {"2.1-s": edge}
+    keys = (f"x/{rate}/0/validation" for rate in (1, 2, 4))
+    runs = dict.fromkeys([*keys, "x/4/0/test"], {})
+    assert chat_model.at_the_edge({"runs": runs}, "x").endswith("highest value tried; a higher one may be better.")  # fmt: skip
+
+
+def test_irregular_verbs_are_those_of_the_records_test_words() -> None:
+    record = load_study(chat_model.PAST)
+    count = chat_model.irregular_verbs(record)
+    for key, found in record["runs"].items():
+        if key.endswith("/test"):
+            rare = found["irregular"] * count
+            assert rare == pytest.approx(round(rare)), key
+    words = load_task("past", "test").to_list()[: record["settings"]["words"]["test"]]
+    assert count == sum(not word["regular"] for word in words)
 
 
 def test_a_row_says_what_nano_compared_where_that_was_another_pair(record: Path) -> None:

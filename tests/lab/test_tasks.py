@@ -2,6 +2,7 @@
 
 import math
 import re
+from statistics import fmean
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 from lora_course.injection import inject
 from lora_course.lab import tasks
 from lora_course.lab.models import load_base
-from lora_course.lab.study import fit
+from lora_course.lab.study import chosen_rate, fit, load_study
 from lora_course.lab.tasks import (
     TASKS,
     bits_per_answer_token,
@@ -25,6 +26,7 @@ from lora_course.lab.tasks import (
 )
 
 HELD_OUT = ("validation", "test")
+CARD = tasks.DATA / "README.md"
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +151,103 @@ def test_no_verb_is_held_out_of_a_trained_one_that_it_ends_in(tables):
             for i in range(1, len(word) - 1)
             if word[i:] in short and past.endswith(short[word[i:]])
         ]
+
+
+ENDINGS = [
+    "able", "ably", "ability", "ibility", "ible", "ibly", "al", "ally", "ance", "ances", "ancy", "ant", "ants", "antly",
+    "ary", "ate", "ated", "ates", "ating", "ation", "ations", "ative", "ence", "ences", "ency", "ent", "ents", "ential",
+    "ently", "ia", "ic", "ical", "ically", "ics", "ion", "ional", "ions", "ise", "ism", "ist", "istic", "ists", "ity",
+    "ium", "ive", "ively", "ives", "ize", "ized", "izes", "izing", "ment", "ments", "or", "ors", "ory", "ous", "ously",
+    "um", "ure", "us", "y",
+]  # fmt: skip
+
+
+def left_in(rows: list[dict]) -> dict[str, list[str]]:
+    """For each test word the trained words that have its stem, of five letters or more, under another ending."""
+    stems = {
+        row["word"]: {
+            row["word"].removesuffix(ending)
+            for ending in ENDINGS
+            if row["word"].endswith(ending) and len(row["word"]) - len(ending) >= 5
+        }
+        for split in ("train", "test")
+        for row in rows[split]
+    }
+    trained: dict[str, list[str]] = {}
+    for row in rows["train"]:
+        for stem in stems[row["word"]]:
+            trained.setdefault(stem, []).append(row["word"])
+    found = {
+        row["word"]: sorted({word for stem in stems[row["word"]] for word in trained.get(stem, ())})
+        for row in rows["test"]
+    }
+    return {word: others for word, others in found.items() if others}
+
+
+KNOWN_ROOTS = [
+    "ancestry", "aviators", "beneficially", "comprehension", "conclusions", "contraception", "debilitate", "delinquent",
+    "delinquents", "delirious", "dominance", "ebullience", "equivocate", "evocation", "exclusive", "exclusively",
+    "felicity", "feminists", "hypnotists", "illusory", "inadvertence", "incapacity", "intelligent", "intelligently",
+    "intolerable", "invasive", "irritated", "litigant", "locomotive", "negligence", "numismatic", "optimist",
+    "reception", "resilient", "somnolence", "unemployable", "virulently",
+]  # fmt: skip
+
+
+def test_the_relatives_under_another_ending_that_are_left_in_are_those_that_the_card_counts(tables):
+    found = left_in(tables["pronunciation"])
+    assert sorted(found) == KNOWN_ROOTS
+    assert found["intelligent"][0] == "intelligence" and "exclusion" in found["exclusive"]
+    rows, card = tables["pronunciation"]["test"], " ".join(CARD.read_text().split())
+    assert f"{len(found)} of {len(rows):,} test words" in card
+    record = load_study("tasks_nano")
+    rate = chosen_rate(record, "pronunciation")
+    seeds = record["settings"]["seeds"]
+    marks = [record["runs"][f"pronunciation/{rate:g}/{seed}/test"]["right"] for seed in seeds]
+    table = record["runs"]["baselines/pronunciation"]["letters in context"]["right"]
+
+    def right(wanted) -> list[str]:
+        """LoRA's share of right answers (mean of the seeds) and the table's."""
+        places = [i for i, row in enumerate(rows) if wanted(row["word"])]
+        return [
+            f"{fmean(int(mark[i]) for mark in marks for i in places):.1%}"
+            for marks in (marks, [table])
+        ]
+
+    every, others = right(lambda word: True), right(lambda word: word not in found)
+    assert (
+        f"Without them nano's LoRA has {others[0]} right instead of {every[0]}, "
+        f"and the table of letters in context {others[1]} instead of {every[1]}."
+    ) in card
+
+
+SPELLINGS = {
+    "ise$": "ize", "iss$": "ize", "our": "or", "tre$": "ter", "ogue$": "og", "efy$": "ify", "^hear(?=k)": "har",
+    "oo(?=ve$|$)": "o", "rr$": "r", "(?<=[aeiou])ll(?=[aeiou])": "l", "([aeiou][a-z]*[^aeiou][aeiou])ll$": r"\1l",
+}  # fmt: skip
+
+
+def one_spelling(word: str) -> str:
+    for other, usual in SPELLINGS.items():
+        word = re.sub(other, usual, word)
+    return word
+
+
+KNOWN_SPELLINGS = {
+    "appall": "appal", "behove": "behoove", "calliper": "caliper", "catalogue": "catalog", "centre": "center",
+    "clamour": "clamor", "collectivize": "collectivise", "enroll": "enrol", "hearken": "harken", "lasso": "lassoo",
+    "premise": "premiss", "putrefy": "putrify", "synthesize": "synthesise", "whir": "whirr",
+}  # fmt: skip
+
+
+def test_the_other_spellings_of_trained_verbs_that_are_left_in_are_those_that_the_card_counts(
+    tables,
+):
+    trained = {one_spelling(row["word"]): row["word"] for row in tables["verbs"]["train"]}
+    words = [row["word"] for row in tables["verbs"]["test"]]
+    found = {word: trained[one_spelling(word)] for word in words if one_spelling(word) in trained}
+    assert found == KNOWN_SPELLINGS
+    card = " ".join(CARD.read_text().split())
+    assert f"{len(found)} of {len(words)} test verbs" in card
 
 
 # Rows -----------------------------------------------------------------------------------------------------------------

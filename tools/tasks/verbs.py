@@ -34,7 +34,7 @@ def verbs(wheel: zipfile.ZipFile) -> list[dict[str, Any]]:
 
 def verb_roots(rows: list[dict[str, Any]]) -> Callable[[dict], set[str]]:
     """A verb whose ending is a verb, and whose past ends in that verb's past, is of that verb's family (undergo: go);
-    so are spellings in -ise and -ize."""
+    so are spellings in -ise and -ize, unless one ends in a verb (synthesize: size)."""
     pasts = {row["word"]: [row["past"], *row["other_pasts"]] for row in rows}
 
     def root(word: str) -> str:
