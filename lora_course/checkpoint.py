@@ -130,7 +130,7 @@ def _link(file: Path, name: Path) -> None:
 def _described(folder: Path, tensors: Path) -> bool:
     """Whether `tensors` is the file that the folder's description was written with."""
     try:
-        description = json.loads((folder / DESCRIPTION).read_text())
+        description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
         return hashlib.sha256(tensors.read_bytes()).hexdigest() == description["tensors_sha256"]
     except (OSError, ValueError, KeyError, TypeError):
         return False

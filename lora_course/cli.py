@@ -133,8 +133,24 @@ def run_convert(arguments: argparse.Namespace) -> None:
     print(f"{arguments.target} holds the adapter in {convert(*given)} format.")
 
 
+def mend(command: object, error: ImportError) -> str:
+    """What to do about a package that can't be imported: doctor knows, unless it is doctor that misses it."""
+    if command is not run_doctor:
+        return "lora-course doctor says what to mend"
+    from lora_course.machine import installer
+
+    lines = installer.shell_lines([error.name.partition(".")[0]]) if error.name else []
+    return f"doctor can't look without it: {'; '.join(lines) or 'install it again'}"
+
+
 def main(given: Sequence[str] | None = None) -> int:
     """Runs a command. What the user can mend is one sentence on the error stream, and exit status 2."""
+    for stream in (
+        sys.stdout,
+        sys.stderr,
+    ):  # piped on Windows they know its code page alone: no Δ, no α
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     top = parser()
     arguments, more = top.parse_known_args(given)
     arguments.more = more
@@ -148,7 +164,7 @@ def main(given: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except ImportError as error:  # importlib.metadata's PackageNotFoundError too
-        print(f"lora-course: {error}; lora-course doctor says what to mend", file=sys.stderr)
+        print(f"lora-course: {error}; {mend(arguments.run, error)}", file=sys.stderr)
         return 2
     except (
         ValueError,

@@ -43,7 +43,7 @@ def read_tensor_file(path: Path) -> dict[str, Tensor]:
 def read_json(path: Path) -> Any:
     """What a JSON file holds. Raises ValueError where it is none, or cut short."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # UnicodeDecodeError and RecursionError's kin included
         raise ValueError(
             f"{path} is no JSON ({error}): it was cut short or edited. Take another copy."

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import os
+import shutil
 import subprocess
 import sysconfig
 import venv
@@ -37,19 +38,28 @@ def wheel(
     return path
 
 
-def course_wheel(folder: Path) -> Path:
-    """This checkout's `lora_course.machine` and requirements, as a wheel of the course."""
+def course_wheel(folder: Path, version: str | None = None) -> Path:
+    """This checkout's `lora_course.machine` and requirements, as a wheel of the course, of its own version by default."""
     package = ROOT / "lora_course"
     sources = [package / "__init__.py", *(package / "machine").glob("*.py")]
     files = {path.relative_to(ROOT).as_posix(): path.read_text() for path in sources}
     facts = project()
-    return wheel(folder, facts["name"], facts["version"], tuple(facts["dependencies"]), files)
+    version = version or facts["version"]
+    return wheel(folder, facts["name"], version, tuple(facts["dependencies"]), files)
+
+
+def uv(folder: Path, does: str) -> Path:
+    """A folder for PATH with a `uv` in it that notes what it is asked, then does what is given (a line of sh)."""
+    folder.mkdir()
+    (folder / "uv").write_text(f'#!/bin/sh\necho "$*" >> {folder}/asked\n{does}\n')
+    (folder / "uv").chmod(0o755)
+    return folder
 
 
 class Image:
     """A virtual environment with empty distributions in it, and a folder of wheels as its only package index."""
 
-    def __init__(self, folder: Path, distributions: dict[str, str]) -> None:
+    def __init__(self, folder: Path, distributions: dict[str, str], with_pip: bool = True) -> None:
         self.index = folder / "index"
         self.index.mkdir(parents=True)
         venv.create(folder / "python", symlinks=os.name != "nt", with_pip=False)
@@ -57,11 +67,12 @@ class Image:
         paths = {"base": str(folder / "python"), "platbase": str(folder / "python")}
         self.site = Path(sysconfig.get_path("purelib", "venv", paths))
         # pip and packaging are those of the environment that runs the tests
-        for module in (pip, packaging):
-            (self.site / module.__name__).symlink_to(Path(module.__file__).parent)
+        if with_pip:
+            (self.site / "pip").symlink_to(Path(pip.__file__).parent)
+        # the second as a copy, since a distribution of that name writes into it
+        shutil.copytree(Path(packaging.__file__).parent, self.site / packaging.__name__)
         for name, version in distributions.items():
-            with zipfile.ZipFile(wheel(folder / "there", name, version)) as archive:
-                archive.extractall(self.site)
+            self.put(wheel(folder / "there", name, version))
 
     def run(
         self, code: str, hosted: str | None = "colab", **settings: str
@@ -79,6 +90,11 @@ class Image:
             [self.python, "-c", start + code], capture_output=True, text=True, env=keep | settings,
             cwd=self.index,
         )  # fmt: skip
+
+    def put(self, distribution: Path) -> None:
+        """Unpacks a wheel, as an installation would."""
+        with zipfile.ZipFile(distribution) as archive:
+            archive.extractall(self.site)
 
     def versions(self) -> dict[str, str]:
         code = "import importlib.metadata as m\nfor d in m.distributions(): print(d.name.lower(), d.version)"

@@ -1,6 +1,7 @@
 """`lora_course.cli`: each command does what its help says, and bad input is one sentence."""
 
 import json
+import os
 import subprocess
 import sys
 import tomllib
@@ -74,6 +75,27 @@ def test_doctor_says_nothing_beside_its_findings() -> None:
         cwd=ROOT,
     )
     assert (run.returncode, run.stderr) == (0, "") and "chapters choose" in run.stdout
+
+
+def test_a_doctor_that_lacks_a_package_itself_says_how_to_install_it() -> None:
+    code = "import sys; sys.modules['packaging'] = None\nfrom lora_course.cli import main; sys.exit(main(sys.argv[1:]))"
+    for command, words in ((["doctor"], 'pip install --upgrade "packaging"'), (["info"], "doctor")):
+        run = subprocess.run(
+            [sys.executable, "-c", code, *command], capture_output=True, text=True, cwd=ROOT
+        )
+        assert run.returncode == 2 and run.stderr.count("\n") == 1 and words in run.stderr
+        assert ("doctor says" in run.stderr) == (command != ["doctor"])
+
+
+def test_what_a_code_page_lacks_does_not_end_a_command() -> None:
+    """Piped on Windows, the titles' Δ has no code."""
+    run = subprocess.run(
+        [sys.executable, "-m", "lora_course.cli", "study", "list"],
+        capture_output=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONIOENCODING": "cp1252"},
+    )
+    assert (run.returncode, run.stderr) == (0, b"") and b"0_1_lora" in run.stdout
 
 
 def test_a_reader_of_the_output_may_stop_early() -> None:

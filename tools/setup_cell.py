@@ -9,16 +9,16 @@ wheel = f"{home}/releases/download/v{version}/lora_course-{version}-py3-none-any
 source = os.environ.get("LORA_COURSE_SOURCE", wheel)  # or a folder, or git+https://…
 hosted = "google.colab" in sys.modules or "KAGGLE_KERNEL_RUN_TYPE" in os.environ
 found = importlib.metadata.distributions
-if hosted and not any(found(name="lora-course")):
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", source]
-    subprocess.run(pip, capture_output=True)
+if hosted and version not in [here.version for here in found(name="lora-course")]:
+    pip = [sys.executable, "-m", "pip", "install", "-qqU", "--no-deps", source]
+    errors = subprocess.run(pip, capture_output=True, text=True).stderr
     importlib.invalidate_caches()
 if not any(found(name="lora-course")):
     sys.exit(
-        f"Nothing came from {source}. Switch the internet on (Kaggle: Session options), "
-        "or set LORA_COURSE_SOURCE to a wheel or to where the course is now."
+        f"Nothing came from {source} ({errors.split('ERROR: ')[-1].strip()}). Switch "
+        "the internet on (Kaggle: Session options) or give LORA_COURSE_SOURCE a wheel."
         if hosted
-        else f'Install the course first, in a cell of its own: %pip install "{source}"'
+        else f'Install the course first: %pip install "{source}" (uv: !uv pip install)'
     )
 
 from lora_course.machine.environment import prepare

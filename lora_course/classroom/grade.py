@@ -161,11 +161,11 @@ def refuse_another_table(homework: Path, assignment: Assignment, entries: dict[s
 def refuse_another_assignment(folder: Path, homework: Path) -> None:
     """Raises ValueError where a folder's records are of another assignment: they would be written over."""
     mark, own = folder / "assignment.sha256", digest(homework / FILE)
-    if mark.exists() and mark.read_text() != own:
+    if mark.exists() and mark.read_text(encoding="utf-8") != own:
         raise ValueError(
             f"{folder.parent} holds the grades of another assignment: give another --out."
         )
-    mark.write_text(own)
+    mark.write_text(own, encoding="utf-8")
 
 
 def missing(record: Record, assignment: Assignment) -> bool:
@@ -183,7 +183,7 @@ def load_records(folder: Path) -> dict[str, Record]:
     found = {}
     for path in sorted(folder.glob("*.json")):
         try:
-            record = Record.from_json(json.loads(path.read_text()))
+            record = Record.from_json(json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError, KeyError):
             continue
         found[record.student] = record

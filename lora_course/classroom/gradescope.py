@@ -87,12 +87,14 @@ def main(root: Path) -> None:
     assignment = Assignment.load(root / "source")
     student = "student"
     if (root / "submission_metadata.json").is_file():
-        users = json.loads((root / "submission_metadata.json").read_text()).get("users") or [{}]
+        users = json.loads((root / "submission_metadata.json").read_text(encoding="utf-8")).get(
+            "users"
+        ) or [{}]
         student = str(users[0].get("sid") or users[0].get("email") or student)
     entry = next(entry for entry in collect(root) if entry.name == "submission")
     record = grade_submission(assignment, student, entry, secrets.token_hex(8), "user", Limits())
     text = json.dumps(results(assignment, record), indent=1) + "\n"
-    (root / "results" / "results.json").write_text(text)
+    (root / "results" / "results.json").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def raw(id: str, text: str) -> dict[str, Any]:
 def write_source(folder: Path, assignment: Assignment) -> None:
     folder.mkdir(exist_ok=True)
     write_notebook(folder / f"{assignment.name}.ipynb", source(assignment))
-    (folder / "requirements.txt").write_text("lora-course\n")
+    (folder / "requirements.txt").write_text("lora-course\n", encoding="utf-8")
 
 
 def source(assignment: Assignment) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ def summary(name: str, title: str, path: Path | None = None) -> str:
     """One line: the study, the runs of its record, and when they were made and verified."""
     path = path or record_path(name)
     record = (
-        json.loads(path.read_text())
+        json.loads(path.read_text(encoding="utf-8"))
         if path.exists()
         else {"made": [], "verified": None, "runs": {}}
     )

@@ -51,7 +51,7 @@ class Record:
     def read(self) -> dict[str, Any]:
         """All of the record."""
         there = self.path.exists() and not self.anew
-        return json.loads(self.path.read_text()) if there else as_json(self.new)
+        return json.loads(self.path.read_text(encoding="utf-8")) if there else as_json(self.new)
 
     @property
     def runs(self) -> dict[str, dict[str, Any]]:

@@ -31,5 +31,5 @@ def race(
 def processors() -> list[str]:
     """The name of each processor that Linux knows; none where it doesn't say, as on other systems."""
     path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return [x.split(":", 1)[1].strip() for x in lines if x.startswith(("model name", "CPU part"))]

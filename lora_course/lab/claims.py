@@ -223,7 +223,9 @@ def _cells(claim: Claim) -> tuple[str, ...]:
 
 def load_claims(folder: str | Path) -> list[dict[str, Any]]:
     """The saved chapters of a folder, sorted by chapter, as `Claims.save` wrote them, with `Claim` objects under "claims"."""
-    chapters = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))]
+    chapters = [
+        json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(folder).glob("*.json"))
+    ]
     for chapter in chapters:
         chapter["claims"] = [Claim(**claim) for claim in chapter["claims"]]
     return chapters

@@ -161,7 +161,9 @@ def _resident(key: str) -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # Not ru_maxrss: on Linux a child process's starts from its parent's memory.
     line = next(
-        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key)
+        line
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        if line.startswith(key)
     )
     return int(line.split()[1]) * 1024
 

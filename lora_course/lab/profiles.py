@@ -71,7 +71,9 @@ def estimate(profile: Profile, r: int = 8) -> MemoryEstimate:
 def profiles() -> dict[str, Profile]:
     """The four profiles by name, with the precision of this machine's devices."""
     gpu, full = compute_dtype("cuda"), torch.float32
-    nano = Shape.from_config(json.loads((DATA / "nano" / "config.json").read_text()))
+    nano = Shape.from_config(
+        json.loads((DATA / "nano" / "config.json").read_text(encoding="utf-8"))
+    )
     smol = Shape(30, 576, 1536, 192, 49152, True)
     half = Shape(24, 896, 4864, 128, 151936, True)  # Qwen2.5-0.5B
     seven = Shape(28, 3584, 18944, 512, 152064, False)  # Qwen2.5-7B
@@ -91,13 +93,14 @@ def free_memory(device: str) -> int:
     free = psutil.virtual_memory().available
     for folder, most, now, cache in CGROUPS:
         limit = Path(folder) / most
-        if limit.exists() and limit.read_text().strip() != "max":
+        if limit.exists() and limit.read_text(encoding="utf-8").strip() != "max":
             # What files left in the cache counts as used there, and is given up when memory is asked for.
             counted = dict(
-                line.split() for line in (Path(folder) / "memory.stat").read_text().splitlines()
+                line.split()
+                for line in (Path(folder) / "memory.stat").read_text(encoding="utf-8").splitlines()
             )
-            used = int((Path(folder) / now).read_text()) - int(counted[cache])
-            free = min(free, int(limit.read_text()) - used)
+            used = int((Path(folder) / now).read_text(encoding="utf-8")) - int(counted[cache])
+            free = min(free, int(limit.read_text(encoding="utf-8")) - used)
     return free
 
 
@@ -159,7 +162,7 @@ def recorded_run(profile: str, chapter: str) -> dict[str, Any] | None:
     """What a chapter was measured to take under a profile: `minutes`, `device` and `date`, and `peak_gib` where a GPU counted
     it; None where it was never run. `tools.record_runs` writes these."""
     path = DATA / "runs" / f"{profile}.json"
-    record = json.loads(path.read_text()) if path.exists() else {"chapters": {}}
+    record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"chapters": {}}
     run = record["chapters"].get(chapter)
     return run and {"device": record["device"], "date": record["date"], **run}
 

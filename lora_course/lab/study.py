@@ -72,7 +72,7 @@ def load_study(name: str) -> dict[str, Any]:
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in STUDIES.glob("*.json")))
         raise ValueError(f"study {name!r} has no record; there are {known}")
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def provenance(record: Mapping[str, Any]) -> str:

@@ -17,7 +17,10 @@ def run(command: str, arguments: list[str]) -> int:
     Raises FileNotFoundError outside of a repository: the wheel holds the package, and neither chapters nor tests.
     """
     root = repository(Path.cwd())
-    settings = os.environ | {"PYTHONPATH": str(root)}
+    settings = os.environ | {
+        "PYTHONPATH": str(root),
+        "PYTHONUTF8": "1",
+    }  # Windows reads files in its code page
     return subprocess.run([sys.executable, *COMMANDS[command], *arguments], cwd=root, env=settings).returncode  # fmt: skip
 
 

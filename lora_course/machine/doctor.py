@@ -10,7 +10,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 
-from lora_course.machine import environment
+from lora_course.machine import environment, installer
 
 DOWNLOAD_GB = {
     "tiny": 0,
@@ -29,9 +29,8 @@ def run() -> int:
         print(
             f"\nmend           {environment.listed(needs)} {'is' if len(needs) == 1 else 'are'} missing, too old or too new."
         )
-        print(
-            f"               python -m pip install --upgrade {' '.join(map(repr, map(environment.bounded, needs)))}"
-        )
+        for line in installer.shell_lines(map(environment.bounded, needs)):
+            print(f"               {line}")
         return 1
     print()
     for name, verdict in profiles():

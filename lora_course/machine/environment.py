@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import subprocess
 import sys
 from collections.abc import Iterable
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+
+import lora_course
+from lora_course.machine.installer import cell_line
+from lora_course.machine.installer import install as install_packages
 
 COURSE = "lora-course"
 # PEFT raises ImportError at the first plain linear where it finds an older one of these; Colab and Kaggle preinstall
@@ -70,21 +73,8 @@ def install(needs: Iterable[Requirement]) -> None:
                 f"the course would need {listed(kept)}, and {kept[0].name} {installed()[kept[0].name]} is here: take a newer "
                 "runtime, or set LORA_COURSE_SOURCE to an older release of the course"
             )
-        _pip([bounded(need) for need in needs])
+        install_packages([bounded(need) for need in needs], alone=True)
         needs = _lacking({canonicalize_name(need.name) for need in needs})
-
-
-def _pip(packages: list[str]) -> None:
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--upgrade", "--no-deps"]
-    run = subprocess.run(
-        [*command, *packages], capture_output=True, text=True, stdin=subprocess.DEVNULL
-    )
-    if run.returncode:
-        errors = [line for line in run.stderr.splitlines() if line.startswith("ERROR")]
-        raise RuntimeError(
-            f"pip could not install {', '.join(packages)}. On Kaggle, switch the internet on (Session options > Internet). "
-            f"pip said: {(errors or ['nothing'])[-1]}"
-        )
 
 
 def _lacking(names: set[str]) -> list[Requirement]:
@@ -109,7 +99,11 @@ def bounded(need: Requirement) -> str:
         return str(need)
     major = Version(version).major
     lowest = max(
-        (Version(part.version) for part in need.specifier if part.operator in (">=", "==")),
+        (
+            Version(part.version.removesuffix(".*"))
+            for part in need.specifier
+            if part.operator in (">=", "==", "~=", ">")
+        ),
         default=Version(version),
     )
     if lowest.major > major:
@@ -126,11 +120,15 @@ def prepare(version: str, hosted: bool) -> None:
     Raises SystemExit with one sentence where the chapter can't go on.
     """
     before = installed()
+    if before[COURSE] != lora_course.__version__:  # the cell brought the chapter's own, say
+        sys.exit(
+            f"lora-course {lora_course.__version__} is loaded in this session, and {before[COURSE]} is installed: {RESTART}."
+        )
     if before[COURSE] != version:
         print(f"This chapter was written with lora-course {version}; {before[COURSE]} is here.")
     needs = wanting(before)
     if needs and not hosted:
-        sys.exit(f"The course needs {listed(needs)}. Paste: {pip_line(map(bounded, needs))}")
+        sys.exit(f"The course needs {listed(needs)}. Paste: {cell_line(map(bounded, needs))}")
     if needs:
         try:
             install(needs)
@@ -161,11 +159,6 @@ def forget_what_was_looked_up() -> None:
         for looked_up in vars(sys.modules.get(name, object)).values():
             if hasattr(looked_up, "cache_clear"):
                 looked_up.cache_clear()
-
-
-def pip_line(packages: Iterable[str]) -> str:
-    """What to paste into a notebook's cell to install packages: `%pip` takes the notebook's own Python."""
-    return "%pip install --upgrade " + " ".join(f'"{package}"' for package in packages)
 
 
 def listed(needs: Iterable[Requirement]) -> str:

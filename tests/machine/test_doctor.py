@@ -47,4 +47,5 @@ def test_what_peft_refuses_is_to_be_mended(capsys, monkeypatch) -> None:
     assert cli.main(["doctor"]) == 1
     printed = capsys.readouterr().out
     assert "torchao>=0.16.0 is missing, too old" in printed
-    assert "python -m pip install --upgrade 'torchao<0.17,>=0.16.0'" in printed
+    assert 'python -m pip install --upgrade "torchao<0.17,>=0.16.0"' in printed
+    assert "'" not in printed  # it quotes nothing in cmd.exe, where < reads a file

@@ -12,6 +12,7 @@ import peft.import_utils
 import pytest
 from packaging.requirements import Requirement
 
+from lora_course.machine import environment
 from lora_course.machine.environment import installed, wanting
 from tests.images import Image, course_wheel, wheel
 from tools import facts
@@ -138,11 +139,20 @@ def test_no_network_or_a_repository_that_moved_ends_with_a_sentence(image: Image
     gone = "https://localhost:9/lora_course-9.9-py3-none-any.whl"
     run = image.run(CELL, "kaggle", LORA_COURSE_SOURCE=gone, PIP_RETRIES="0")
     assert run.returncode == 1 and run.stderr.count("\n") == 1
-    assert f"Nothing came from {gone}. Switch the internet on" in run.stderr
+    assert f"Nothing came from {gone} (Could not install" in run.stderr
+    assert "Connection refused" in run.stderr and "Switch the internet on" in run.stderr
     # the wheel is there, the index is not
     run = image.run(CELL, "kaggle", LORA_COURSE_SOURCE=source(image), PIP_FIND_LINKS="/nowhere")
     assert run.returncode == 1 and run.stderr.count("\n") == 1
     assert "switch the internet on" in run.stderr and "bitsandbytes" in run.stderr
+
+
+def test_a_wheel_that_pip_refuses_is_not_blamed_on_the_network(image: Image) -> None:
+    refused = image.index / Path(source(image)).name.replace("py3-none", "cp399-cp399")
+    Path(source(image)).rename(refused)
+    run = image.run(CELL, LORA_COURSE_SOURCE=str(refused))
+    assert run.returncode == 1 and run.stderr.count("\n") == 1
+    assert f"{refused.name} is not a supported wheel on this platform" in run.stderr
 
 
 def test_on_a_laptop_it_says_what_to_paste(image: Image) -> None:
@@ -170,6 +180,48 @@ def test_another_version_than_the_chapters_is_said(image: Image) -> None:
     assert image.run(CELL, LORA_COURSE_SOURCE=source(image)).returncode == 0
     other = CELL.replace(f'"{facts.read().version}"', '"0.0.1"')
     assert "written with lora-course 0.0.1" in image.run(other).stdout
+
+
+@pytest.mark.parametrize("start", ["", "import lora_course\n"])
+def test_another_version_on_a_hosted_machine_gives_way_to_the_chapters(
+    tmp_path: Path, start: str
+) -> None:
+    image = Image(tmp_path, {need.name: lowest(need) for need in NEEDED})
+    course_wheel(image.index)
+    image.put(course_wheel(tmp_path / "older", "0.0.9"))
+    run = image.run(f"{start}{CELL}", LORA_COURSE_SOURCE=source(image))
+    version = facts.read().version
+    if start:
+        assert run.returncode == 1 and "lora-course 0.0.9 is loaded" in run.stderr
+        assert "restart the session" in run.stderr
+        run = image.run(CELL)
+    assert run.stdout == f"lora-course {version} is ready.\n", run.stderr
+
+
+def test_another_version_stays_where_the_chapters_cant_be_had(tmp_path: Path) -> None:
+    image = Image(tmp_path, {need.name: lowest(need) for need in NEEDED})
+    image.put(course_wheel(tmp_path / "older", "0.0.9"))
+    run = image.run(CELL, LORA_COURSE_SOURCE="/nowhere.whl")
+    assert run.returncode == 0, run.stderr
+    assert "0.0.9 is here.\nlora-course 0.0.9 is ready." in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("here", "asked", "taken"),
+    [
+        ("0.22.2", "tokenizers==0.23.*", "tokenizers<0.24,==0.23.*"),
+        ("0.22.2", "tokenizers>=0.23", "tokenizers<0.24,>=0.23"),
+        ("1.4", "hub~=2.1", "hub~=2.1"),
+        ("1.4", "hub>2", "hub>2"),
+        ("1.4", "hub>=1.5", "hub<2,>=1.5"),
+    ],
+)
+def test_a_requirement_is_kept_near_what_is_there(
+    here: str, asked: str, taken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    need = Requirement(asked)
+    monkeypatch.setattr(environment, "installed", lambda: {need.name: here})
+    assert environment.bounded(need) == taken
 
 
 def test_every_chapter_begins_with_the_same_cell() -> None:

