@@ -13,7 +13,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 from tests import chromium
-from tools import build_book, run_chapters
+from tools import build_book, facts, run_chapters
 
 CHAPTERS = [path.stem for path in run_chapters.chapters()]
 PHONE = 390  # pixels, the width of a common phone
@@ -289,7 +289,11 @@ def test_launch_and_download_buttons_lead_to_the_chapters_own_notebook(
         "[...document.querySelectorAll('.article-header-buttons a')].map(a => a.href)"
     )
     colab = [link for link in links if "colab.research.google.com" in link]
-    assert colab and all(
+    known = facts.read()
+    everywhere = chapter.tab.evaluate("[...document.querySelectorAll('a')].map(a => a.href)")
+    own = [link for link in everywhere if known.slug in link or link.startswith(known.book)]
+    assert bool(own) == bool(colab) == known.published
+    assert all(
         re.fullmatch(
             rf"https://colab\.research\.google\.com/github/[^/]+/[^/]+/blob/main/notebooks/{chapter.stem}\.ipynb",
             link,

@@ -65,6 +65,21 @@ def test_a_link_is_right_wherever_the_chapter_is_read(source, book, elsewhere) -
     assert crosslinks.for_notebook(source, "2_1_experts", HOME) == elsewhere
 
 
+@pytest.mark.parametrize(
+    ("source", "beside"),
+    [
+        ("[the layer](0_1_lora.md#the-idea)", "[the layer](0_1_lora.md#the-idea)"),
+        ("[router](../book/glossary.md#router)", "[router](../book/glossary.md#router)"),
+        ("[export_peft](../book/api/export_api.md)", "[export_peft](../book/api/index.md)"),
+        ("[X-LoRA](https://arxiv.org/abs/2402.07148)", "[X-LoRA](https://arxiv.org/abs/2402.07148)"),
+    ],
+)  # fmt: skip
+def test_before_a_book_is_published_links_lead_to_sources_that_are_there(source, beside) -> None:
+    assert crosslinks.for_notebook(source, "2_1_experts", None) == beside
+    path = re.search(r"\(([^()#]+)", beside)[1]
+    assert "://" in path or (ROOT / "notebooks" / path).exists()
+
+
 KNOWN = {"rank": "term-rank", "adaptive rank": "term-adaptive-rank", "router": "term-router", "layer": "term-layer"}  # fmt: skip
 
 

@@ -92,6 +92,80 @@ def test_only_a_job_that_pushes_keeps_the_token(path) -> None:
                 assert kept == pushes, f"{path.name}: {name}"
 
 
+def jobs_of(name: str) -> dict[str, dict]:
+    return yaml.safe_load((ROOT / ".github" / "workflows" / f"{name}.yml").read_text())["jobs"]
+
+
+def runs(job: dict) -> str:
+    return "\n".join(step.get("run", "") for step in job["steps"])
+
+
+# what the workflow token does → the workflows that a person's doing would have started
+STARTS = {"gh release create": ("publish",), "gh pr create": ("ci", "lanes")}
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_what_the_workflow_token_makes_starts_the_workflows_that_wait_for_it(path) -> None:
+    """GitHub starts none from this token's events, but those that it is asked to dispatch."""
+    for name, job in jobs_of(path.stem).items():
+        for made, started in STARTS.items():
+            after = runs(job).partition(made)[2]
+            for other in started if after else ():
+                assert f"gh workflow run {other}.yml" in after, f"{path.name}: {name}: {made}"
+                assert job["permissions"]["actions"] == "write", f"{path.name}: {name}"
+                events = yaml.safe_load((path.parent / f"{other}.yml").read_text())[True]  # "on"
+                assert "workflow_dispatch" in events, f"{other}.yml can't be dispatched"
+
+
+def test_the_rule_meets_the_workflows_that_make_something() -> None:
+    made = {path.stem: [made for made in STARTS if made in path.read_text()] for path in WORKFLOWS}
+    assert {name: kinds for name, kinds in made.items() if kinds} == {
+        "gpu": ["gh pr create"], "refresh": ["gh pr create"], "release": ["gh release create"],
+    }  # fmt: skip
+
+
+def test_the_page_on_publishing_names_the_settings_that_are_off_at_first() -> None:
+    section = (ROOT / "book" / "setup.md").read_text().partition("## From a copy\n")[2]
+    section = " ".join(section.partition("\n## ")[0].split())
+    assert 'Pages, Source: choose "GitHub Actions"' in section
+    assert "allow GitHub Actions to create pull requests" in section
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_a_job_that_may_write_installs_nothing(path) -> None:
+    """What is installed could use the token, or change what the next steps run."""
+    workflow = yaml.safe_load(path.read_text())
+    for name, job in workflow["jobs"].items():
+        rights = job.get("permissions", workflow["permissions"])
+        if "write" in rights.values():
+            found = re.search(r"\bmake |pip install|\.venv/|curl ", runs(job))
+            assert not found, f"{path.name}: {name} may write, and runs {found[0]}"
+
+
+@pytest.mark.parametrize("name", ["publish", "release"])
+def test_what_is_published_comes_from_no_cache(name: str) -> None:
+    for job in jobs_of(name).values():
+        for step in job["steps"]:
+            assert "cache" not in step.get("with", {}) and "actions/cache@" not in step.get("uses", "")  # fmt: skip
+
+
+def test_ci_lints_the_workflows_and_has_time_for_a_slow_machine() -> None:
+    jobs = jobs_of("ci")
+    (lint,) = [job for job in jobs.values() if "actionlint" in runs(job)]
+    assert re.fullmatch(r"[0-9a-f]{64}", lint["env"]["DIGEST"])
+    fetched, checked, used = (runs(lint).index(word) for word in ("curl", "$DIGEST", "./actionlint"))  # fmt: skip
+    assert fetched < checked < used and "sha256sum --check" in runs(lint)
+    (whole,) = [job for job in jobs.values() if ".ci/run" in runs(job)]
+    assert whole["timeout-minutes"] * 60 > 1.5 * 3943  # seconds that it took on a slow machine
+
+
+def test_the_audit_sees_what_is_installed_and_not_the_pins_alone() -> None:
+    told = runs(jobs_of("watch")["audit"])
+    assert "make install" in told and "requirements.txt" not in told
+    assert ".venv/bin/python -m pip list --format freeze" in told
+    assert "pip-audit --requirement installed.txt" in told
+
+
 def test_a_server_gets_what_it_needs_and_no_other_torch() -> None:
     lines = [
         "numpy", "torch==2.13.0+cpu; platform_machine == 'x86_64'", "torchvision", "fastapi[standard]<0.137",

@@ -1,13 +1,15 @@
 """The generated parts of the book's pages, from a small project."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from docutils import nodes
 from docutils.utils import new_document
 
-from tools import other_seeds, pages
+from tools import other_seeds, pages, sphinx_extension
 from tools.chapters import ROOT, Result
 from tools.ledger import carried_over
 from tools.sphinx_extension import Search, escape, first_sentences, mark_chinese, render
@@ -175,6 +177,17 @@ def test_chinese_is_marked_for_screen_readers() -> None:
     (marked,) = page.findall(nodes.inline)
     assert marked.astext() == "适配器" and marked["classes"] == ["language-zh"]
     assert page.astext() == "adapter (适配器) and LoRA"
+
+
+@pytest.mark.parametrize("published", [True, False])
+def test_a_page_states_its_address_once_something_is_there(published: bool, monkeypatch) -> None:
+    known = replace(sphinx_extension.KNOWN, published=published)
+    monkeypatch.setattr(sphinx_extension, "KNOWN", known)
+    app = SimpleNamespace(config=SimpleNamespace(html_title="A course"))
+    context: dict[str, str] = {"title": "A page"}
+    sphinx_extension.describe(app, "book/intro", "page.html", context, paragraph("Words. " * 20))
+    assert 'content="Words. Words.' in context["metatags"]
+    assert (f'content="{known.book}/book/intro.html"' in context["metatags"]) == published
 
 
 def test_a_description_is_the_first_paragraph_of_prose_cut_between_words() -> None:

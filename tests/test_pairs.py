@@ -1,5 +1,6 @@
 """notebooks/*.ipynb say what notebooks/*.md say, and nothing else."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
@@ -7,7 +8,7 @@ import pytest
 
 from lora_course.lab.claims import BOOK
 from tests.toy_chapter import TOY
-from tools import pairs
+from tools import facts, pairs
 from tools.chapters import ROOT, chapters
 
 SOLUTION = (
@@ -56,11 +57,19 @@ def test_what_the_book_folds_is_folded_on_colab_and_in_jupyterlab(toy: Path) -> 
     assert "cellView" not in notebook.cells[1].metadata
 
 
-def test_links_between_pages_lead_to_the_book_from_colab(toy: Path) -> None:
+@pytest.mark.parametrize(
+    ("published", "led"),
+    [(True, f"{BOOK}/notebooks/0_1_lora.html#the-idea"), (False, "0_1_lora.md#the-idea")],
+)
+def test_links_between_pages_lead_to_the_book_from_colab_once_there_is_one(
+    toy: Path, monkeypatch: pytest.MonkeyPatch, published: bool, led: str
+) -> None:
+    known = replace(facts.read(), published=published)
+    monkeypatch.setattr(facts, "read", lambda: known)
     source = toy / "notebooks" / "9_9_toy.md"
     source.write_text(SOLUTION.replace("# A toy", "# A toy\n\n[0.1](0_1_lora.md#the-idea)"))
     notebook = nbformat.reads(pairs.notebook_text(source), as_version=4)
-    assert f"[0.1]({BOOK}/notebooks/0_1_lora.html#the-idea)" in notebook.cells[0].source
+    assert f"[0.1]({led})" in notebook.cells[0].source
 
 
 def test_an_edit_of_either_side_is_seen(toy: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import urllib.error
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,12 +22,23 @@ def test_notes_are_the_versions_own_part() -> None:
             release.notes(CHANGELOG, version)
 
 
-def test_a_tag_of_another_version_is_refused_and_this_one_has_notes() -> None:
-    version = facts.read().version
-    release.check(f"v{version}")
-    assert release.notes((ROOT / "CHANGELOG.md").read_text(), version)
-    with pytest.raises(SystemExit, match=f"should be v{version}"):
-        release.check("v9.9.9")
+def test_a_tag_of_another_version_is_refused_and_this_one_needs_all_its_notes(monkeypatch) -> None:
+    known = facts.read()
+    assert release.notes((ROOT / "CHANGELOG.md").read_text(), known.version)
+    changelog = f"# Changelog\n\n## Unreleased\n\n## {known.version}: all of it\n\n- New.\n"
+    monkeypatch.setattr(facts, "stale_files", dict)
+    monkeypatch.setattr(facts, "read", lambda: replace(known, published=True))
+    release.check(f"v{known.version}", changelog)
+    release.check(f"v{known.version}", changelog.replace("## Unreleased\n\n", ""))
+    with pytest.raises(SystemExit, match=f"should be v{known.version}"):
+        release.check("v9.9.9", changelog)
+    for heading in ("## Unreleased", "## Unreleased: the next edition"):
+        waiting = changelog.replace("## Unreleased", f"{heading}\n\n### Fixed\n- Newer.")
+        with pytest.raises(SystemExit, match="under `## Unreleased` is not in the notes"):
+            release.check(f"v{known.version}", waiting)
+    monkeypatch.setattr(facts, "read", lambda: replace(known, published=False))
+    with pytest.raises(SystemExit, match="set `published = true`"):
+        release.check(f"v{known.version}", changelog)
 
 
 def test_the_archive_holds_every_notebook_and_is_the_same_each_time(tmp_path, monkeypatch) -> None:
@@ -62,6 +74,24 @@ def test_addresses_of_prose_are_found_without_what_follows_them() -> None:
     found = links.addresses()
     assert "https://arxiv.org/abs/2106.09685" in found
     assert not [address for address in found if address.endswith((".", ",", ")", "`"))]
+
+
+def test_the_projects_own_addresses_are_left_out_until_something_answers(
+    monkeypatch, capsys
+) -> None:
+    known = facts.read()
+    elsewhere = "https://arxiv.org/abs/2106.09685"
+    own = [known.url, f"{known.book}/book/setup.html", f"https://colab.research.google.com/github/{known.slug}/blob/main/a.ipynb"]  # fmt: skip
+    gone = (known.slug, known.book)
+    monkeypatch.setattr(links, "addresses", lambda: dict.fromkeys([*own, elsewhere], "a.md"))
+    monkeypatch.setattr(links, "trouble", lambda a: "404 Not Found" if any(part in a for part in gone) else None)  # fmt: skip
+    with pytest.raises(SystemExit) as ended:
+        links.main()
+    assert not ended.value.code and "1 addresses, 0 gone" in capsys.readouterr().out
+    monkeypatch.setattr(links, "trouble", lambda a: "404 Not Found" if a == own[1] else None)
+    with pytest.raises(SystemExit) as ended:  # the book is there, and a page of it is not
+        links.main()
+    assert ended.value.code and f"a.md: {own[1]}: 404 Not Found" in capsys.readouterr().out
 
 
 def test_a_record_keeps_what_was_measured_on_the_same_device_only(tmp_path, monkeypatch) -> None:

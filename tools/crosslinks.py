@@ -54,13 +54,18 @@ def page_of(address: str, stem: str) -> tuple[str, str]:
     return page, anchor
 
 
-def for_notebook(text: str, stem: str, book: str) -> str:
-    """A cell as Colab, Kaggle and GitHub show it: links between pages lead to the published book."""
+def for_notebook(text: str, stem: str, book: str | None) -> str:
+    """A cell as Colab, Kaggle and GitHub show it: links between pages lead to the published book, or, where there is none
+    (None), to the sources in the repository; pages of the API are made with the book, so their list stands for them."""
 
     def target(words: str, address: str) -> str:
         if "://" in address or address.startswith("mailto:"):
             return f"[{words}]({address})"
         page, anchor = page_of(address, stem)
+        if book is None:
+            return (
+                f"[{words}]({'../book/api/index.md' if page.startswith('book/api/') else address})"
+            )
         return f"[{words}]({book}/{page}.html{'#' + anchor if anchor else ''})"
 
     return rewritten(text, target)

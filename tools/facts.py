@@ -1,4 +1,5 @@
-"""Writes the project's name, version and address, which stand in pyproject.toml, wherever else they appear.
+"""Writes the project's name, version and address, which stand in pyproject.toml, wherever else they appear, and whether
+it is published there: `tools/launch.py` says what readers can click.
 
 python -m tools.facts           write them
 python -m tools.facts --check   say which files differ; exit 1 if any does
@@ -11,8 +12,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from tools import launch
+
 ROOT = Path(__file__).resolve().parent.parent
-BRANCH = "main"
 CLAIMS = "lora_course/lab/claims.py"  # its table links to the ledger, also from Colab
 
 
@@ -24,6 +26,7 @@ class Facts:
     version: str
     url: str
     book: str
+    published: bool
 
     @property
     def slug(self) -> str:
@@ -31,30 +34,41 @@ class Facts:
         return self.url.removeprefix("https://github.com/")
 
 
+def tables(root: Path = ROOT) -> dict:
+    return tomllib.loads((root / "pyproject.toml").read_text())
+
+
 def project(root: Path = ROOT) -> dict:
     """The table `[project]` of pyproject.toml."""
-    return tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    return tables(root)["project"]
 
 
 def read(root: Path = ROOT) -> Facts:
-    stated = project(root)
-    url, book = (stated["urls"][key].rstrip("/") for key in ("Repository", "Documentation"))
-    if not re.fullmatch(r"https://github\.com/[\w.-]+/[\w.-]+", url):
+    """Raises SystemExit for an address that nobody can follow, or a book that is somebody else's."""
+    stated = tables(root)
+    published = stated.get("tool", {}).get("lora-course", {}).get("published")
+    if not isinstance(published, bool):
         raise SystemExit(
-            f"pyproject.toml: Repository = {url!r}; expected https://github.com/<owner>/<repository>"
+            f"pyproject.toml: published = {published!r} under [tool.lora-course]; expected true or false"
         )
-    return Facts(stated["name"], stated["version"], url, book)
+    stated = stated["project"]
+    url, book = (stated["urls"][key].rstrip("/") for key in ("Repository", "Documentation"))
+    if not re.fullmatch(r"https://github\.com/[\w.-]+/[\w.-]+(?<!\.git)", url):
+        raise SystemExit(
+            f"pyproject.toml: Repository = {url!r}; expected https://github.com/<owner>/<repository>, without .git"
+        )
+    if re.match(r"https?://[\w-]+\.github\.io(/|$)", book) and book.lower() != pages(url).lower():
+        raise SystemExit(
+            f"pyproject.toml: Documentation = {book!r}, but the pages of {url} are at {pages(url)}"
+        )
+    return Facts(stated["name"], stated["version"], url, book, published)
 
 
-def chapter_badges(facts: Facts, stem: str) -> str:
-    """The line of launch badges under a chapter's title: plain Markdown links, readable on Colab and GitHub."""
-    path = f"{facts.slug}/blob/{BRANCH}/notebooks/{stem}.ipynb"
-    return (
-        f"[Open in Colab](https://colab.research.google.com/github/{path}) · "
-        f"[Open in Kaggle](https://kaggle.com/kernels/welcome?src=https://github.com/{path}) · "
-        f"[Executed notebook]({facts.book}/_sources/notebooks/{stem}.ipynb) · "
-        f"[Source](https://github.com/{path.removesuffix('.ipynb')}.md)"
-    )
+def pages(url: str) -> str:
+    """Where GitHub Pages puts the book of a repository."""
+    owner, name = url.removeprefix("https://github.com/").split("/")
+    site = f"https://{owner}.github.io"
+    return site if f"https://{name}".lower() == site.lower() else f"{site}/{name}"
 
 
 def setup_cell(facts: Facts) -> str:
@@ -64,32 +78,10 @@ def setup_cell(facts: Facts) -> str:
     return f"```{{code-cell}} ipython3\n:tags: [hide-input]\n\n{code}\n```"
 
 
-def readme_badges(facts: Facts) -> str:
-    def badge(text: str, label: str, value: str, colour: str, target: str) -> str:
-        return f"[![{text}](https://img.shields.io/badge/{label}-{value}-{colour})]({target})"
-
-    workflow = f"{facts.url}/actions/workflows/ci.yml"
-    return " ".join(
-        [
-            f"[![CI]({workflow}/badge.svg)]({workflow})",
-            badge(
-                f"version {facts.version}",
-                "version",
-                facts.version,
-                "0b7285",
-                f"{facts.url}/releases",
-            ),
-            badge("code: Apache-2.0", "code", "Apache--2.0", "495057", "LICENSE"),
-            badge("prose: CC BY 4.0", "prose", "CC_BY_4.0", "495057", "LICENSE-prose"),
-        ]
-    )
-
-
 def updated(root: Path = ROOT) -> dict[Path, str]:
     """Every file that states a fact → its text with the facts as they are."""
     facts = read(root)
     rules: dict[str, list[tuple[str, str]]] = {
-        "README.md": [(r"^\[!\[CI\].*$", readme_badges(facts))],
         "_config.yml": [
             (r"(?<=^  url: ).*$", facts.url),
             (r"(?<=^    release: ).*$", f'"{facts.version}"'),
@@ -119,10 +111,11 @@ def updated(root: Path = ROOT) -> dict[Path, str]:
     ]
     for path in texts:
         text = path.read_text().replace(known[1], facts.slug)
-        chosen = rules.get(path.relative_to(root).as_posix(), [])
+        name = path.relative_to(root).as_posix()
+        chosen = rules.get(name, []) + launch.rules(facts).get(name, [])
         if path.parent.name == "notebooks":
             chosen = [
-                (r"^\[Open in Colab\].*$", chapter_badges(facts, path.stem)),
+                (launch.BADGES, launch.chapter_badges(facts, path.stem)),
                 (r"^```\{code-cell\} ipython3\n(?s:.*?)^```$", setup_cell(facts)),
             ]
         for pattern, replacement in chosen:

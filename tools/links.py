@@ -2,7 +2,8 @@
 
 python -m tools.links       exit 1 if one is gone
 
-The project's own address is left out while it is a placeholder: until something answers there, nothing below it can.
+The project's own addresses, repository and book, are left out while they are placeholders: until something answers there,
+nothing below can.
 """
 
 import re
@@ -53,12 +54,11 @@ def trouble(address: str) -> str | None:
 
 
 def main() -> None:
-    found, home = addresses(), facts.read().url
-    if trouble(home):
-        print(f"{home} does not answer: a placeholder, and left out")
-        found = {
-            address: name for address, name in found.items() if facts.read().slug not in address
-        }
+    found, known = addresses(), facts.read()
+    for home, part in ((known.url, known.slug), (known.book, known.book)):
+        if trouble(home):
+            print(f"{home} does not answer: a placeholder, and left out")
+            found = {address: name for address, name in found.items() if part not in address}
     with ThreadPoolExecutor(8) as pool:
         reasons = dict(zip(found, pool.map(trouble, found)))
     gone = {address: reason for address, reason in reasons.items() if reason}

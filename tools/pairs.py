@@ -21,8 +21,11 @@ def notebook_text(chapter: Path) -> str:
     """The .ipynb of a chapter, without outputs; the same text on every call and every machine.
 
     Cell ids come from the cells' text, so that a small edit makes a small diff. What the book folds is folded on Colab (`cellView`) and
-    in JupyterLab (`source_hidden`) too. Links between pages lead to the published book, since beside a notebook on Colab there is none.
+    in JupyterLab (`source_hidden`) too. Links between pages lead to the published book, since beside a notebook on Colab there is none;
+    while none is published they lead to the sources beside the notebook.
     """
+    known = facts.read()
+    home = known.book if known.published else None
     notebook = jupytext.read(chapter)
     notebook.metadata = nbformat.from_dict(
         {
@@ -34,7 +37,7 @@ def notebook_text(chapter: Path) -> str:
     seen: Counter[str] = Counter()
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
-            cell.source = crosslinks.for_notebook(cell.source, chapter.stem, facts.read().book)
+            cell.source = crosslinks.for_notebook(cell.source, chapter.stem, home)
         digest = hashlib.sha256(f"{cell.cell_type}\n{cell.source}".encode()).hexdigest()[:12]
         cell.id = digest if not seen[digest] else f"{digest}-{seen[digest]}"
         seen[digest] += 1

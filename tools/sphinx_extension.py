@@ -29,7 +29,7 @@ SECTION = re.compile(r"^\w+:$", re.MULTILINE)
 BLOCK = re.compile(r"(?<=\n\n)((?: {4}.*\n|\n(?= {4}))+)")
 CHINESE = re.compile(r"([\u4e00-\u9fff][\u3000-\u303f\u4e00-\u9fff\uff00-\uffef]*)")
 CARRIED = re.compile(r"<(style|script) data-lab>.*?</\1>", re.DOTALL)
-BOOK = facts.read().book
+KNOWN = facts.read()
 KAGGLE = "https://kaggle.com/kernels/welcome?src="
 LENGTH = 160  # characters of a description that search engines show
 PLAYED = re.compile(r'<a\b[^>]*href="\.\./book/play\.html#try-(\w+)"')
@@ -116,6 +116,7 @@ def describe(app: Sphinx, page: str, template: str, context: dict[str, Any], doc
     if doctree is not None:
         title = html.escape(re.sub(r"<[^>]+>", "", context.get("title", "")), quote=True)
         text = html.escape(first_sentences(doctree), quote=True)
+        home = [("property", "og:url", f"{KNOWN.book}/{page}.html")] if KNOWN.published else []
         context["metatags"] = context.get("metatags", "") + "".join(
             f'<meta {key}="{name}" content="{value}">\n'
             for key, name, value in [
@@ -124,7 +125,7 @@ def describe(app: Sphinx, page: str, template: str, context: dict[str, Any], doc
                 ("property", "og:site_name", html.escape(app.config.html_title, quote=True)),
                 ("property", "og:title", title),
                 ("property", "og:description", text),
-                ("property", "og:url", f"{BOOK}/{page}.html"),
+                *home,
             ]
         )
     for group in context.get("header_buttons", []):
