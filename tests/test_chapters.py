@@ -10,6 +10,7 @@ import nbformat
 import pytest
 
 from tests.toy_chapter import TOY
+from tools import chapters as tools_chapters
 from tools import published, run_chapters
 
 AIM = 120  # seconds on two idle CPU cores; reported, not asserted: a slow machine passes
@@ -86,6 +87,35 @@ def test_the_key_covers_the_profile_and_not_compiled_files(
     assert run_chapters.key(chapter, toy) == before
     monkeypatch.setenv("LORA_COURSE_PROFILE", "smol")
     assert run_chapters.key(chapter, toy) != before
+
+
+def test_a_re_recording_leaves_executions_as_they_are_unless_the_form_is_a_new_one(
+    toy: Path,
+) -> None:
+    chapter, data = toy / "notebooks" / "9_9_toy.md", toy / "lora_course" / "data"
+    (data / "runs").mkdir()
+
+    def key_after(run: dict) -> str:
+        (data / "runs" / "tiny.json").write_text(json.dumps({"chapters": run}))
+        (data / "forms.json").write_text(tools_chapters.forms(toy))
+        return run_chapters.key(chapter, toy)
+
+    now = tools_chapters.form(chapter)
+    never, earlier = key_after({}), key_after({"9_9_toy": {"form": "before", "minutes": 1}})
+    current = key_after({"9_9_toy": {"form": now, "minutes": 1}})
+    assert len({never, earlier, current}) == 3
+    assert key_after({"9_9_toy": {"form": now, "minutes": 2}, "1_1_other": {}}) == current
+    assert key_after({"9_9_toy": {"minutes": 1}}) == earlier
+
+
+def test_a_form_is_that_of_the_code_without_prose_and_set_up(toy: Path) -> None:
+    chapter = toy / "notebooks" / "9_9_toy.md"
+    before = tools_chapters.form(chapter)
+    setup = "\n```{code-cell} ipython3\nsource = os.environ['LORA_COURSE_SOURCE']\n```\n"
+    chapter.write_text(TOY.replace("# A toy\n", f"# Another\n{setup}"))
+    assert tools_chapters.form(chapter) == before
+    chapter.write_text(TOY.replace("sparse.ANSWER", "sparse.QUESTION"))
+    assert tools_chapters.form(chapter) != before
 
 
 @pytest.mark.slow

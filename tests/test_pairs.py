@@ -31,6 +31,17 @@ def test_pairs_are_in_step() -> None:
     assert not stale, f"run `make notebooks`: {stale} differ from their .md"
 
 
+def test_forms_are_in_step_and_an_edit_of_code_is_seen(toy: Path) -> None:
+    assert not pairs.stale_forms(), "run `make notebooks`: a chapter's code has changed"
+    ((path, text),) = pairs.stale_forms(toy).items()
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    assert not pairs.stale_forms(toy)
+    source = toy / "notebooks" / "9_9_toy.md"
+    source.write_text(SOLUTION.replace("plumbing = 1", "plumbing = 2"))
+    assert path in pairs.stale_forms(toy)
+
+
 def test_every_notebook_has_its_source() -> None:
     sources = {path.stem for path in chapters()}
     assert {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")} == sources

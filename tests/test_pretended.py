@@ -166,6 +166,7 @@ def test_bases_that_lie_on_the_device_at_once_are_counted_in_weights_of_the_prof
     half, seven = (profiles()[name] for name in ("t4", "large"))
     def count(what, profile):
         print(what, round(meter.bases(profile), 1), *meter.unlike(replace(profile, copies=2)))
+    meter.step(8 * 256)
     def use(model):
         with torch.no_grad():
             model(torch.tensor([[5, 6]], device=model.device), use_cache=False)
@@ -180,11 +181,13 @@ def test_bases_that_lie_on_the_device_at_once_are_counted_in_weights_of_the_prof
     count("one with an adapter", half)
     use(copy.deepcopy(model))
     count("and a copy", half)
-    meter.step(8 * 256)
-    count("as announced", half)
+    meter.step(8 * 128)
+    count("a shorter step beside the longest", half)
     meter.step(8 * 256 + 1)
     count("a longer step", half)
-    meter.tokens = 0
+    meter.tokens = 8 * 128
+    count("all steps shorter", half)
+    meter.tokens = 8 * 256
     gc.collect()
     wide = copy.deepcopy(model).float()
     use(wide)
@@ -194,6 +197,7 @@ def test_bases_that_lie_on_the_device_at_once_are_counted_in_weights_of_the_prof
     meter.seen = {(0, 0)}
     four = qlora.load_4bit(seven.model)
     use(inject(four, config))
+    meter.tokens = 4 * 256
     count("four bits", seven)
     """
     lines = [line for line in on_a_gpu(code).splitlines() if line.startswith(("o", "a", "f"))]
@@ -202,8 +206,9 @@ def test_bases_that_lie_on_the_device_at_once_are_counted_in_weights_of_the_prof
         f"on the CPU 0.0 announces 2 bases of {half} at once, and holds 0.0",
         f"one with an adapter 1.0 announces 2 bases of {half} at once, and holds 1.0",
         "and a copy 2.0",
-        "as announced 2.0",
-        "a longer step 2.0 announces steps of 8 × 256 tokens, and trains on 2,049 a step",
+        "a shorter step beside the longest 2.0",
+        "a longer step 2.0 announces steps of 8 × 256 tokens, and trains on 2,049 at most",
+        "all steps shorter 2.0 announces steps of 8 × 256 tokens, and trains on 1,024 at most",
         f"and one in fp32 3.0 announces 2 bases of {half} at once, and holds 3.0",
         f"four bits 1.0 announces 2 bases of {seven} at once, and holds 1.0",
     ]

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.toy_chapter import TOY
 from tools import downloads, facts, links, print_book, record_runs, release
-from tools.chapters import ROOT, Result
+from tools.chapters import ROOT, Result, form
 
 CHANGELOG = "# Changelog\n\n## 0.2.0\n\n- New.\n\n## 0.1.0\n\n- First.\n- Second.\n"
 
@@ -100,6 +101,10 @@ def test_a_record_keeps_what_was_measured_on_the_same_device_only(tmp_path, monk
     record_runs.record("t4", {"1_1": {"minutes": 3}}, path)
     record_runs.record("t4", {"0_1": {"minutes": 2}}, path)
     assert list(json.loads(path.read_text())["chapters"]) == ["0_1", "1_1"]
+    kept = json.loads(path.read_text())
+    path.write_text(json.dumps(kept | {"date": "2026-01-02"}))
+    record_runs.record("t4", {"0_1": {"minutes": 2}}, path)
+    assert json.loads(path.read_text())["chapters"]["1_1"]["date"] == kept["date"]  # its own day
     monkeypatch.setattr(record_runs, "device", lambda profile: "an L4")
     record_runs.record("t4", {"0_1": {"minutes": 1}}, path)
     record = json.loads(path.read_text())
@@ -111,26 +116,36 @@ def test_an_entry_counts_minutes_claims_and_peak(tmp_path: Path) -> None:
     claims = {"claims": [{"holds": True}, {"holds": False}]}
     (tmp_path / "claims" / "0_1.json").write_text(json.dumps(claims))
     result = Result("0_1", tmp_path, seconds=90.0, fresh=True)
-    assert record_runs.entry(result, 2048) == {
+    assert record_runs.entry(result, 2048, form="a1") == {
+        "form": "a1",
         "minutes": 1.5,
         "claims": 2,
         "hold": 1,
         "peak_gib": 2,
     }
-    assert "peak_gib" not in record_runs.entry(result, None)
-    assert record_runs.entry(result, None, on_gpu=False) == {"minutes": 1.5}
+    assert "peak_gib" not in record_runs.entry(result, None, form="a1")
+    assert record_runs.entry(result, None, on_gpu=False, form="a1") == {
+        "form": "a1",
+        "minutes": 1.5,
+    }
 
 
 def test_the_book_shows_records_and_says_where_there_are_none(tmp_path: Path) -> None:
     folder = tmp_path / "lora_course" / "data" / "runs"
     assert "No run on a GPU is recorded yet" in record_runs.table(tmp_path)
     folder.mkdir(parents=True)
-    run = {"minutes": 2.5, "claims": 9, "hold": 8, "peak_gib": 3.25}
+    chapter = tmp_path / "notebooks" / "0_1.md"
+    chapter.parent.mkdir()
+    chapter.write_text(TOY)
+    run = {"form": form(chapter), "minutes": 2.5, "claims": 9, "hold": 8, "peak_gib": 3.25}
     record = {"profile": "t4", "device": "a T4", "date": "2026-01-02", "versions": {"torch": "2.11"}, "chapters": {"0_1": run}}  # fmt: skip
     (folder / "t4.json").write_text(json.dumps(record))
     shown = record_runs.table(tmp_path)
     assert "`t4` on a T4, 2026-01-02 (torch 2.11)" in shown and "guesses" not in shown
     assert "| 0_1 | 2.5 | 3.2 GiB | 8 of 9 |" in shown
-    cpu = record | {"profile": "tiny", "device": "2 CPUs", "chapters": {"0_1": {"minutes": 2.5}, "1_1": {"minutes": 3.0}}}  # fmt: skip
+    chapter.write_text(TOY.replace("sparse.ANSWER", "sparse.QUESTION"))
+    assert "| 0_1 (an earlier form) | 2.5 |" in record_runs.table(tmp_path)
+    cpu = record | {"profile": "tiny", "device": "2 CPUs", "chapters": {"0_1": {"form": form(chapter), "minutes": 2.5}, "1_1": {"minutes": 3.0}}}  # fmt: skip
     (folder / "tiny.json").write_text(json.dumps(cpu))
     assert "`tiny` on 2 CPUs, 2026-01-02 (torch 2.11): 6 minutes" in record_runs.table(tmp_path)
+    assert "one after another; 1 of them in an earlier form." in record_runs.table(tmp_path)

@@ -7,6 +7,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import jupytext
+
 ROOT = Path(__file__).resolve().parent.parent
 
 GPU_PROFILES = ("t4", "large")
@@ -57,15 +59,45 @@ class Result:
         return sorted((self.folder / "claims").glob("*.json"))
 
 
+def form(chapter: Path) -> str:
+    """A short hash of a chapter's code, by which a record tells whether it was made with this code. The set-up cell, which
+    takes no time where the course is installed, is left out."""
+    code = [cell for cell in jupytext.read(chapter).cells if cell.cell_type == "code"]
+    text = "\0".join(cell.source for cell in code if "LORA_COURSE_SOURCE" not in cell.source)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def forms(root: Path = ROOT) -> str:
+    """data/forms.json: the form of each chapter, for `preflight`, which has no chapters where the course is installed."""
+    found = {chapter.stem: form(chapter) for chapter in chapters(root)}
+    return json.dumps(found, indent=1) + "\n"
+
+
+def record_state(chapter: Path, root: Path = ROOT) -> str:
+    """Whether the chapter was timed under this profile, and in its present form: what it prints of that besides minutes."""
+    path = root / "lora_course" / "data" / "runs" / f"{profile()}.json"
+    runs = json.loads(path.read_text())["chapters"] if path.exists() else {}
+    if chapter.stem not in runs:
+        return "none"
+    return "current" if runs[chapter.stem].get("form") == form(chapter) else "earlier"
+
+
 def key(chapter: Path, root: Path = ROOT) -> str:
-    """SHA-256 over all that an execution depends on."""
+    """SHA-256 over all that an execution depends on.
+
+    Of the records of runs it is their state alone: minutes are measured by executing, so with them in the key no execution
+    would ever be kept. When a new form was recorded, the chapter is executed once more, to say so.
+    """
     digest = hashlib.sha256()
     package = root / "lora_course"
+    runs, known = package / "data" / "runs", package / "data" / "forms.json"
     files = [p for p in package.rglob("*") if p.is_file() and "__pycache__" not in p.parts]
-    for path in [chapter, root / "requirements.txt", *sorted(files)]:
+    files = sorted(p for p in files if p != known and runs not in p.parents)
+    for path in [chapter, root / "requirements.txt", *files]:
         digest.update(path.relative_to(root).as_posix().encode() + b"\0")
         digest.update(hashlib.sha256(path.read_bytes()).digest())
     digest.update(profile().encode())
+    digest.update(record_state(chapter, root).encode())
     return digest.hexdigest()
 
 

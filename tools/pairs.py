@@ -1,4 +1,4 @@
-"""Writes notebooks/*.ipynb from notebooks/*.md, the one direction in which the pairs are kept in step.
+"""Writes notebooks/*.ipynb from notebooks/*.md, the one direction in which the pairs are kept in step, and the chapters' forms.
 
 python -m tools.pairs           write them
 python -m tools.pairs --check   say which differ; exit 1 if any does
@@ -11,7 +11,7 @@ from pathlib import Path
 import jupytext
 import nbformat
 
-from tools import crosslinks, facts
+from tools import chapters, crosslinks, facts
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDED = {"hide-input", "hide-cell"}
@@ -61,7 +61,15 @@ def stale_pairs(root: Path = ROOT) -> dict[Path, str]:
     }
 
 
+def stale_forms(root: Path = ROOT) -> dict[Path, str]:
+    """data/forms.json with the text that it should have, where it has another."""
+    path, text = root / "lora_course" / "data" / "forms.json", chapters.forms(root)
+    return {} if path.exists() and path.read_text() == text else {path: text}
+
+
 if __name__ == "__main__":
     facts.write_or_check(
-        stale_pairs, __doc__.splitlines()[0], "out of step with its .md; run `make notebooks`"
+        lambda: stale_pairs() | stale_forms(),
+        __doc__.splitlines()[0],
+        "out of step with its .md; run `make notebooks`",
     )

@@ -2,8 +2,8 @@
 
     LORA_COURSE_PROFILE=t4 python -m tools.record_runs [STEM ...]
 
-Writes lora_course/data/runs/<profile>.json: device, date, versions, and by chapter minutes, the GPU's peak memory and how
-many claims hold. Chapters that are not run keep what was recorded of them on the same device.
+Writes lora_course/data/runs/<profile>.json: device, date, versions, and by chapter its form (a hash of its code), minutes,
+the GPU's peak memory and how many claims hold. Chapters that are not run keep what was recorded of them on the same device.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import threading
 from pathlib import Path
 
 from tools import run_chapters
-from tools.chapters import ROOT
+from tools.chapters import ROOT, form, forms
 
 RUNS = ROOT / "lora_course" / "data" / "runs"
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
@@ -46,12 +46,15 @@ def device(profile: str) -> str:
     return f"{os.cpu_count()} CPUs ({platform.machine()})"
 
 
-def entry(result: run_chapters.Result, peak_mib: int | None, on_gpu: bool = True) -> dict:
+def entry(
+    result: run_chapters.Result, peak_mib: int | None, on_gpu: bool = True, *, form: str
+) -> dict:
     """What a record keeps of a chapter. What it claims on a CPU is the book's own, so minutes alone are kept of that."""
+    found = {"form": form, "minutes": round(result.seconds / 60, 2)}
     if not on_gpu:
-        return {"minutes": round(result.seconds / 60, 2)}
+        return found
     claims = [claim for path in result.claims for claim in json.loads(path.read_text())["claims"]]
-    found = {"minutes": round(result.seconds / 60, 2), "claims": len(claims), "hold": sum(claim["holds"] for claim in claims)}  # fmt: skip
+    found |= {"claims": len(claims), "hold": sum(claim["holds"] for claim in claims)}
     return found | ({} if peak_mib is None else {"peak_gib": round(peak_mib / 1024, 2)})
 
 
@@ -61,6 +64,7 @@ def record(profile: str, chapters: dict[str, dict], path: Path | None = None) ->
     here = device(profile)
     old = json.loads(path.read_text()) if path.exists() else {}
     kept = old.get("chapters", {}) if old.get("device") == here else {}
+    kept = {stem: {"date": old["date"], **run} for stem, run in kept.items()}
     text = {
         "profile": profile,
         "device": here,
@@ -76,14 +80,20 @@ def record(profile: str, chapters: dict[str, dict], path: Path | None = None) ->
 def table(root: Path = ROOT) -> str:
     """What chapters took on machines where somebody ran them: a table for each record in data/runs/."""
     records = sorted((root / "lora_course" / "data" / "runs").glob("*.json"))
-    parts = []
+    parts, now = [], json.loads(forms(root))
     for path in records:
         record = json.loads(path.read_text())
         versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+        earlier = {
+            stem for stem, run in record["chapters"].items() if run.get("form", "") != now.get(stem)
+        }
         where = f"`{record['profile']}` on {record['device']}, {record['date']} ({versions})"
         if record["profile"] not in run_chapters.GPU_PROFILES:
             minutes = sum(run["minutes"] for run in record["chapters"].values())
-            parts.append(f"{where}: {minutes:.0f} minutes for all chapters, one after another.\n")
+            older = f"; {len(earlier)} of them in an earlier form" if earlier else ""
+            parts.append(
+                f"{where}: {minutes:.0f} minutes for all chapters, one after another{older}.\n"
+            )
             continue
         parts.append(f"{where}:\n")
         parts.append(
@@ -91,8 +101,9 @@ def table(root: Path = ROOT) -> str:
         )
         for stem, run in record["chapters"].items():
             peak = f"{run['peak_gib']:.1f} GiB" if "peak_gib" in run else "not counted"
+            name = f"{stem} (an earlier form)" if stem in earlier else stem
             parts.append(
-                f"| {stem} | {run['minutes']:.1f} | {peak} | {run['hold']} of {run['claims']} |"
+                f"| {name} | {run['minutes']:.1f} | {peak} | {run['hold']} of {run['claims']} |"
             )
         parts.append("")
     gpus = {"t4", "large"} & {path.stem for path in records}
@@ -118,7 +129,9 @@ def main() -> None:
         try:
             result = run_chapters.execute(chapter)
             measured = on_gpu and result.fresh  # one from the cache used no GPU now
-            found[chapter.stem] = entry(result, watch.peak if measured else None, on_gpu)
+            found[chapter.stem] = entry(
+                result, watch.peak if measured else None, on_gpu, form=form(chapter)
+            )
         except run_chapters.ChapterFailed as failure:
             failed.append(chapter.stem)
             run_chapters.say(f"FAILED {failure}")

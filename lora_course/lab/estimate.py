@@ -88,6 +88,8 @@ def estimate_memory(
     embedding_bytes: int = 4,
     moment_bytes: float = 8,
     checkpointing: bool = False,
+    dropout: bool = False,
+    more_logits: int = 0,
 ) -> MemoryEstimate:
     """Memory of one LoRA training step on all linear layers of a Llama- or Qwen2-like model, in bytes.
 
@@ -99,14 +101,19 @@ def estimate_memory(
     - activations kept for the backward pass: c·T·(8d + 4f) a layer: per block two residuals and two normed inputs (4d),
       queries, attention's output and its copy (3d), keys and values with what is small (d), and the MLP's gate, its SiLU,
       up and their product (4f). With checkpointing c·T·d a layer, and one layer's activations while it is recomputed;
-    - logits: the logits (c·T·V) and, in fp32, a copy if c < 4, their log-softmax and the gradient.
+    - with `dropout` c·T·(9d + f) a layer more: a mask for what enters each adapter (6d + f; on a GPU a byte a number, and not
+      c), and the copies that three or two adapters of one input no longer share (3d);
+    - logits: the logits (c·T·V) and, in fp32, a copy if c < 4, their log-softmax and the gradient; and `more_logits` sets in
+      fp32 (4·T·V each) that the loss holds beside them, as a distillation's does with its teachers'.
 
-    Dropout (one more mask and copy of each linear's input) and attention that stores its T×T weights are left out.
+    Attention that stores its T×T weights is left out.
     """
     layer = compute_bytes * tokens * (8 * width + 4 * intermediate)
+    if dropout:
+        layer += compute_bytes * tokens * (9 * width + intermediate)
     logits = (
         tokens * vocabulary * (compute_bytes + 8 + (4 + compute_bytes if compute_bytes < 4 else 0))
-    )
+    ) + 4 * tokens * vocabulary * more_logits
     if checkpointing:
         # A block is recomputed when the logits are gone, so only the larger of the two counts.
         activations = compute_bytes * tokens * width * layers + max(0, layer - logits)

@@ -4,7 +4,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from lora_course.lab.estimate import MemoryEstimate, Shape, estimate_memory
 
 GIB = 2**30
 CUDA_CONTEXT = GIB // 2  # what CUDA itself takes on a GPU before the first tensor
-AMOUNTS = ("steps", "batch", "length")
+AMOUNTS = ("steps", "batch", "length", "more_logits", "lora_dropout")
 CGROUPS = (
     ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
     ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -31,7 +31,8 @@ class Profile:
 
     dtype: of the base's weights (and of the computation, for `quantize`). quantize: the linear layers are in 4 bits.
     batch: rows a step; length: tokens a row; steps: optimiser steps of the chapter's live training.
-    copies: bases that the chapter holds at once.
+    copies: bases that the chapter holds at once. lora_dropout: of the adapters; more_logits: sets of logits in fp32 that its loss
+    holds beside the model's own (`estimate_memory`). others: the profiles that the chapter could run under instead.
     """
 
     name: str
@@ -45,6 +46,9 @@ class Profile:
     steps: int
     gradient_checkpointing: bool = False
     copies: int = 1
+    lora_dropout: float = 0.0
+    more_logits: int = 0
+    others: tuple["Profile", ...] = field(default=(), repr=False, compare=False)
 
 
 def estimate(profile: Profile, r: int = 8) -> MemoryEstimate:
@@ -65,6 +69,8 @@ def estimate(profile: Profile, r: int = 8) -> MemoryEstimate:
         embedding_params=shape.embedding,
         embedding_bytes=size,
         checkpointing=profile.gradient_checkpointing,
+        dropout=profile.lora_dropout > 0,
+        more_logits=profile.more_logits,
     )
 
 
@@ -132,8 +138,8 @@ def pick_profile(
     it fits and the GPU computes in bf16 (an older one would take hours), or `t4` where that fits; else `tiny`.
 
     copies: bases that the chapter holds at once, by profile's name where they differ (1 where a name is missing).
-    training: `steps`, `batch` and `length` of the chapter's live training, such as a study's settings; what it leaves out
-    is the profile's. Both count in the memory that must be free.
+    training: `steps`, `batch` and `length` of the chapter's live training, such as a study's settings, and where it has them
+    its `lora_dropout` and `more_logits`; what it leaves out is the profile's. Both count in the memory that must be free.
     Raises ValueError for an unknown name, listing the names.
     """
     amounts = {key: value for key, value in (training or {}).items() if key in AMOUNTS}
@@ -143,6 +149,7 @@ def pick_profile(
         )
         for key, profile in profiles().items()
     }
+    known = {key: replace(profile, others=tuple(known.values())) for key, profile in known.items()}
     name = name or os.environ.get("LORA_COURSE_PROFILE")
     if name:
         if name not in known:
@@ -159,55 +166,60 @@ def pick_profile(
 
 
 def recorded_run(profile: str, chapter: str) -> dict[str, Any] | None:
-    """What a chapter was measured to take under a profile: `minutes`, `device` and `date`, and `peak_gib` where a GPU counted
-    it; None where it was never run. `tools.record_runs` writes these."""
-    path = DATA / "runs" / f"{profile}.json"
-    record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"chapters": {}}
-    run = record["chapters"].get(chapter)
-    return run and {"device": record["device"], "date": record["date"], **run}
+    """What a chapter was measured to take under a profile: `minutes`, `device` and `date`, `peak_gib` where a GPU counted it,
+    and `earlier`, whether its code was another then; None where it was never run. `tools.record_runs` writes these."""
+    record = _data(f"runs/{profile}.json")
+    run = record.get("chapters", {}).get(chapter)
+    if run is None:
+        return None
+    earlier = run.get("form") is None or run["form"] != _data("forms.json").get(chapter)
+    return {"device": record["device"], "date": record["date"], **run, "earlier": earlier}
 
 
 def preflight(
-    profile: Profile, minutes: Mapping[str, float], r: int = 8, chapter: str | None = None
+    profile: Profile,
+    minutes: Mapping[str, float],
+    r: int = 8,
+    chapter: str | None = None,
+    seeds: int = 1,
 ) -> None:
     """Prints what the chapter will run on and what it will take; raises RuntimeError, before any work or download, if that
     can't be.
 
     minutes: by profile's name, a guess, printed as one where the chapter was never timed under that profile.
     r: rank of the adapters that the estimate counts. chapter: its file's name without the ending, under which times and
-    peaks are recorded. It is refused when the device is missing, or has less free memory than the measured peak, or
-    without one than the estimate.
+    peaks are recorded. seeds: with how many the chapter repeats its live training.
+    It is refused when the device is missing, or has less free memory than the estimate; a peak that was measured on the same
+    kind of GPU, less than the estimate, is then enough.
     """
     if profile.name not in minutes:
         raise ValueError(
             f"minutes has no entry for the profile {profile.name!r}; it has {', '.join(minutes)}"
         )
-    run = recorded_run(profile.name, chapter or "") or {}
-    peak = run.get("peak_gib")
-    need = needed_memory(profile, r) if peak is None else int(peak * GIB)
     present = profile.device != "cuda" or usable_gpu()
     free = free_memory(profile.device) if present else 0
     device = (
         profile.device if profile.device == "cpu" or not present else torch.cuda.get_device_name()
     )
+    run = recorded_run(profile.name, chapter or "") or {}
+    # On a larger GPU the allocator keeps more, which counts in a peak.
+    measured = "peak_gib" in run and run["device"] == device and not run["earlier"]
+    need = estimated = needed_memory(profile, r)
+    if measured:
+        need = int(run["peak_gib"] * GIB)
     bits = (
         f"4 bits, computing in {_name(profile.dtype)}" if profile.quantize else _name(profile.dtype)
     )
     size = (profile.shape.linear + profile.shape.embedding) / 1e6
     held = f", {profile.copies} at once" if profile.copies > 1 else ""
-    takes = (
-        f"{run['minutes']:.2g} min, as measured on {run['device']}, {run['date']}"
-        if run
-        else f"{minutes[profile.name]:g} min (a guess)"
-    )
-    origin = "estimated" if peak is None else "measured"
+    count = "one seed" if seeds == 1 else f"{seeds} seeds"
     rows = {
         "profile": profile.name,
         "model": f"{profile.model}, {size:,.1f}M parameters, {bits}{held}",
         "device": device if present else f"{device} (missing)",
-        "a training": f"{profile.steps} steps of {profile.batch} × {profile.length} tokens",
-        "takes about": takes,
-        "peak memory": f"{need / GIB:.1f} GiB ({origin}); free: {free / GIB:.1f} GiB",
+        "a training": f"{profile.steps} steps of {profile.batch} × {profile.length} tokens, {count}",
+        "takes about": _takes(run, minutes[profile.name]),
+        "peak memory": f"{need / GIB:.1f} GiB ({'measured' if measured else 'estimated'}); free: {free / GIB:.1f} GiB",
     }
     print("\n".join(f"{key:<12}  {value}" for key, value in rows.items()))
     if not present:
@@ -215,12 +227,32 @@ def preflight(
             f"the profile {profile.name!r} needs an NVIDIA GPU that this torch has kernels for, and there is none: "
             "choose a GPU runtime (on Kaggle T4, not P100), or set LORA_COURSE_PROFILE=tiny to run on the CPU"
         )
-    if need > free:
+    # What a peak has over the estimate may be the allocator's, and `pick_profile` goes by the estimate.
+    if (need := min(need, estimated)) > free:
+        others = [other.name for other in profile.others or profiles().values() if _fits(other, r)]
+        instead = f", or set LORA_COURSE_PROFILE to one that fits ({', '.join(others)})"
         raise RuntimeError(
             f"the profile {profile.name!r} needs about {need / GIB:.1f} GiB and {device} has {free / GIB:.1f} GiB free: "
-            "restart other notebooks that hold memory, or set LORA_COURSE_PROFILE to a smaller profile "
-            f"({', '.join(profiles())})"
+            f"restart other notebooks that hold memory{instead if others else ''}"
         )
+
+
+def _fits(profile: Profile, r: int) -> bool:
+    there = profile.device != "cuda" or usable_gpu()
+    return there and needed_memory(profile, r) <= free_memory(profile.device)
+
+
+def _takes(run: Mapping[str, Any], guess: float) -> str:
+    if not run:
+        return f"{guess:g} min (a guess)"
+    where = f"measured on {run['device']}, {run['date']}"
+    how = f"{where} (of an earlier form)" if run["earlier"] else f"as {where}"
+    return f"{run['minutes']:.2g} min, {how}"
+
+
+def _data(name: str) -> dict[str, Any]:
+    path = DATA / name
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def _name(dtype: torch.dtype) -> str:

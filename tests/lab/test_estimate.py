@@ -24,6 +24,16 @@ def test_16_bits_halve_what_is_kept_and_add_a_copy_of_the_logits() -> None:
     assert half.logits == 5 * 10 * (2 + 8 + 4 + 2)
 
 
+def test_dropout_adds_to_a_layer_and_a_larger_loss_to_the_logits() -> None:
+    plain, dropped, distilled = (
+        estimate_memory(0, 16, adapter_params=0, tokens=5, **more, **SHAPE)
+        for more in ({}, {"dropout": True}, {"more_logits": 4})
+    )
+    assert dropped.activations - plain.activations == 3 * 4 * 5 * (9 * 4 + 6)
+    assert distilled.logits - plain.logits == 5 * 10 * 4 * 4
+    assert (dropped.logits, distilled.activations) == (plain.logits, plain.activations)
+
+
 def test_checkpointing_keeps_one_vector_a_layer_and_the_layer_in_work() -> None:
     step = estimate_memory(0, 16, adapter_params=0, tokens=5, checkpointing=True, **SHAPE)
     one_layer = 4 * 5 * (8 * 4 + 4 * 6)

@@ -84,10 +84,10 @@ class Meter:
         return most / estimate(profile).weights
 
     def unlike(self, profile: Profile) -> list[str]:
-        """What is announced otherwise: more bases than were held or fewer, or shorter steps than were trained."""
+        """What is announced otherwise: more bases than were held or fewer, or another largest step than was trained."""
         held, wrong = self.bases(profile), []
         if not profile.copies - 1 + LITTLE < held <= profile.copies + LITTLE:
             wrong.append(f"announces {profile.copies} bases of {profile.model} at once, and holds {held:.1f}")  # fmt: skip
-        if self.tokens > profile.batch * profile.length:
-            wrong.append(f"announces steps of {profile.batch} × {profile.length} tokens, and trains on {self.tokens:,} a step")  # fmt: skip
+        if self.tokens != profile.batch * profile.length:
+            wrong.append(f"announces steps of {profile.batch} × {profile.length} tokens, and trains on {self.tokens:,} at most")  # fmt: skip
         return wrong
