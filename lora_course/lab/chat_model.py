@@ -30,7 +30,7 @@ class Question:
 
     arms: for each name in `rule` the values that it stands for, as "arm" or "arm/field/key" within a run; several are averaged
     seed by seed. first, second: the two that the row at a chapter's head speaks of, in words. there: what nano's claim compared,
-    where that is another pair.
+    where that is another pair. refuted: whether nano's claim, though it holds in its chapter, fails with other seeds.
     """
 
     nano: str
@@ -41,6 +41,7 @@ class Question:
     first: str
     second: str
     there: str = ""
+    refuted: bool = False
 
 
 def _lower(a: str, b: str) -> str:
@@ -101,7 +102,7 @@ QUESTIONS: dict[str, Question] = {
     "4.1-t": Question(
         "4.1-f", PAST, "Gates that close a third of rank 12 end lower than LoRA of rank 8, with every seed.",
         {"gates": ["gates"], "lora": ["lora"]}, _lower("gates", "lora"), "gates (rank 12, a third closed)", "LoRA of rank 8",
-        "from rank 8, half of it closed, and not with other seeds; from rank 12 not (5.1-e)",
+        "from rank 8, half of it closed: ahead with five seeds and not with five others; from rank 12 not (5.1-e)", refuted=True,
     ),
     "4.2-s": Question(
         "4.2-c", PAST, "At ranks 1, 2 and 4 on average the cuts of a nested adapter (Matryoshka) are lower than SVD cuts of plain LoRA, with every seed.",
@@ -291,7 +292,12 @@ def answer(claims: Claims, *ids: str) -> list[tuple[str, str, str]]:
             said += (
                 f" {' against '.join(shares)} of unseen {UNSEEN[question.study]} right ({ruled})."
             )
-        same = held_against(names[0].split(" (")[0], question.rule, claims[id].holds, nano.holds)
+        same = held_against(
+            names[0].split(" (")[0],
+            question.rule,
+            claims[id].holds,
+            nano.holds and not question.refuted,
+        )
         same += f"; there {question.there}" if question.there else ""
         rows.append((asked, said, f"{same} ({claims.link(question.nano)}; here {claims.link(id)})"))
     return rows
