@@ -13,11 +13,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lora_course.lab.chat_rules import RULES_OF, at_the_edge, right, rule_right, runs_of
 from lora_course.lab.chat_words import compared, held_against
 from lora_course.lab.claims import AnswerTable, Claims
 from lora_course.lab.evidence import differences
 from lora_course.lab.study import STUDIES, chosen_rate, load_study
-from lora_course.lab.tasks import load_task
 
 LEVELS = {"bits_per_token": "bits an answer token", "own_text": "bits a byte of other English"}
 BYTES_OF = {"delta": 8, "factors-2bit": 2 / 8 + 4 / 64}
@@ -54,9 +54,6 @@ LEARNT = {
     SEVERAL: "the past of English verbs and the plural of German nouns",
 }
 UNSEEN = {PAST: "verbs", SEVERAL: "words"}
-RULES = {"past": "three-line rule", "plural": "suffix table"}
-"""For each task what `tasks_nano` has beside the models: a rule, or a table learnt from the training words."""
-RULES_OF = {PAST: "a rule of three lines", SEVERAL: "a rule and a table"}
 SMALLER = (1, 2, 4)
 QUESTIONS: dict[str, Question] = {
     "0.1-s": Question(
@@ -141,44 +138,6 @@ def series(record: Mapping[str, Any], paths: Sequence[str]) -> list[float]:
     return [statistics.fmean(values) for values in zip(*columns, strict=True)]
 
 
-def right(record: Mapping[str, Any], path: str) -> str:
-    """ "71%": the mean share of test words that an arm answers exactly; "" for what was scored by bits alone."""
-    if "/" in path:
-        return ""
-    runs = _runs(record, path)
-    asked = [list(run["tasks"].values()) if "tasks" in run else [run] for run in runs]
-    return f"{statistics.fmean(one['exact'] for run in asked for one in run):.0%}"
-
-
-def rule_right(record: Mapping[str, Any]) -> float:
-    """The share of a record's test words that a rule or a table (`RULES`) answers exactly, the mean of the tasks.
-
-    `tasks_nano` has their answers to all test words, in order, and a record's test words are the first of these.
-    """
-    settings, rules = record["settings"], load_study("tasks_nano")["runs"]
-    tasks, count = settings.get("tasks") or [settings["task"]], settings["words"]["test"]
-    answered = [rules[f"baselines/{task}"][RULES[task]]["right"][:count] for task in tasks]
-    return statistics.fmean(statistics.fmean(map(int, marks)) for marks in answered)
-
-
-def irregular_verbs(record: Mapping[str, Any]) -> int:
-    """How many of a record's test verbs are irregular: what its runs' "irregular" is a share of."""
-    return load_task("past", "test")["regular"][: record["settings"]["words"]["test"]].count(False)
-
-
-def at_the_edge(record: Mapping[str, Any], arm: str) -> str:
-    """What a claim on an arm is to say where the best of the values tried (a rate, or a weight) is the lowest or the
-    highest of them; "" where it lies between, or only one was tried."""
-    keys = [key.split("/") for key in record["runs"]]
-    tried = sorted({float(key[1]) for key in keys if key[0] == arm and key[-1] == "validation"})
-    if len(tried) < 2 or tried[0] < chosen_rate(record, arm) < tried[-1]:
-        return ""
-    end, beyond = (
-        ("lowest", "lower") if chosen_rate(record, arm) == tried[0] else ("highest", "higher")
-    )
-    return f" {chosen_rate(record, arm):g} for {arm} is the {end} value tried; a {beyond} one may be better."
-
-
 def arms_run(record: Mapping[str, Any]) -> list[str]:
     """The arms that have run with every seed at their chosen rate, in the record's order; the base is none."""
     arms = dict.fromkeys(key.split("/")[0] for key in record["runs"] if key.count("/") == 3)
@@ -205,7 +164,7 @@ def results(record: Mapping[str, Any], names: Mapping[str, str]) -> AnswerTable:
 
     rows = []
     for arm in sorted(arms_run(record), key=behind):
-        runs = _runs(record, arm)
+        runs = runs_of(record, arm)
         every, rare = (statistics.fmean(run[of] for run in runs) for of in ("exact", "irregular"))
         row = [html.escape(names.get(arm, arm)), f"{every:.1%} ({rare:.1%})"]
         for key in LEVELS:
@@ -222,7 +181,9 @@ def results(record: Mapping[str, Any], names: Mapping[str, str]) -> AnswerTable:
 
 def adapter_bytes(record: Mapping[str, Any], arm: str) -> float:
     """Of the served adapter's numbers on disk, the mean over the seeds."""
-    return BYTES_OF.get(arm, 4) * statistics.fmean(run["parameters"] for run in _runs(record, arm))
+    return BYTES_OF.get(arm, 4) * statistics.fmean(
+        run["parameters"] for run in runs_of(record, arm)
+    )
 
 
 def one_sided(record: Mapping[str, Any], key: str) -> tuple[list[str], list[str]]:
@@ -234,12 +195,7 @@ def one_sided(record: Mapping[str, Any], key: str) -> tuple[list[str], list[str]
 
 def _gaps(record: Mapping[str, Any], arm: str, key: str) -> list[float]:
     """An arm less LoRA in one of `LEVELS`, seed by seed."""
-    return differences(*([run[key] for run in _runs(record, of)] for of in (arm, "lora")))
-
-
-def _runs(record: Mapping[str, Any], arm: str) -> list[dict[str, Any]]:
-    rate = chosen_rate(record, arm)
-    return [record["runs"][f"{arm}/{rate:g}/{seed}/test"] for seed in record["settings"]["seeds"]]
+    return differences(*([run[key] for run in runs_of(record, of)] for of in (arm, "lora")))
 
 
 def missing(id: str) -> list[str]:

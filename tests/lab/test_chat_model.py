@@ -10,7 +10,7 @@ import pytest
 
 from lora_course.experiments import smol_past, smol_several
 from lora_course.experiments.smol_past import METHODS
-from lora_course.lab import Claims, chat_model
+from lora_course.lab import Claims, chat_model, chat_rules
 from lora_course.lab.baselines import rule_of_three, suffix_table
 from lora_course.lab.chat_model import (
     QUESTIONS,
@@ -98,7 +98,7 @@ def of_rules(study: str) -> float:
 @pytest.mark.parametrize("study", [chat_model.PAST, chat_model.SEVERAL])
 def test_rows_with_right_answers_have_a_rules_share_of_the_same_words(study: str) -> None:
     wanted, told = of_rules(study), 0
-    assert chat_model.rule_right(load_study(study)) == pytest.approx(wanted)
+    assert chat_rules.rule_right(load_study(study)) == pytest.approx(wanted)
     for id in (id for id, question in QUESTIONS.items() if question.study == study):
         (row,) = answer(with_nano(True, id), id)
         asked = re.search(r"\d+% against \d+% of unseen .* right (.*)", row[1])
@@ -115,20 +115,6 @@ def test_a_claim_says_where_the_lowest_or_the_highest_of_the_values_tried_was_th
         said[id] = re.split(r"On nano \S+: .*?\.(?: |$)", claims[id].explanation)[-1]
     edge = "0.5 for average is the lowest value tried; a lower one may be better."
     assert {id: text for id, text in said.items() if text} == {"2.1-s": edge}
-    keys = (f"x/{rate}/0/validation" for rate in (1, 2, 4))
-    runs = dict.fromkeys([*keys, "x/4/0/test"], {})
-    assert chat_model.at_the_edge({"runs": runs}, "x").endswith("highest value tried; a higher one may be better.")  # fmt: skip
-
-
-def test_irregular_verbs_are_those_of_the_records_test_words() -> None:
-    record = load_study(chat_model.PAST)
-    count = chat_model.irregular_verbs(record)
-    for key, found in record["runs"].items():
-        if key.endswith("/test"):
-            rare = found["irregular"] * count
-            assert rare == pytest.approx(round(rare)), key
-    words = load_task("past", "test").to_list()[: record["settings"]["words"]["test"]]
-    assert count == sum(not word["regular"] for word in words)
 
 
 def test_a_row_says_what_nano_compared_where_that_was_another_pair(record: Path) -> None:
