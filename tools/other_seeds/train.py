@@ -9,7 +9,7 @@ from tools.other_seeds import RECORDS, others
 
 
 def train(name: str, folder: Path = RECORDS) -> Path:
-    """Computes the scored runs of a study with `others` of its seeds, and lets the record speak of these seeds alone.
+    """Computes the scored runs of a study with `others` of its record's seeds, and lets the record speak of these seeds alone.
 
     Goes on where an earlier call stopped. Raises ValueError for an unknown study, or one that has no seeds.
     """
@@ -20,7 +20,7 @@ def train(name: str, folder: Path = RECORDS) -> Path:
     path = folder / f"{name}.json"
     if not path.exists():
         shutil.copyfile(study.path, path)
-    seeds = others(study.settings["seeds"])
+    seeds = others(json.loads(study.path.read_text())["settings"]["seeds"])
     study.run(path, seeds=seeds)
     record = json.loads(path.read_text())
     record["settings"]["seeds"] = seeds
