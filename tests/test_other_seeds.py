@@ -217,3 +217,10 @@ def test_a_bound_that_other_seeds_pass_is_said_where_it_stands() -> None:
     assert passed == [8]  # the largest rank
     text = (ROOT / "notebooks" / "4_2_hierarchical.md").read_text()
     assert "with five other seeds truncation does not at the largest rank" in text
+
+
+def test_what_a_clock_decides_is_not_tried_on_other_seeds() -> None:
+    for id in judge.TIMED:
+        stem = next((ROOT / "notebooks").glob(f"{id.split('-')[0].replace('.', '_')}_*.md"))
+        stated = stem.read_text().split(f'"{id}"')[1].split("claims.add(")[0]
+        assert "takes more time" in stated and id not in other_seeds.verdicts()
