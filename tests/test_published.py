@@ -84,6 +84,20 @@ def test_outputs_are_fit_for_a_page(project) -> None:
     assert 'href="../book/ledger.html#claim-9-9-a"' in page
 
 
+def test_a_link_that_a_cell_prints_stays_within_the_book(tmp_path: Path) -> None:
+    said = f"**See [the recipe]({BOOK}/notebooks/0_1_lora.html#use-it)** and [a paper](https://arxiv.org/abs/1)."
+    output = v4.new_output("display_data", data={"text/markdown": said})
+    parts = [
+        v4.new_markdown_cell("# 9.9 A toy"),
+        v4.new_markdown_cell("Text."),
+        v4.new_code_cell("say()", outputs=[output]),
+    ]
+    (shown,) = cells(toy(tmp_path, parts))[2]["outputs"]
+    assert "".join(shown["data"]["text/markdown"]) == (
+        '**See <a href="../notebooks/0_1_lora.html#use-it">the recipe</a>** and [a paper](https://arxiv.org/abs/1).'
+    )
+
+
 def test_what_is_set_up_before_the_first_text_is_one_fold(tmp_path: Path) -> None:
     hidden = {"tags": ["hide-input"]}
     figure = v4.new_output("display_data", data={"text/html": "<figure></figure>"})

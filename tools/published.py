@@ -9,6 +9,7 @@ from tools import crosslinks, facts
 from tools.chapters import Result
 
 BOOK = facts.read().book
+SAID = re.compile(rf"\[([^\[\]]+)\]\({re.escape(BOOK)}/([^()]+)\)")  # a link that a cell prints
 SECTION = re.compile(r"^## (.+)$", re.MULTILINE)
 EXERCISE = re.compile(r"^\*\*Exercise (\d+\.\d+-\w+)", re.MULTILINE)
 NAMED = re.compile(  # pandas gives the name of the rows a line of its own
@@ -104,6 +105,10 @@ def code(cell: nbformat.NotebookNode, section: str) -> None:
     for output in cell.outputs:
         if "text/html" in output.get("data", {}):
             output.data["text/html"] = page_html(output.data["text/html"])
+        if "text/markdown" in output.get("data", {}):
+            output.data["text/markdown"] = SAID.sub(
+                r'<a href="../\2">\1</a>', output.data["text/markdown"]
+            )
 
 
 def fold(cell: nbformat.NotebookNode, section: str) -> str:
