@@ -29,6 +29,7 @@ EVERY = "all(x < y for x, y in zip(a, b))"
         ("all(x > 0.9 for x in share)", {"share": [0.95] * 5}, ""),  # a share is no difference
         ("min(a) > 0 and max(b) < 9", {"a": A, "b": B}, ""),  # of two things that are not compared
         (EVERY, {"a": [1.0], "b": [2.0]}, ""),
+        (EVERY, {"a": A[:4], "b": B[:4]}, ""),  # four texts, say
     ],
 )  # fmt: skip
 def test_a_line_says_how_often_chance_alone_passes_the_rule(

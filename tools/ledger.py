@@ -118,12 +118,12 @@ def claim_row(claim: Claim, stem: str, again: dict[str, Any] | None = None) -> s
 def by_chance(claim: Claim) -> str:
     """In how many of the ways to swap what is compared within seeds, or to turn the signs of differences, the rule holds.
 
-    Empty where the values can't be swapped (they are no twins, or more than seven thousand ways), and where every way passes:
-    a rule of closeness, which labels don't decide.
+    Empty where the values are not one a seed (five; three on SmolLM2), where they can't be swapped (they are no twins, or more than
+    seven thousand ways), and where every way passes: a rule of closeness, which labels don't decide.
     """
     names, series = list(claim.values), list(claim.values.values())
     seeds = len(series[0])
-    if seeds < 3 or any(len(one) != seeds for one in series):
+    if seeds != (3 if claim.evidence == "smol" else 5) or {*map(len, series)} != {seeds}:
         return ""
     if len(series) == 1 and re.search(r"[<>]=? -?0(\.0\d*)?(?![\d.])", claim.predicate):
         series, what = [*series, [-value for value in series[0]]], "turn the differences' signs"
