@@ -128,6 +128,7 @@ def test_nothing_can_be_clicked_that_is_not_there_yet(copy: Path) -> None:
             assert title.split("\n\n")[1] == f"{how}(../book/setup.md#from-a-copy)"
             cells = crosslinks.for_notebook(CODE.sub("", text), Path(name).stem, None)
             assert known.slug not in cells and known.book not in cells and how in cells
+            assert "github.com/YOU/" in text and f"install git+{known.url}" not in text
     assert pages["README.md"].count(f"{how}(book/setup.md#from-a-copy)") == 1
     for name in ("README.md", "book/intro.md"):
         assert "actions/workflows" not in pages[name] and "under its title" not in pages[name]
@@ -144,6 +145,7 @@ def test_once_it_is_published_every_page_leads_there(copy: Path) -> None:
             badges = re.search(r"^\[Open in Colab\].*$", text, re.MULTILINE)[0]
             assert badges.count(f"{known.slug}/blob/main/{name.removesuffix('.md')}.") == 3
             assert f"({known.book}/_sources/{name.removesuffix('.md')}.ipynb)" in badges
+            assert "/YOU/" not in text and f"install git+{known.url}" in text
     assert f"[![CI]({known.url}/actions/workflows/ci.yml/badge.svg)]" in texts["README.md"]
     assert f"({known.url}/releases)" in texts["README.md"]
     settings = yaml.safe_load(texts["_config.yml"])

@@ -114,6 +114,7 @@ def updated(root: Path = ROOT) -> dict[Path, str]:
         name = path.relative_to(root).as_posix()
         chosen = rules.get(name, []) + launch.rules(facts).get(name, [])
         if path.parent.name == "notebooks":
+            text = launch.installs(facts, text)
             chosen = [
                 (launch.BADGES, launch.chapter_badges(facts, path.stem)),
                 (r"^```\{code-cell\} ipython3\n(?s:.*?)^```$", setup_cell(facts)),

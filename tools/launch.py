@@ -44,6 +44,16 @@ def chapter_badges(facts: Facts, stem: str) -> str:
     )
 
 
+def installs(facts: Facts, text: str) -> str:
+    """A chapter's text with the address that its lines install from; before there is one, with a place for the copy's owner."""
+    owner, name = facts.slug.split("/") if facts.published else ("YOU", facts.slug.split("/")[1])
+    return re.sub(
+        r"pip install git\+https://github\.com/[\w-]+/[\w.-]+",
+        f"pip install git+https://github.com/{owner}/{name}",
+        text,
+    )
+
+
 def readme_badges(facts: Facts) -> str:
     def badge(text: str, label: str, value: str, colour: str, target: str) -> str:
         return f"[![{text}](https://img.shields.io/badge/{label}-{value}-{colour})]({target})"
