@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.toy_chapter import FRONT_MATTER
-from tools import chapter_style, facts
+from tools import chapter_style, facts, launch
 from tools.chapter_style import CELL, COLUMNS, ORDER, TIME, WORDS, Chapter
 from tools.chapters import chapters
 from tools.crosslinks import OPAQUE
@@ -34,7 +34,8 @@ def test_claims_are_checked_in_folded_cells(chapter: Chapter) -> None:
 @each
 def test_whoever_pastes_a_recipe_is_told_how_to_install_the_course(chapter: Chapter) -> None:
     used = chapter.path.read_text().partition("\n## Use it\n")[2].partition("\n## ")[0]
-    assert f"pip install git+{facts.read().url}" in used
+    known = facts.read()
+    assert launch.installs(known, f"pip install git+{known.url}") in used
 
 
 @each
