@@ -7,6 +7,7 @@ import importlib
 import importlib.metadata
 import os
 import platform
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -139,8 +140,13 @@ def mend(command: object, error: ImportError) -> str:
         return "lora-course doctor says what to mend"
     from lora_course.machine import installer
 
-    lines = installer.shell_lines([error.name.partition(".")[0]]) if error.name else []
-    return f"doctor can't look without it: {'; '.join(lines) or 'install it again'}"
+    needs = importlib.metadata.requires("lora-course") or []
+    name = (error.name or "").partition(".")[
+        0
+    ]  # a module's, which may be another project on an index
+    known = name in {re.split(r"[^\w.-]", need)[0] for need in needs}
+    lines = installer.shell_lines([name]) if known else ["install the course again"]
+    return f"doctor can't look without it: {'; '.join(lines)}"
 
 
 def main(given: Sequence[str] | None = None) -> int:

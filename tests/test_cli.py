@@ -87,6 +87,12 @@ def test_a_doctor_that_lacks_a_package_itself_says_how_to_install_it() -> None:
         assert ("doctor says" in run.stderr) == (command != ["doctor"])
 
 
+@pytest.mark.parametrize("name", ["lora_course.lab", "yaml", None])
+def test_doctor_names_no_package_of_others_by_a_modules_name(name: str | None) -> None:
+    said = cli.mend(cli.run_doctor, ImportError("gone", name=name))
+    assert said == "doctor can't look without it: install the course again"
+
+
 def test_what_a_code_page_lacks_does_not_end_a_command() -> None:
     """Piped on Windows, the titles' Δ has no code."""
     run = subprocess.run(

@@ -93,6 +93,11 @@ def test_the_projects_own_addresses_are_left_out_until_something_answers(
     with pytest.raises(SystemExit) as ended:  # the book is there, and a page of it is not
         links.main()
     assert ended.value.code and f"a.md: {own[1]}: 404 Not Found" in capsys.readouterr().out
+    monkeypatch.setattr(facts, "read", lambda: replace(known, published=True))
+    monkeypatch.setattr(links, "trouble", lambda a: "404 Not Found" if any(part in a for part in gone) else None)  # fmt: skip
+    with pytest.raises(SystemExit) as ended:  # once published nothing of it is a placeholder
+        links.main()
+    assert ended.value.code and "3 gone" in capsys.readouterr().out
 
 
 def test_a_record_keeps_what_was_measured_on_the_same_device_only(tmp_path, monkeypatch) -> None:
@@ -145,6 +150,9 @@ def test_the_book_shows_records_and_says_where_there_are_none(tmp_path: Path) ->
     assert "| 0_1 | 2.5 | 3.2 GiB | 8 of 9 |" in shown
     chapter.write_text(TOY.replace("sparse.ANSWER", "sparse.QUESTION"))
     assert "| 0_1 (an earlier form) | 2.5 |" in record_runs.table(tmp_path)
+    kept = record | {"chapters": {"0_1": run | {"date": "2020-01-01"}}}  # from an earlier recording
+    (folder / "t4.json").write_text(json.dumps(kept))
+    assert "| 0_1 (an earlier form, 2020-01-01) | 2.5 |" in record_runs.table(tmp_path)
     cpu = record | {"profile": "tiny", "device": "2 CPUs", "chapters": {"0_1": {"form": form(chapter), "minutes": 2.5}, "1_1": {"minutes": 3.0}}}  # fmt: skip
     (folder / "tiny.json").write_text(json.dumps(cpu))
     assert "`tiny` on 2 CPUs, 2026-01-02 (torch 2.11): 6 minutes" in record_runs.table(tmp_path)

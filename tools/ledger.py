@@ -14,6 +14,7 @@ from tools import other_seeds
 from tools.chapters import Result, title
 
 MOST_WAYS = 7_776  # three series of five seeds
+ZIPPED = re.compile(r"zip\(([^()]*)\)")  # the series that a rule compares
 
 
 def ledger(root: Path, results: list[Result]) -> str:
@@ -33,6 +34,7 @@ def ledger(root: Path, results: list[Result]) -> str:
 
 
 def claims_of(results: list[Result]) -> list[Claim]:
+    """All claims of the chapters that these results are of, in order."""
     chapters = [chapter for result in results for chapter in load_claims(result.folder / "claims")]
     return [claim for chapter in chapters for claim in chapter["claims"]]
 
@@ -127,7 +129,7 @@ def by_chance(claim: Claim) -> str:
         return ""
     if len(series) == 1 and re.search(r"[<>]=? -?0(\.0\d*)?(?![\d.])", claim.predicate):
         series, what = [*series, [-value for value in series[0]]], "turn the differences' signs"
-    elif re.search(rf"zip\({', '.join(names)}\)", claim.predicate):
+    elif any(sorted(said.split(", ")) == sorted(names) for said in ZIPPED.findall(claim.predicate)):
         what = "swap the labels within seeds"
     else:
         return ""

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lora_course.experiments import NAMES, get
+from lora_course.experiments import NAMES
 from lora_course.lab.study import load_study
 from tools.chapters import Result
 from tools.ledger import claims_of
@@ -28,7 +28,7 @@ def limits(results: list[Result]) -> str:
 
 def searches() -> dict[str, int]:
     """By study that searches a learning rate and tests with five seeds: how many seeds it searched with."""
-    settings = {name: get(name).settings for name in NAMES}
+    settings = {name: load_study(name)["settings"] for name in NAMES}
     return {
         name: len(given["search_seeds"])
         for name, given in settings.items()
@@ -40,7 +40,8 @@ def shakespeare() -> dict[str, tuple[int, float]]:
     """By study: how many bytes of Shakespeare's test text it scores on, and the untrained nano's bits a byte there."""
     found = {}
     for name in NAMES:
-        given, runs = get(name).settings, load_study(name)["runs"]
+        record = load_study(name)
+        given, runs = record["settings"], record["runs"]
         for key in BASE:
             bits = score(runs.get(key, {}), named=given.get("domain") == "shakespeare" or "shakespeare" in key)  # fmt: skip
             if bits is not None and given.get("model", "nano") == "nano":

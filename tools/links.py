@@ -56,7 +56,7 @@ def trouble(address: str) -> str | None:
 def main() -> None:
     found, known = addresses(), facts.read()
     for home, part in ((known.url, known.slug), (known.book, known.book)):
-        if trouble(home):
+        if not known.published and trouble(home):
             print(f"{home} does not answer: a placeholder, and left out")
             found = {address: name for address, name in found.items() if part not in address}
     with ThreadPoolExecutor(8) as pool:

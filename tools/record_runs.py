@@ -101,7 +101,8 @@ def table(root: Path = ROOT) -> str:
         )
         for stem, run in record["chapters"].items():
             peak = f"{run['peak_gib']:.1f} GiB" if "peak_gib" in run else "not counted"
-            name = f"{stem} (an earlier form)" if stem in earlier else stem
+            notes = ["an earlier form" if stem in earlier else "", run.get("date", "")]
+            name = f"{stem} ({', '.join(filter(None, notes))})" if any(notes) else stem
             parts.append(
                 f"| {name} | {run['minutes']:.1f} | {peak} | {run['hold']} of {run['claims']} |"
             )

@@ -34,8 +34,8 @@ def parts() -> tuple[str, str, str]:
         assert code.count(stated) == count, stated
         code = code.replace(stated, here)
     alone, rest = code.split("# pip install git+")
-    resumed, merging = rest.split("wide = ")
-    return alone, "# " + resumed, "wide = " + merging
+    resumed, merging = rest.split("model = None")
+    return alone, "# " + resumed, "model = None" + merging
 
 
 @pytest.fixture
